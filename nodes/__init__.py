@@ -1,0 +1,8 @@
+"""The nodes a user sees, one file per step of the workflow."""
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class Pix2PixZeroExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return []
