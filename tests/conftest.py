@@ -1,0 +1,85 @@
+"""What every test shares: where ComfyUI and the pack are, the device, and how the executor calls a node."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _find_comfyui() -> Path | None:
+    if "COMFYUI_PATH" in os.environ:
+        return Path(os.environ["COMFYUI_PATH"]).resolve()
+    for entry in (Path.cwd(), *map(Path, sys.path)):
+        if (entry / "comfy" / "cli_args.py").is_file():
+            return entry.resolve()
+    installed = sorted((ROOT / ".comfyui").glob("*/comfy/cli_args.py"))
+    return installed[-1].parent.parent if installed else None
+
+
+def _put_on_path(comfyui: Path | None) -> None:
+    # The repository root must not be importable: its nodes/ would shadow ComfyUI's nodes.py.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    if comfyui is not None:
+        sys.path[:] = [str(comfyui), *(entry for entry in sys.path if Path(entry or ".").resolve() != comfyui)]
+
+
+def _load_pack() -> None:
+    """Make the repository importable as the package ``pix2pix_zero``, whatever the checkout is called."""
+    if importlib.util.find_spec("pix2pix_zero") is not None:
+        return
+    spec = importlib.util.spec_from_file_location(
+        "pix2pix_zero", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pix2pix_zero"] = module
+    spec.loader.exec_module(module)
+
+
+COMFYUI = _find_comfyui()
+_put_on_path(COMFYUI)
+_load_pack()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests marked gpu, on the CUDA device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    gpu = config.getoption("--gpu")
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu was given, but torch sees no CUDA device here.")
+    if COMFYUI is not None:
+        # ComfyUI chooses its device when comfy.model_management is first imported, so this comes before any test does.
+        from comfy.cli_args import args
+
+        args.cpu = not gpu
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu"):
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: python dev.py test --gpu")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def run_node():
+    """``run_node(NodeClass, **inputs)``: the node's outputs as a tuple, run in inference mode as the executor does."""
+    import torch
+
+    def run(node_class, **inputs) -> tuple:
+        with torch.inference_mode():
+            return node_class.execute(**inputs).result
+
+    return run
