@@ -2,7 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import inversion, reference, sampler
+
+NODES = [
+    *inversion.NODES,
+    *reference.NODES,
+    *sampler.NODES,
+]
+
 
 class Pix2PixZeroExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return NODES

@@ -1,0 +1,141 @@
+"""Cross-attention guidance: denoise along the edited text while the maps of the source picture hold the structure.
+
+pix2pix-zero section 3.3, eq. 4 and Algorithm 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from . import ddim
+from .inversion import Inversion
+
+Maps = dict[Any, torch.Tensor]
+
+
+class DenoisingPasses(Protocol):
+    """The UNet evaluations that the samplers below are written in. `x`: [B, C, H, W] at noise level `sigma`."""
+
+    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Classifier-free guided estimate of the clean latent for the edited text."""
+
+    def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Estimate for one conditioning alone: "positive", "negative" or "source"."""
+
+    def mix_branches(
+        self, positive: torch.Tensor, negative: torch.Tensor, x: torch.Tensor, sigma: float
+    ) -> torch.Tensor:
+        """Classifier-free guidance of two estimates made at `x`."""
+
+    def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
+        """Cross-attention maps of one branch, one tensor [B, heads, H*W, tokens] per site, in fp32."""
+
+    def map_gradient(
+        self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of the attention distance with respect to `x`, and the distance per sample [B]."""
+
+
+@dataclass(frozen=True)
+class GuidanceWindow:
+    """Noise levels on which guidance acts: `last` <= sigma <= `first`."""
+
+    first: float = float("inf")
+    last: float = 0.0
+
+    def contains(self, sigma: float) -> bool:
+        return self.last <= sigma <= self.first
+
+
+def attention_distance(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Squared distance of one site's maps, summed over pixels and tokens, averaged over heads (eq. 4): [B].
+
+    `maps`, `reference`: [B, heads, H*W, tokens], rows summing to 1.
+    """
+    return (maps - reference).square().sum((2, 3)).mean(1)
+
+
+def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float) -> torch.Tensor:
+    """One gradient step of size `strength` on the latent as the UNet sees it, x / sqrt(1 + sigma^2), written in x."""
+    return -strength * (1 + sigma**2) * gradient
+
+
+def sample_guided(
+    inversion: Inversion,
+    passes: DenoisingPasses,
+    x: torch.Tensor,
+    strength: float,
+    window: GuidanceWindow,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+    keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
+
+    The reference maps are recomputed at each step from the stored latent, so memory does not grow with the steps and
+    the reference does not drift. `keep_outside(x, i)` restores the source outside an inpainting mask at level i.
+    """
+    sigmas = [float(s) for s in inversion.sigmas]
+    for index in range(inversion.steps, 0, -1):
+        sigma, sigma_next = sigmas[index], sigmas[index - 1]
+        if strength and window.contains(sigma):
+            reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
+            gradient, _ = passes.map_gradient("positive", x, sigma, reference)
+            x = x + guidance_shift(gradient, sigma, strength)
+        denoised = passes.denoise(x, sigma)
+        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
+        x = keep_outside(x, index - 1)
+        on_step(inversion.steps - index, denoised, x)
+    return x
+
+
+def sample_official(
+    inversion: Inversion,
+    passes: DenoisingPasses,
+    x: torch.Tensor,
+    strength: float,
+    window: GuidanceWindow,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+    keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
+    final_sigma: float,
+) -> torch.Tensor:
+    """The authors' update (pix2pixzero edit_pipeline.py), step for step.
+
+    It differs from `sample_guided` in four ways. The reference maps come from a reconstruction pass of its own, run here
+    in lockstep. Both branches are matched and shifted, each along its own gradient, averaged over the heads of both. The
+    noise estimate mixes the two shifted branches, but the latent that steps on is the negative one. The last step ends
+    on the schedule's first noise level, `final_sigma`, and its latent is returned as if it were clean.
+    """
+    sigmas = [final_sigma, *(float(s) for s in inversion.sigmas[1:])]
+    reference_x = x
+    for index in range(inversion.steps, 0, -1):
+        sigma, sigma_next = sigmas[index], sigmas[index - 1]
+        negative_x = positive_x = x
+        if strength and window.contains(sigma):
+            shifted = {}
+            for branch, source_branch in (("negative", "negative"), ("positive", "source")):
+                reference = passes.record_maps(source_branch, reference_x, sigma)
+                gradient, _ = passes.map_gradient(branch, x, sigma, reference)
+                shifted[branch] = x + guidance_shift(gradient / 2, sigma, strength)
+            negative_x, positive_x = shifted["negative"], shifted["positive"]
+        if strength:
+            reference_denoised = passes.mix_branches(
+                passes.denoise_branch("source", reference_x, sigma),
+                passes.denoise_branch("negative", reference_x, sigma),
+                reference_x,
+                sigma,
+            )
+            reference_eps = ddim.predicted_eps(reference_x, reference_denoised, sigma)
+            reference_x = ddim.step(reference_x, reference_eps, sigma, sigma_next)
+        positive_eps = ddim.predicted_eps(positive_x, passes.denoise_branch("positive", positive_x, sigma), sigma)
+        denoised = passes.mix_branches(
+            negative_x - sigma * positive_eps,
+            passes.denoise_branch("negative", negative_x, sigma),
+            negative_x,
+            sigma,
+        )
+        x = ddim.step(negative_x, ddim.predicted_eps(negative_x, denoised, sigma), sigma, sigma_next)
+        x = keep_outside(x, index - 1)
+        on_step(inversion.steps - index, denoised, x)
+    return ddim.rescale(x, final_sigma, 0.0)

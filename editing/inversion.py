@@ -1,0 +1,73 @@
+"""Inversion: an image's latent walked up the DDIM grid to noise, with every latent on the way kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+
+from . import ddim
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A source picture on the sampler's grid: what the P2PZ_INVERSION socket carries.
+
+    `trajectory`: [N+1, B, C, H, W] fp32 latents in the model's space, `trajectory[0]` the clean picture and
+    `trajectory[i]` its latent at `sigmas[i]`. `sigmas`: [N+1] ascending from 0. `source`: the conditioning that describes
+    the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where the picture may change.
+    """
+
+    trajectory: torch.Tensor
+    sigmas: torch.Tensor
+    source: list
+    model: ReferenceType
+    noise_mask: torch.Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+def invert(
+    latent: torch.Tensor,
+    transitions: list[ddim.Transition],
+    denoise: Callable[[torch.Tensor, float], torch.Tensor],
+    regularize: Callable[[torch.Tensor], torch.Tensor],
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+) -> list[torch.Tensor]:
+    """Deterministic DDIM inversion with regularized noise maps (pix2pix-zero eq. 1 and 3).
+
+    `latent`: clean latent [B, C, H, W]. `denoise(x, sigma)`: the model's estimate of the clean latent.
+    `on_step(index, denoised, x)` is called after every step. Returns the latent at the start and after each transition.
+    """
+    x = ddim.rescale(latent, 0.0, transitions[0].sigma_from)
+    visited = [x]
+    for index, (sigma_from, sigma_model, sigma_to) in enumerate(transitions):
+        seen = ddim.rescale(x, sigma_from, sigma_model)
+        denoised = denoise(seen, sigma_model)
+        eps = regularize(ddim.predicted_eps(seen, denoised, sigma_model))
+        x = ddim.step(x, eps, sigma_from, sigma_to)
+        visited.append(x)
+        on_step(index, denoised, x)
+    return visited
+
+
+def on_grid(
+    visited: list[torch.Tensor], transitions: list[ddim.Transition], latent: torch.Tensor, sigmas: torch.Tensor
+) -> torch.Tensor:
+    """The visited latents as a trajectory on the sampler's grid: [N+1, B, C, H, W] on the CPU.
+
+    Each latent is written at the grid level it stands for, counted from the noisiest; where the inversion skipped the
+    first levels, and at level 0, stands the clean `latent`.
+    """
+    levels = [transitions[0].sigma_from, *(transition.sigma_to for transition in transitions)]
+    grid = sigmas.tolist()
+    offset = len(grid) - len(levels)
+    clean = [ddim.rescale(latent, 0.0, sigma) for sigma in grid[: max(offset, 1)]]
+    kept = [
+        ddim.rescale(x, level, sigma)
+        for x, level, sigma in zip(visited[len(clean) - offset :], levels[len(clean) - offset :], grid[len(clean) :])
+    ]
+    return torch.stack([x.cpu() for x in clean + kept])

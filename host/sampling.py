@@ -1,0 +1,223 @@
+"""Inversion and guided sampling through ComfyUI's guider: loading, conditioning, previews and progress are the host's."""
+
+import weakref
+from functools import partial
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy import model_sampling as kinds
+
+from ..editing import ddim
+from ..editing.guidance import GuidanceWindow, sample_guided, sample_official
+from ..editing.inversion import Inversion, invert, on_grid
+from ..editing.regularization import NoiseRegularization, regularize_noise
+from .attention_passes import UNetPasses, with_map_jobs
+
+INVERSION_METHODS = ("ddim", "official", "diffusers")
+
+
+def ddim_grid(model, steps: int) -> torch.Tensor:
+    """ComfyUI's `ddim_uniform` noise levels, descending to 0: [steps+1].
+
+    Raises ValueError for a model that does not diffuse on discrete variance-preserving steps, or steps outside 1..1000.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if not (
+        isinstance(sampling, kinds.ModelSamplingDiscrete)
+        and isinstance(sampling, (kinds.EPS, kinds.V_PREDICTION))
+        and not isinstance(sampling, (kinds.EDM, kinds.X0))
+    ):
+        raise ValueError(
+            "model: this one is a flow or EDM model, on which DDIM inversion is not defined. "
+            "Use a model that predicts eps or v: SD 1.x, SD 2.x or SDXL."
+        )
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps: {steps} is outside 1 to 1000.")
+    return comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", steps)
+
+
+def clean_latent(model, latent_image: dict, socket: str = "latent_image") -> torch.Tensor:
+    """The samples of a LATENT [B, C, H, W], checked to be finite and of the model's kind."""
+    samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"{socket}: its shape is {tuple(samples.shape)}, but the model wants [batch, {channels}, height, width]. "
+            "Encode the picture with the VAE that belongs to the model."
+        )
+    if not samples.isfinite().all():
+        raise ValueError(f"{socket}: it contains NaN or infinite values. Check the VAE (try it in fp32) and the picture.")
+    return samples
+
+
+def invert_latent(
+    model,
+    positive: list,
+    latent_image: dict,
+    steps: int,
+    seed: int,
+    regularization: NoiseRegularization,
+    method: str = "ddim",
+) -> Inversion:
+    """Invert a LATENT described by the CONDITIONING `positive`. Raises ValueError as `ddim_grid` and `clean_latent`."""
+    sigmas = ddim_grid(model, steps).flip(0)
+    samples = clean_latent(model, latent_image)
+    check_conditioning(positive, len(samples), "positive")
+    transitions = _transitions(model, sigmas, method)
+    generator = torch.Generator().manual_seed(seed)
+    trajectory = None
+
+    def walk(model_k, x, sigmas, extra_args, callback, disable):
+        nonlocal trajectory
+
+        def denoise(x, sigma):
+            return model_k(x, x.new_full((len(x),), sigma), **extra_args)
+
+        visited = invert(
+            x,
+            transitions,
+            denoise,
+            lambda eps: regularize_noise(eps, regularization, generator),
+            partial(_report, callback, sigmas),
+        )
+        trajectory = on_grid(visited, transitions, x, sigmas)
+        return x
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    _sample(guider, walk, samples, sigmas, seed)
+    return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), latent_image.get("noise_mask"))
+
+
+def _transitions(model, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:
+    sampling = model.get_model_object("model_sampling")
+    if method == "official":
+        return ddim.official_transitions(sampling.timestep(sigmas[1:].to(sampling.sigmas)), sampling.sigmas)
+    if method == "diffusers":
+        return ddim.diffusers_transitions(sigmas, sampling.sigmas)
+    return ddim.inversion_transitions(sigmas)
+
+
+def inverted_noise(inversion: Inversion, model) -> torch.Tensor:
+    """The noise end of an inversion as LATENT samples: sample it with noise disabled on the inversion's own sigmas."""
+    return model.model.process_latent_out(inversion.trajectory[-1])
+
+
+def _sample(guider, sampler_function, samples: torch.Tensor, sigmas: torch.Tensor, seed: int) -> torch.Tensor:
+    """Run `sampler_function` on LATENT samples, nothing added to them, with the host's preview and progress bar."""
+    callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    return guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(sampler_function),
+        sigmas,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    ).to(comfy.model_management.intermediate_device())
+
+
+def _report(callback, sigmas, index, denoised, x):
+    if callback is not None:
+        callback({"i": index, "denoised": denoised, "x": x, "sigma": sigmas[index], "sigma_hat": sigmas[index]})
+
+
+def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
+    """Raise ValueError unless every text of a CONDITIONING has one row, or one row per picture of the batch."""
+    if not conditioning:
+        raise ValueError(f"{socket}: it is empty. Connect an encoded text.")
+    for text, _ in conditioning:
+        if text is not None and len(text) not in (1, batch):
+            raise ValueError(
+                f"{socket}: it holds {len(text)} texts for {batch} pictures. Give one text, or one per picture."
+            )
+
+
+def sample_edit(
+    model,
+    inversion: Inversion,
+    positive: list,
+    negative: list,
+    cfg: float,
+    strength: float,
+    window: tuple[float, float] = (0.0, 1.0),
+    preset: str = "default",
+) -> torch.Tensor:
+    """Redraw an inverted picture along the edited CONDITIONING `positive`: LATENT samples [B, C, H, W].
+
+    `window`: part of the sampling, as (start, end) percents in 0..1, in which cross-attention guidance acts. Raises
+    ValueError if the inversion was made with another model or a conditioning does not fit the batch.
+    """
+    if inversion.model() is not model.model:
+        raise ValueError(
+            "inversion: it was made with another model. Connect the same model to Inversion and to this sampler."
+        )
+    start = inversion.trajectory[-1]
+    for conditioning, socket in ((positive, "positive"), (negative, "negative")):
+        check_conditioning(conditioning, len(start), socket)
+    if len(positive) != len(inversion.source):
+        raise ValueError(
+            f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
+            "Make it from the same conditioning, with Apply Edit Direction."
+        )
+    sampling = model.get_model_object("model_sampling")
+    guidance_window = GuidanceWindow(*(sampling.percent_to_sigma(percent) for percent in window))
+
+    def walk(model_k, x, sigmas, extra_args, callback, disable):
+        sample = sample_guided
+        if preset == "official":
+            sample = partial(sample_official, final_sigma=float(sampling.sigmas[0]))
+        return sample(
+            inversion,
+            UNetPasses(model_k, extra_args),
+            inversion.trajectory[-1].to(x),
+            strength,
+            guidance_window,
+            partial(_report, callback, sigmas),
+            partial(_keep_outside, inversion),
+        )
+
+    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+    guider.inner_set_conds({"positive": positive, "negative": negative, "source": inversion.source})
+    guider.set_cfg(cfg)
+    return _sample(guider, walk, inverted_noise(inversion, model), inversion.sigmas.flip(0), seed=0)
+
+
+def _keep_outside(inversion: Inversion, x: torch.Tensor, level: int) -> torch.Tensor:
+    """The source's own latent wherever the inversion's noise mask is 0."""
+    if inversion.noise_mask is None:
+        return x
+    mask = comfy.utils.reshape_mask(inversion.noise_mask, x.shape).to(x)
+    return mask * x + (1 - mask) * inversion.trajectory[level].to(x)
+
+
+def generate_reference(
+    model, positive: list, negative: list, latent_image: dict, steps: int, cfg: float, seed: int
+) -> tuple[Inversion, torch.Tensor]:
+    """Generate a picture by DDIM from seeded noise and keep its trajectory: (inversion, LATENT samples)."""
+    sigmas = ddim_grid(model, steps)
+    samples = clean_latent(model, latent_image)
+    for conditioning, socket in ((positive, "positive"), (negative, "negative")):
+        check_conditioning(conditioning, len(samples), socket)
+    noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+    trajectory = []
+
+    def walk(model_k, x, sigmas, extra_args, callback, disable):
+        x = ddim.rescale(x, 0.0, float(sigmas[0]))
+        trajectory.append(x.cpu())
+        for index, (sigma, sigma_next) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:])):
+            denoised = model_k(x, x.new_full((len(x),), sigma), **extra_args)
+            x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
+            trajectory.append(x.cpu())
+            _report(callback, sigmas, index, denoised, x)
+        return x
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    latent = _sample(guider, walk, model.model.process_latent_out(noise), sigmas, seed)
+    return Inversion(torch.stack(trajectory[::-1]), sigmas.flip(0), positive, weakref.ref(model.model)), latent

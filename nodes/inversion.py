@@ -1,0 +1,120 @@
+"""Invert a picture to noise (pix2pix-zero section 3.1)."""
+
+from comfy_api.latest import io
+
+from ..editing.regularization import NoiseRegularization
+from ..host.sampling import INVERSION_METHODS, invert_latent, inverted_noise
+from .types import CATEGORY, Inversion
+
+
+class Pix2PixZeroInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Pix2PixZeroInversion",
+            display_name="Invert Picture (Pix2Pix-Zero)",
+            category=CATEGORY,
+            description="Walks a picture back to the noise it could have been drawn from, so that it can be redrawn "
+            "with a change. Runs once per picture; later edits reuse it.",
+            search_aliases=["ddim inversion", "unsampler", "image to noise", "pix2pix-zero"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will also draw the edit: SD 1.x, SD 2.x or SDXL."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The encoded caption of the picture as it is, before the edit. The better it describes "
+                    "the picture, the better the picture can be redrawn.",
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The picture, encoded with the model's VAE. A noise mask on it limits later edits to the "
+                    "masked part.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="More steps redraw the picture more faithfully and take longer. Below 20 details drift.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Draws the shifts of the noise regularization. It changes the result little; keep it fixed "
+                    "so that the inversion is reused.",
+                ),
+                io.Float.Input(
+                    "autocorrelation_weight",
+                    default=20.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.5,
+                    tooltip="Removes patterns from the noise. Raise it if edits come out with smears or stripes; lower "
+                    "it, down to 0, if the redrawn picture differs from the source.",
+                ),
+                io.Float.Input(
+                    "kl_weight",
+                    default=20.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.5,
+                    tooltip="Keeps the brightness and contrast of the noise those of true noise. Raise it if edits "
+                    "come out washed out or too contrasty.",
+                ),
+                io.Int.Input(
+                    "regularization_steps",
+                    default=5,
+                    min=0,
+                    max=50,
+                    tooltip="How often each predicted noise map is regularized. 0 switches regularization off: the "
+                    "most faithful picture, the least editable noise.",
+                ),
+                io.Int.Input(
+                    "autocorrelation_rolls",
+                    default=5,
+                    min=0,
+                    max=50,
+                    advanced=True,
+                    tooltip="Random shifts compared per regularization step. More shifts catch more patterns for the "
+                    "same weight.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(INVERSION_METHODS),
+                    default=INVERSION_METHODS[0],
+                    advanced=True,
+                    tooltip="ddim: the paper's step on the sampler's own grid; keep it unless you compare. official: "
+                    "the authors' code, which skips two steps. diffusers: that library's version of it.",
+                ),
+            ],
+            outputs=[
+                Inversion.Output(display_name="inversion"),
+                io.Latent.Output(display_name="noise"),
+                io.Sigmas.Output(display_name="sigmas"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        latent_image,
+        steps,
+        seed,
+        autocorrelation_weight,
+        kl_weight,
+        regularization_steps,
+        autocorrelation_rolls,
+        method,
+    ) -> io.NodeOutput:
+        regularization = NoiseRegularization(
+            autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls
+        )
+        inversion = invert_latent(model, positive, latent_image, steps, seed, regularization, method)
+        return io.NodeOutput(inversion, {"samples": inverted_noise(inversion, model)}, inversion.sigmas.flip(0))
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroInversion]

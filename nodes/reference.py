@@ -1,0 +1,63 @@
+"""Generate a picture and keep the way to it: the synthetic-image case of pix2pix-zero."""
+
+from comfy_api.latest import io
+
+from ..host.sampling import generate_reference
+from .types import CATEGORY, Inversion
+
+
+class Pix2PixZeroReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Pix2PixZeroReference",
+            display_name="Generate Reference (Pix2Pix-Zero)",
+            category=CATEGORY,
+            description="Draws a picture from a prompt and keeps its trajectory, so that it can be edited without "
+            "inverting it: nothing of the picture is lost.",
+            search_aliases=["edit generated image", "synthetic image", "pix2pix-zero"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that draws the picture and later its edit."),
+                io.Conditioning.Input("positive", tooltip="The encoded prompt of the picture before the edit."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="What the picture should not show; an empty prompt is fine. Use the same one on the "
+                    "guided sampler.",
+                ),
+                io.Latent.Input("latent_image", tooltip="An empty latent: it sets the size and the number of pictures."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Sampling steps; the edit takes the same ones. 50 is the paper's value, 20 a quick look.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strictly the picture follows the prompt. Use the same value on the guided sampler, or "
+                    "the background of the edit drifts.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise the picture is drawn from. Change it for another picture.",
+                ),
+            ],
+            outputs=[Inversion.Output(display_name="inversion"), io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, steps, cfg, seed) -> io.NodeOutput:
+        inversion, samples = generate_reference(model, positive, negative, latent_image, steps, cfg, seed)
+        return io.NodeOutput(inversion, {"samples": samples})
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroReference]

@@ -1,0 +1,89 @@
+"""Redraw an inverted picture along an edit (pix2pix-zero section 3.3, Algorithm 1)."""
+
+from comfy_api.latest import io
+
+from ..host.sampling import sample_edit
+from .types import CATEGORY, Inversion
+
+
+class Pix2PixZeroKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Pix2PixZeroKSampler",
+            display_name="KSampler (Pix2Pix-Zero)",
+            category=CATEGORY,
+            description="Redraws an inverted picture with the edited text while cross-attention guidance keeps its "
+            "layout, pose and background.",
+            search_aliases=["cross-attention guidance", "guided ksampler", "edit sampler", "pix2pix-zero"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the picture was inverted with. LoRAs may be added to it."),
+                Inversion.Input("inversion", tooltip="The picture, from Invert Picture or Generate Reference."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The caption moved along the edit, from Apply Edit Direction."
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="For an inverted picture the unedited caption: what is not edited then stays as it is. "
+                    "For a generated picture the negative it was generated with.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strongly the edit is drawn. Raise it if the edit does not show, lower it if colours "
+                    "burn or the background changes.",
+                ),
+                io.Float.Input(
+                    "guidance_strength",
+                    default=0.1,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How firmly the picture keeps its structure. Raise it if the pose or layout drifts, lower "
+                    "it if the edit does not show. 0 switches guidance off and is much faster.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="When guidance starts, as part of the sampling. The first steps fix the layout, so keep 0 "
+                    "unless the edit must change the outline.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="When guidance stops. Lower it to save time or to let fine detail follow the edit freely.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=["default", "official"],
+                    default="default",
+                    advanced=True,
+                    tooltip="default: guides the edited branch by the inversion's own maps. official: the authors' "
+                    "update, step for step, to compare with their results; about twice the time.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, inversion, positive, negative, cfg, guidance_strength, start_percent, end_percent, preset
+    ) -> io.NodeOutput:
+        window = (start_percent, end_percent)
+        samples = sample_edit(model, inversion, positive, negative, cfg, guidance_strength, window, preset)
+        return io.NodeOutput({"samples": samples})
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroKSampler]

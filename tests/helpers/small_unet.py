@@ -1,0 +1,64 @@
+"""A small SD 1.x-shaped UNet with random weights, wrapped as ComfyUI's loaders wrap real ones."""
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+CONTEXT_DIM = 32
+TOKENS = 7
+CONFIG = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=64,
+    num_res_blocks=[1, 1],
+    channel_mult=(1, 2),
+    transformer_depth=[1, 2],
+    transformer_depth_middle=2,
+    transformer_depth_output=[1, 1, 2, 2],
+    context_dim=CONTEXT_DIM,
+    use_spatial_transformer=True,
+    legacy=False,
+    use_linear_in_transformer=False,
+    adm_in_channels=None,
+    use_temporal_attention=False,
+    dtype=torch.float32,
+)
+
+
+class SmallSD(comfy.supported_models.SD15):
+    unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
+
+
+def small_model(model_type=comfy.model_base.ModelType.EPS, seed=0, weight_dtype=torch.float32, compute_dtype=None):
+    """A MODEL; its predictions are of the size of its inputs, so trajectories stay finite."""
+    config = SmallSD({**CONFIG, "dtype": weight_dtype})
+    config.manual_cast_dtype = compute_dtype
+    model = comfy.model_base.BaseModel(config, model_type=model_type, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.diffusion_model.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            value *= (3.0 if ".attn2.to_q" in name or ".attn2.to_k" in name else 1.0) * parameter[0].numel() ** -0.5
+        elif name.endswith("weight"):
+            value = 1 + 0.02 * value
+        else:
+            value *= 0.02
+        parameter.data = value.to(weight_dtype)
+    return comfy.model_patcher.ModelPatcher(
+        model, load_device=torch.device("cpu"), offload_device=torch.device("cpu")
+    )
+
+
+def conditioning(rows=1, seed=0, tokens=TOKENS):
+    """A CONDITIONING of random text embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(rows, tokens, CONTEXT_DIM, generator=generator), {}]]
+
+
+def latent(batch=1, height=16, width=16, seed=0):
+    """A LATENT of random values in the VAE's space."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"samples": torch.randn(batch, 4, height, width, generator=generator) / 0.18215}
