@@ -1,0 +1,131 @@
+"""The commands of ``dev.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .environment import Environment, lock, prepare
+from .hosts import DEFAULT_VERSION, ROOT, SOURCES
+from .process import Failure, orderly_end, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_more:
+        parser.error(f"unknown: {' '.join(rest)}")
+    try:
+        with orderly_end():
+            return options.command(options, rest)
+    except Failure as failure:
+        print(f"dev.py: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description="The developer command of ComfyUI-Pix2PixZero. It sets up what it needs in ignored folders.",
+        epilog="COMFYUI_PATH in the environment uses your own ComfyUI, which is only read.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, command, help: str, takes_more: bool = False, host: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(command=command, takes_more=takes_more)
+        if host:
+            sub.add_argument(
+                "--comfyui", metavar="VERSION", help=f"{', '.join(SOURCES)}; {DEFAULT_VERSION} when left out"
+            )
+        return sub
+
+    from .graphs import EDITS
+
+    demo = add("demo", _demo, "edit a picture on a real server and save it in demo_output/")
+    demo.add_argument("--seed", type=int, default=7, help="which scene is drawn (default: %(default)s)")
+    demo.add_argument("--edit", choices=EDITS, default="cat2dog", help="default: %(default)s")
+    test = add("test", _test, "lint, then run the tests; other arguments go to pytest", takes_more=True)
+    test.add_argument("--gpu", action="store_true", help="then run the tests that need a CUDA device, on it")
+    serve = add("serve", _serve, "run ComfyUI with the pack until Ctrl-C; other arguments go to ComfyUI", takes_more=True)
+    serve.add_argument("--port", type=int, default=8188, help="default: %(default)s")
+    add("lint", _lint, "check the code with ruff; other arguments go to it", takes_more=True, host=False)
+    bench = add("bench", _bench, "run benchmarks/NAME.py with the other arguments", takes_more=True)
+    bench.add_argument("name", metavar="NAME", help=", ".join(_benchmarks()) or "none yet")
+    add("train", _train, "train the demo model; other arguments go to the recipe", takes_more=True)
+    add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
+    return parser
+
+
+def _demo(options: argparse.Namespace, _: list[str]) -> int:
+    from .demo import run_demo
+
+    return run_demo(prepare(options.comfyui), options.edit, options.seed)
+
+
+def _test(options: argparse.Namespace, rest: list[str]) -> int:
+    environment = prepare(options.comfyui)
+    status = _ruff(environment, [])
+    if status:
+        return status
+    status = _pytest(environment, rest)
+    if status or not options.gpu:
+        return status
+    return _pytest(environment, ["--gpu", "-m", "gpu", *rest])
+
+
+def _pytest(environment: Environment, rest: list[str]) -> int:
+    tests = ROOT / "tests"
+    # pytest runs in ComfyUI's folder, so the files a person names are given their full path
+    named = [argument for argument in rest if Path(argument.partition("::")[0]).exists()]
+    paths = [Path(argument).absolute() for argument in named] or [tests / "unit", tests / "host"]
+    rest = [argument for argument in rest if argument not in named]
+    command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "--durations-min=1"]
+    command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]
+    return run(command, cwd=environment.comfyui.path, env=environment.variables(PYTHONDONTWRITEBYTECODE="1"))
+
+
+def _serve(options: argparse.Namespace, rest: list[str]) -> int:
+    from .server import Server, check_port_is_free
+
+    check_port_is_free(options.port)
+    environment = prepare(options.comfyui)
+    keep = ROOT / ".comfyui" / "serve"
+    with Server(environment, options.port, keep=keep, options=rest, foreground=True) as server:
+        print(f"\nComfyUI {environment.comfyui.version} with the pack: {server.url} (Ctrl-C ends it)\n", flush=True)
+        return server.wait()
+
+
+def _lint(options: argparse.Namespace, rest: list[str]) -> int:
+    return _ruff(prepare(), rest)
+
+
+def _ruff(environment: Environment, rest: list[str]) -> int:
+    return run([environment.python, "-m", "ruff", "check", *rest], cwd=ROOT)
+
+
+def _benchmarks() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.name not in _benchmarks():
+        raise Failure(f"There is no benchmark {options.name!r}; there are: {', '.join(_benchmarks()) or 'none yet'}.")
+    environment = prepare(options.comfyui)
+    script = environment.packages / "pix2pix_zero" / "benchmarks" / f"{options.name}.py"
+    return run([environment.python, script, *rest], env=environment.variables())
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    environment = prepare(options.comfyui)
+    return run([environment.python, "-m", "pix2pix_zero.demo_model.train", *rest], env=environment.variables())
+
+
+def _lock(options: argparse.Namespace, rest: list[str]) -> int:
+    lock()
+    return 0

@@ -1,0 +1,114 @@
+"""Child processes that never outlive us, and errors told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+
+class Failure(Exception):
+    """Something the person has to know, told in one line."""
+
+
+CAUSES = (
+    (r"do not match the hashes|hash mismatch", "a download does not have the expected SHA-256"),
+    (r"no space left", "the disk is full"),
+    (
+        r"name resolution|name or service not known|failed to establish|dns error|could not connect|connection (refused|reset)"
+        r"|network is unreachable|error sending request|timed out|no matching distribution|failed to fetch|proxyerror",
+        "the package index cannot be reached; check the network",
+    ),
+    (r"permission denied", "a file or folder may not be written"),
+)
+
+
+def cause_of(log: str) -> str:
+    """The likely cause of a failed installation, from what the installer wrote."""
+    for pattern, cause in CAUSES:
+        if re.search(pattern, log, re.IGNORECASE):
+            return cause
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was given"
+
+
+class Job:
+    """A command that writes to a log file and is stopped when its ``with`` block ends early."""
+
+    def __init__(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=env,
+            )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_) -> None:
+        stop(self._process)
+
+    def finish(self, what: str) -> None:
+        """Wait for the end.
+
+        Raises:
+            Failure: The command failed; names ``what`` could not be done, the likely cause and the log.
+        """
+        if self._process.wait() != 0:
+            cause = cause_of(self.log.read_text(encoding="utf-8", errors="replace"))
+            raise Failure(f"Could not {what}: {cause}. Run the same command again to resume (log: {self.log}).")
+
+
+def stop(process: subprocess.Popen, patience: float = 10.0) -> None:
+    """End a child process, first politely."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run(command: Sequence[str | Path], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run a command in the foreground and return its exit status; it ends when we are ended."""
+    sys.stdout.flush()
+    process = subprocess.Popen([str(part) for part in command], cwd=cwd, env=env)
+    try:
+        return process.wait()
+    finally:
+        stop(process)
+
+
+def _end(signum: int, _frame) -> None:
+    raise SystemExit(128 + signum)
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """Turn SIGTERM and a closed terminal into SystemExit, so that every ``finally`` and ``with`` runs."""
+    names = ("SIGTERM", "SIGHUP", "SIGBREAK")
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous = {number: signal.signal(number, _end) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """Our environment without what would make a child use another Python's packages."""
+    dropped = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PIP_USER"}
+    return {**{name: value for name, value in os.environ.items() if name not in dropped}, **changes}
