@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .environment import Environment, lock, prepare
 from .hosts import DEFAULT_VERSION, ROOT, SOURCES
-from .process import Failure, orderly_end, run
+from .process import DevError, orderly_end, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with orderly_end():
             return options.command(options, rest)
-    except Failure as failure:
+    except DevError as failure:
         print(f"dev.py: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--edit", choices=EDITS, default="cat2dog", help="default: %(default)s")
     test = add("test", _test, "lint, then run the tests; other arguments go to pytest", takes_more=True)
     test.add_argument("--gpu", action="store_true", help="then run the tests that need a CUDA device, on it")
-    serve = add("serve", _serve, "run ComfyUI with the pack until Ctrl-C; other arguments go to ComfyUI", takes_more=True)
+    serve = add("serve", _serve, "run ComfyUI with the pack; other arguments go to it", takes_more=True)
     serve.add_argument("--port", type=int, default=8188, help="default: %(default)s")
     add("lint", _lint, "check the code with ruff; other arguments go to it", takes_more=True, host=False)
     bench = add("bench", _bench, "run benchmarks/NAME.py with the other arguments", takes_more=True)
@@ -115,7 +115,7 @@ def _benchmarks() -> list[str]:
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.name not in _benchmarks():
-        raise Failure(f"There is no benchmark {options.name!r}; there are: {', '.join(_benchmarks()) or 'none yet'}.")
+        raise DevError(f"There is no benchmark {options.name!r}; there are: {', '.join(_benchmarks()) or 'none yet'}.")
     environment = prepare(options.comfyui)
     script = environment.packages / "pix2pix_zero" / "benchmarks" / f"{options.name}.py"
     return run([environment.python, script, *rest], env=environment.variables())

@@ -17,7 +17,9 @@ def draw_comparison(pictures: dict[str, Image.Image]) -> Image.Image:
     """One row of pictures of the same height with their labels below."""
     font = ImageFont.load_default(size=14)
     scaled = {
-        label: picture.convert("RGB").resize((picture.width * HEIGHT // picture.height, HEIGHT), Image.Resampling.LANCZOS)
+        label: picture.convert("RGB").resize(
+            (picture.width * HEIGHT // picture.height, HEIGHT), Image.Resampling.LANCZOS
+        )
         for label, picture in pictures.items()
     }
     width = sum(picture.width + GAP for picture in scaled.values()) + GAP

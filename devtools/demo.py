@@ -12,7 +12,7 @@ from pathlib import Path
 from .environment import Environment
 from .graphs import EDITS, PICTURES, demo_graph
 from .hosts import ROOT
-from .process import Failure
+from .process import DevError
 from .server import GraphError, Progress, Server
 
 OUTPUT = ROOT / "demo_output"
@@ -30,12 +30,12 @@ def run_demo(environment: Environment, name: str, seed: int) -> int:
             object_info = server.object_info()
             api = graph.api(object_info)
         except KeyError as missing:
-            raise Failure(f"The server does not know the node {missing}; did the pack load? (log: {server.log})") from None
+            raise DevError(f"The server has no node {missing}; did the pack load? (log: {server.log})") from None
         report = Report({key: object_info[node["class_type"]]["display_name"] for key, node in api.items()})
         try:
             outputs = server.run(api, report)
         except GraphError as error:
-            raise Failure(f"The example failed: {error} (log: {server.log})") from None
+            raise DevError(f"The example failed: {error} (log: {server.log})") from None
         finally:
             report.end()
         print(f"Caption of the picture: {_text(outputs[caption_node])}")
@@ -56,7 +56,7 @@ def save(environment: Environment, pictures: dict[str, bytes]) -> None:
         command += [f"{label}={paths[key]}" for key, label in PICTURES.items()]
         drawn = subprocess.run(command, capture_output=True, text=True, check=False)
         if drawn.returncode:
-            raise Failure(f"Could not draw the comparison: {drawn.stderr.strip().splitlines()[-1]}")
+            raise DevError(f"Could not draw the comparison: {drawn.stderr.strip().splitlines()[-1]}")
         OUTPUT.mkdir(exist_ok=True)
         for path in (paths["source"], paths["edited"], comparison):
             shutil.move(path, OUTPUT / path.name)
@@ -89,7 +89,8 @@ class Report:
         line = f"{title}{steps}{'  ' + self._phase if self._phase else ''}"
         tenth = not progress.maximum or progress.value % max(1, progress.maximum // 5) == 0
         if line != self._last and (self._terminal or (tenth and not progress.text)):
-            print(f"\r\x1b[K  {line}" if self._terminal else f"  {line}", end="" if self._terminal else "\n", flush=True)
+            start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
+            print(f"{start}  {line}", end=end, flush=True)
             self._last = line
 
     def end(self) -> None:

