@@ -8,15 +8,15 @@ from comfy.ldm.modules.attention import attention_pytorch
 from .sites import AttentionSite
 
 
-class LastSiteReached(Exception):
+class LastSiteReached(Exception):  # noqa: N818 - a signal, not an error
     """Raised out of the UNet once every map is read, so that the rest of the call is not computed."""
 
 
 class MapTap:
     """Hands the maps of each site to `on_maps(site, maps)`, maps being fp32 [batch, heads, H*W, tokens].
 
-    It is installed on the final transformer options of a single UNet call, not on the model: nothing stays behind, and a
-    replace patch of another pack at the same site still computes the attention's output.
+    It is installed on the final transformer options of a single UNet call, not on the model: nothing stays behind, and
+    a replace patch of another pack at the same site still computes the attention's output.
     """
 
     def __init__(self, sites: list[AttentionSite], on_maps: Callable[[AttentionSite, torch.Tensor], None]):
@@ -46,6 +46,9 @@ class MapTap:
 
 
 def attention_maps(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) in fp32. `q`: [B, pixels, heads*d], `k`: [B, tokens, heads*d]; [B, heads, pixels, tokens]."""
+    """softmax(q k^T / sqrt(d)) in fp32: [B, heads, pixels, tokens].
+
+    `q`: [B, pixels, heads*d], `k`: [B, tokens, heads*d].
+    """
     q, k = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)

@@ -16,8 +16,14 @@ class AttentionSite(NamedTuple):
 def cross_attention_sites(unet) -> list[AttentionSite]:
     """Every cross-attention layer of ComfyUI's UNetModel in the order of its forward pass.
 
-    SD 1.5 has 16, SDXL has 70 (several per transformer, told apart by `index`).
+    SD 1.5 has 16, SDXL has 70 (several per transformer, told apart by `index`). Raises ValueError for a model without
+    any, such as a diffusion transformer.
     """
+    if not hasattr(unet, "input_blocks"):
+        raise ValueError(
+            "model: it is not a UNet with cross-attention, so there are no maps to guide it by. "
+            "Use an SD 1.x, SD 2.x or SDXL model."
+        )
     groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
     return [
         AttentionSite(name, number, index)

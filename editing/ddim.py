@@ -11,7 +11,7 @@ import torch
 
 
 class Transition(NamedTuple):
-    """One inversion step: the latent moves from `sigma_from` up to `sigma_to`; the UNet is told it sees `sigma_model`."""
+    """One inversion step from `sigma_from` up to `sigma_to`; the UNet is told it sees `sigma_model`."""
 
     sigma_from: float
     sigma_model: float
@@ -53,8 +53,7 @@ def official_transitions(timesteps: torch.Tensor, table: torch.Tensor) -> list[T
         raise ValueError("steps: the official inversion needs at least 3.")
     stride = int(timesteps[1] - timesteps[0])
     return [
-        Transition(float(table[t - 1]), float(table[t]), float(table[t - 1 + stride]))
-        for t in timesteps[1:-1].tolist()
+        Transition(float(table[t - 1]), float(table[t]), float(table[t - 1 + stride])) for t in timesteps[1:-1].tolist()
     ]
 
 

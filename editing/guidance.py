@@ -102,10 +102,10 @@ def sample_official(
 ) -> torch.Tensor:
     """The authors' update (pix2pixzero edit_pipeline.py), step for step.
 
-    It differs from `sample_guided` in four ways. The reference maps come from a reconstruction pass of its own, run here
-    in lockstep. Both branches are matched and shifted, each along its own gradient, averaged over the heads of both. The
-    noise estimate mixes the two shifted branches, but the latent that steps on is the negative one. The last step ends
-    on the schedule's first noise level, `final_sigma`, and its latent is returned as if it were clean.
+    It differs from `sample_guided` in four ways. The reference maps come from a reconstruction pass of its own, run
+    here in lockstep. Both branches are matched and shifted, each along its own gradient, averaged over the heads of
+    both. The noise estimate mixes the two shifted branches, but the latent that steps on is the negative one. The last
+    step ends on the schedule's first noise level, `final_sigma`, and its latent is returned as if it were clean.
     """
     sigmas = [final_sigma, *(float(s) for s in inversion.sigmas[1:])]
     reference_x = x

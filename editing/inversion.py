@@ -15,8 +15,9 @@ class Inversion:
     """A source picture on the sampler's grid: what the P2PZ_INVERSION socket carries.
 
     `trajectory`: [N+1, B, C, H, W] fp32 latents in the model's space, `trajectory[0]` the clean picture and
-    `trajectory[i]` its latent at `sigmas[i]`. `sigmas`: [N+1] ascending from 0. `source`: the conditioning that describes
-    the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where the picture may change.
+    `trajectory[i]` its latent at `sigmas[i]`. `sigmas`: [N+1] ascending from 0. `source`: the conditioning that
+    describes the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where the picture may
+    change.
     """
 
     trajectory: torch.Tensor

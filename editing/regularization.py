@@ -1,8 +1,8 @@
 """Noise regularization: pull a predicted noise map towards white Gaussian noise (pix2pix-zero section 3.1, eq. 3).
 
-The two losses, their pyramid and step sizes follow the paper and the authors' code, with three differences: shifts come
-from a seeded generator and are never 0 (a shift of 0 penalizes the variance itself), KL is taken per sample rather than
-over the batch, and gradients are closed-form and vectorized over samples and channels instead of going through autograd.
+The two losses, their pyramid and step sizes follow the paper and the authors' code, with three differences: shifts
+come from a seeded generator and are never 0 (a shift of 0 penalizes the variance itself), KL is taken per sample rather
+than over the batch, and gradients are closed-form, vectorized over samples and channels, without autograd.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def pyramid_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def draw_shifts(channels: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """One shift per (channel, level), uniform in [1, S/2] with S the smaller side of the level: int64 [channels, levels].
+    """Shifts, uniform in [1, S/2] with S the smaller side of the level: int64 [channels, levels].
 
     A level with a side of 1 has no neighbour to correlate with; its shift is 0 and the loss skips it. The shifts are
     shared by the samples of a batch, so that an image gives the same result alone and in company.
@@ -98,9 +98,10 @@ def kl_gradient(noise: torch.Tensor) -> torch.Tensor:
 
 
 def regularize_noise(noise: torch.Tensor, settings: NoiseRegularization, generator: torch.Generator) -> torch.Tensor:
-    """`settings.steps` times: `settings.rolls` autocorrelation steps, then one KL step. Returns `noise`'s dtype, fp32 inside.
+    """`settings.steps` times: `settings.rolls` autocorrelation steps, then one KL step, in fp32.
 
-    `noise`: predicted noise map [B, C, H, W]. `generator`: on the CPU, so that a seed means the same on every device.
+    `noise`: predicted noise map [B, C, H, W], returned in its dtype. `generator`: on the CPU, so that a seed means the
+    same on every device.
     """
     if not settings.is_active:
         return noise

@@ -68,7 +68,7 @@ class RecordMaps:
 
 
 class MatchMaps:
-    """Job: the gradient of the attention distance to `reference`. `gradient` [B, C, H, W] and `distance` [B] afterwards."""
+    """Job: the attention distance to `reference`, `distance` [B], and its `gradient` [B, C, H, W] afterwards."""
 
     def __init__(self, sites: list[AttentionSite], entries: list, areas: list, reference: Maps, x: torch.Tensor):
         self.sites = sites
@@ -115,8 +115,8 @@ def _narrow(tensor: torch.Tensor, area) -> torch.Tensor:
 class UNetPasses:
     """The evaluations of `editing.guidance.DenoisingPasses`, carried out by a running guider.
 
-    `model_k`: what a KSAMPLER's function is given; its `inner_model` is the guider. The guider's conditionings "source",
-    "positive" and "negative" are the branches.
+    `model_k`: what a KSAMPLER's function is given; its `inner_model` is the guider. The guider's conditionings
+    "source", "positive" and "negative" are the branches.
     """
 
     def __init__(self, model_k, extra_args: dict):

@@ -1,8 +1,8 @@
 """Gradients with respect to the UNet's input, inside ComfyUI's executor.
 
 Nodes run under `torch.inference_mode`, so the model's weights are inference tensors and autograd refuses to save them.
-`input_gradients` leaves inference mode and swaps the few functions that would save a weight for ones that return only the
-input's gradient. No module is touched, no resident weight is copied.
+`input_gradients` leaves inference mode and swaps the few functions that would save a weight for ones that return only
+the input's gradient. No module is touched, no resident weight is copied.
 """
 
 import contextlib
@@ -60,8 +60,9 @@ def unshared_skips(transformer_options: dict) -> dict:
 class _ConstantWeights(torch.overrides.TorchFunctionMode):
     """Linear, convolution and norm layers differentiate with respect to their input only.
 
-    `resident`: ids of the model's own parameters, whose storage stays put until the backward pass. Any other weight comes
-    out of a cast buffer that the next layer reuses, so it is cloned; without that the gradient would be silently wrong.
+    `resident`: ids of the model's own parameters, whose storage stays put until the backward pass. Any other weight
+    comes out of a cast buffer that the next layer reuses, so it is cloned; without that the gradient would be silently
+    wrong.
     """
 
     NORMS = {F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm}

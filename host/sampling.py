@@ -1,4 +1,4 @@
-"""Inversion and guided sampling through ComfyUI's guider: loading, conditioning, previews and progress are the host's."""
+"""Inversion and guided sampling through ComfyUI's guider, which brings loading, conditioning, previews and progress."""
 
 import weakref
 from functools import partial
@@ -11,6 +11,7 @@ import latent_preview
 import torch
 from comfy import model_sampling as kinds
 
+from ..attention_patches.sites import cross_attention_sites
 from ..editing import ddim
 from ..editing.guidance import GuidanceWindow, sample_guided, sample_official
 from ..editing.inversion import Inversion, invert, on_grid
@@ -50,7 +51,7 @@ def clean_latent(model, latent_image: dict, socket: str = "latent_image") -> tor
             "Encode the picture with the VAE that belongs to the model."
         )
     if not samples.isfinite().all():
-        raise ValueError(f"{socket}: it contains NaN or infinite values. Check the VAE (try it in fp32) and the picture.")
+        raise ValueError(f"{socket}: it contains NaN or infinite values. Try the VAE in fp32, and check the picture.")
     return samples
 
 
@@ -164,6 +165,7 @@ def sample_edit(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
             "Make it from the same conditioning, with Apply Edit Direction."
         )
+    cross_attention_sites(model.model.diffusion_model)
     sampling = model.get_model_object("model_sampling")
     guidance_window = GuidanceWindow(*(sampling.percent_to_sigma(percent) for percent in window))
 

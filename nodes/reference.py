@@ -24,7 +24,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                     tooltip="What the picture should not show; an empty prompt is fine. Use the same one on the "
                     "guided sampler.",
                 ),
-                io.Latent.Input("latent_image", tooltip="An empty latent: it sets the size and the number of pictures."),
+                io.Latent.Input("latent_image", tooltip="An empty latent: its size and batch are the pictures'."),
                 io.Int.Input(
                     "steps",
                     default=50,
