@@ -1,0 +1,137 @@
+"""Train the judge on renders: `python -m pix2pix_zero.benchmarks.judge_training` (one core, a few minutes).
+
+Besides clean renders it sees what a latent model makes of them (blurred, noisy, off-colour, shifted), and pictures where
+the animal is half of one kind and half of another or smeared away. Those carry soft labels, so that the judge is unsure
+where a person would be unsure instead of naming the nearest animal with confidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..demo_model.captioner_training import augment, gaussian_blur, render_scenes
+from ..demo_model.scene import SUBJECTS, Scene, render, sample_scene, subject_mask
+from .judge import QUESTIONS, WEIGHTS, Judge, JudgeNetwork
+
+logger = logging.getLogger(__name__)
+
+TRAINING_SEED = 1_000_000
+HELD_OUT_SEED = 700_000
+
+
+def labels(scenes: list[Scene]) -> dict[str, Tensor]:
+    """One-hot answers [B, n] for every question; all zero where a question has no answer, so that it counts nothing."""
+    result = {}
+    for question, answers in QUESTIONS.items():
+        index = torch.tensor([answers.index(getattr(scene, question)) for scene in scenes])
+        result[question] = nn.functional.one_hot(index, len(answers)).float()
+    colourless = torch.tensor([scene.subject == "zebra" or scene.style == "pencil sketch" for scene in scenes])
+    result["fur"][colourless] = 0
+    return result
+
+
+def half_formed(scenes: list[Scene], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pictures of animals between two kinds, and of animals smeared away: uint8 [B, H, W, 3] with soft labels."""
+    generator = torch.Generator().manual_seed(seed)
+    soft = labels(scenes)
+    pictures = []
+    for index, scene in enumerate(scenes):
+        picture = torch.from_numpy(render(scene)).float()
+        if index % 3:
+            step = int(torch.randint(1, len(SUBJECTS), (1,), generator=generator))
+            other = SUBJECTS[(SUBJECTS.index(scene.subject) + step) % len(SUBJECTS)]
+            share = 0.25 + 0.5 * float(torch.rand(1, generator=generator))
+            picture = picture.lerp(torch.from_numpy(render(replace(scene, subject=other))).float(), share)
+            soft["subject"][index] *= 1 - share
+            soft["subject"][index, SUBJECTS.index(other)] = share
+            soft["fur"][index] = 0
+        else:
+            mask = torch.from_numpy(subject_mask(scene)).float()[None, None]
+            mask = (gaussian_blur(mask, 4.0) * 2).clamp(0, 1)[0, 0, ..., None]
+            smear = gaussian_blur(picture.movedim(-1, 0)[None], 14.0)[0].movedim(0, -1)
+            picture = picture.lerp(smear, mask)
+            soft["subject"][index] = 1 / len(SUBJECTS)
+            soft["fur"][index] = 0
+            soft["glasses"][index] = torch.tensor([1.0, 0.0])
+        pictures.append(picture.round().to(torch.uint8))
+    return torch.stack(pictures), soft
+
+
+def train_judge(
+    pictures: Tensor,
+    answers: dict[str, Tensor],
+    steps: int = 2500,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> tuple[JudgeNetwork, list[float]]:
+    """Train on `pictures` (uint8 [N, 128, 128, 3]) and soft `answers`; returns the network and the loss of every step."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    network = JudgeNetwork()
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    losses = []
+    for step in range(steps):
+        rows = torch.randint(len(pictures), (batch,), generator=generator)
+        logits = network(augment(pictures[rows].float().movedim(-1, 1) / 255, generator))
+        loss = sum(-(answers[q][rows] * logits[q].log_softmax(dim=1)).sum(dim=1).mean() for q in QUESTIONS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            logger.info("judge step %d of %d: loss %.3f", step, steps, losses[-1])
+    return network.eval(), losses
+
+
+def accuracy(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
+    """The share of right answers per question on pictures [B, H, W, 3] in 0..1, `fur` only where there is one."""
+    truth = labels(scenes)
+    result = {}
+    for question, probabilities in judge(pictures).items():
+        counts = truth[question].sum(dim=1) > 0
+        right = probabilities.argmax(dim=1) == truth[question].argmax(dim=1)
+        result[question] = right[counts].float().mean().item()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--renders", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=WEIGHTS)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+
+    scenes = [sample_scene(TRAINING_SEED + index) for index in range(options.renders)]
+    blends, soft = half_formed(scenes[: options.renders // 8], options.seed)
+    pictures, answers = render_scenes(scenes), labels(scenes)
+    network, _ = train_judge(
+        torch.cat([pictures, blends]),
+        {question: torch.cat([answers[question], soft[question]]) for question in QUESTIONS},
+        options.steps,
+        seed=options.seed,
+    )
+    save_file({key: value.half() for key, value in network.state_dict().items()}, options.output)
+
+    scenes = [sample_scene(HELD_OUT_SEED + index) for index in range(500)]
+    clean = render_scenes(scenes).float() / 255
+    blurred = gaussian_blur(clean.movedim(-1, 1), 1.2).movedim(1, -1)
+    for name, images in (("renders", clean), ("blurred", blurred)):
+        figures = accuracy(Judge(network), images, scenes)
+        logger.info("held-out %s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Step 1 of the workflow: describe the picture in words."""
+
+from comfy_api.latest import io
+
+from ..host import captioner_files
+from ..host.captioner import load_captioner
+from .types import CATEGORY, Captioner
+
+captioner_files.register_blip_folder()
+
+
+class Pix2PixZeroLoadCaptioner(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroLoadCaptioner",
+            display_name="Load Captioner (BLIP)",
+            category=CATEGORY,
+            description="Load a BLIP model that describes pictures in words.",
+            search_aliases=["blip", "interrogate", "image to text", "load caption model"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=captioner_files.captioner_names(),
+                    default=captioner_files.DEMO,
+                    tooltip="'demo' knows only the embedded demo scenes. For photographs use a BLIP folder in "
+                    "models/blip; the large model describes more, the base model is faster. A name with a slash is "
+                    "one that can be downloaded.",
+                ),
+                io.Boolean.Input(
+                    "allow_download",
+                    default=False,
+                    tooltip="Tick to fetch the chosen Salesforce model (1 to 2 GB) into models/blip if it is not "
+                    "there. Without the tick nothing is ever downloaded.",
+                ),
+            ],
+            outputs=[Captioner.Output(display_name="captioner")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, allow_download: bool) -> str:
+        return captioner_files.fingerprint(model_name)
+
+    @classmethod
+    def execute(cls, model_name: str, allow_download: bool) -> io.NodeOutput:
+        return io.NodeOutput(load_captioner(model_name, allow_download))
+
+
+class Pix2PixZeroCaption(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroCaption",
+            display_name="Caption Image (BLIP)",
+            category=CATEGORY,
+            description="Describe each picture of a batch in one sentence.",
+            search_aliases=["blip", "interrogate", "image to text", "describe"],
+            inputs=[
+                Captioner.Input("captioner", tooltip="From Load Captioner."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture to describe: the one you will edit. Each picture of a batch gets its own "
+                    "caption.",
+                ),
+                io.String.Input(
+                    "prefix",
+                    default="",
+                    tooltip="Words every caption starts with, such as 'a photo of'. They steer the rest. Leave empty "
+                    "if in doubt.",
+                ),
+                io.Int.Input(
+                    "max_new_tokens",
+                    default=40,
+                    min=1,
+                    max=200,
+                    advanced=True,
+                    tooltip="The longest caption, in word pieces. Raise it if captions are cut off; lower it if they "
+                    "ramble or repeat.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="caption", is_output_list=True, tooltip="One caption per picture, as a list."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, captioner, image, prefix: str = "", max_new_tokens: int = 40) -> io.NodeOutput:
+        return io.NodeOutput(captioner.caption(image, prefix, max_new_tokens))
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroLoadCaptioner, Pix2PixZeroCaption]
