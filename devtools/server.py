@@ -86,6 +86,7 @@ class Server:
         port: A loopback port, ``None`` for any free one.
         keep: A base directory that stays, ``None`` for a temporary one.
         options: Further options of ComfyUI's main.py.
+        gpu: Whether to use a GPU, ``None`` for wherever torch sees one.
         foreground: Leave the server's output on our terminal instead of in a log file.
     """
 
@@ -95,13 +96,14 @@ class Server:
         port: int | None = None,
         keep: Path | None = None,
         options: Sequence[str] = (),
+        gpu: bool | None = None,
         foreground: bool = False,
     ) -> None:
         self.environment = environment
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client_id = uuid.uuid4().hex
-        self._keep, self._options, self._foreground = keep, tuple(options), foreground
+        self._keep, self._options, self._gpu, self._foreground = keep, tuple(options), gpu, foreground
         self._cleanup = contextlib.ExitStack()
         self._process: subprocess.Popen | None = None
         self.log = ROOT / ".comfyui" / "logs" / f"server-{self.port}.log"
@@ -140,7 +142,7 @@ class Server:
         command += ["--database-url", f"sqlite:///{(base / 'comfyui.db').as_posix()}"]
         if comfyui.own and (comfyui.path / "models").is_dir():
             command += ["--extra-model-paths-config", str(_model_paths(comfyui.path / "models", base))]
-        if not sees_gpu(self.environment):
+        if not (sees_gpu(self.environment) if self._gpu is None else self._gpu):
             command.append("--cpu")
         return [*command, *self._options]
 

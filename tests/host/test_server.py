@@ -1,0 +1,56 @@
+"""The pack on the real server, over its HTTP interface."""
+
+from __future__ import annotations
+
+import pytest
+from pix2pix_zero.devtools.graphs import Graph
+from pix2pix_zero.devtools.server import GraphError
+from pix2pix_zero.nodes.types import CATEGORY
+
+
+def pack_nodes(server) -> dict[str, dict]:
+    return {name: schema for name, schema in server.object_info().items() if name.startswith("Pix2PixZero")}
+
+
+def inputs_of(schema: dict) -> dict[str, list]:
+    return {name: spec for group in ("required", "optional") for name, spec in schema["input"].get(group, {}).items()}
+
+
+def test_the_server_lists_every_node_of_the_pack(server):
+    import asyncio
+
+    from pix2pix_zero.nodes import Pix2PixZeroExtension
+
+    node_ids = {node.GET_SCHEMA().node_id for node in asyncio.run(Pix2PixZeroExtension().get_node_list())}
+    assert node_ids
+    assert node_ids == set(pack_nodes(server))
+
+
+def test_every_node_is_in_the_packs_category_and_says_what_it_does(server):
+    for name, schema in pack_nodes(server).items():
+        assert schema["category"].split("/")[0] == CATEGORY, name
+        assert len(schema["description"]) > 20, name
+        assert not schema["display_name"].startswith("Pix2PixZero"), f"{name} needs a name in plain words"
+
+
+def test_every_input_has_a_tooltip(server):
+    silent = [
+        f"{name}.{socket}"
+        for name, schema in pack_nodes(server).items()
+        for socket, spec in inputs_of(schema).items()
+        if len((spec[1] if len(spec) > 1 else {}).get("tooltip", "")) < 10
+    ]
+    assert not silent
+
+
+def test_a_graph_runs_and_its_picture_comes_back(server):
+    graph = Graph()
+    picture = graph.add("EmptyImage", width=64, height=32)
+    shown = graph.add("PreviewImage", images=picture[0])
+    outputs = server.run(graph.api(server.object_info()))
+    assert server.view(outputs[shown.key]["images"][0]).startswith(b"\x89PNG")
+
+
+def test_a_graph_with_an_unknown_node_is_refused_by_name(server):
+    with pytest.raises(GraphError, match="NoSuchNode"):
+        server.run({"1": {"class_type": "NoSuchNode", "inputs": {}}})
