@@ -2,12 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import inversion, reference, sampler
+from . import direction_files, directions, inversion, reference, sampler, sentences
 
 NODES = [
+    *direction_files.NODES,
+    *directions.NODES,
     *inversion.NODES,
     *reference.NODES,
     *sampler.NODES,
+    *sentences.NODES,
 ]
 
 

@@ -1,0 +1,188 @@
+"""Edit directions in text-embedding space: the difference of two mean sentence embeddings.
+
+Paper: Parmar et al., "Zero-shot Image-to-Image Translation" (pix2pix-zero), section 3.2,
+"Discovering edit directions". An encoding is a dict of tensors, one per output of the text encoder
+("cond" [n, tokens, width], for SDXL also "pooled_output" [n, width]).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+Encoding = dict[str, torch.Tensor]
+
+# Rounding of half-precision weights stays below 0.5 %, other text encoders start at tens of percent.
+FIRST_TOKEN_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class EditDirection:
+    """What has to be added to a caption's encoding to turn the source concept into the target concept."""
+
+    tensors: Encoding
+    """Mean difference per text-encoder output, float32, CPU: "cond" [1, tokens, width], "pooled_output" [1, width]."""
+    encoder: str
+    """Identity of the text encoder, see `host.text_encoding.encoder_fingerprint`."""
+    source: str
+    target: str
+    count: int
+    """Sentences averaged on the smaller side."""
+    first_token: torch.Tensor | None = None
+    """[width]: a causal encoder gives the start token the same vector in every prompt, so it identifies the encoder in
+    a conditioning. None when the encoder is not causal."""
+
+
+class _MeanEncoding:
+    """Running mean of encodings, per token position, without holding the sentences' tensors."""
+
+    def __init__(self, chunk_length: int | None):
+        self.chunk_length = chunk_length
+        self.sums: Encoding = {}
+        self.counts: Encoding = {}
+        self.count = 0
+        self.first_token: torch.Tensor | None = None
+        self.first_token_is_constant = True
+
+    def add(self, encodings: Encoding) -> None:
+        self.count += next(iter(encodings.values())).shape[0]
+        for name, rows in encodings.items():
+            rows = rows.detach().to("cpu", torch.float64)
+            if rows.ndim == 3:
+                rows = rows[:, : self.chunk_length]
+                if name == "cond":
+                    self._watch_first_token(rows[:, 0])
+            self._accumulate(name, rows)
+
+    def _accumulate(self, name: str, rows: torch.Tensor) -> None:
+        total, count = rows.sum(0), torch.full(rows.shape[1:2] if rows.ndim == 3 else (), float(rows.shape[0]))
+        if name in self.sums:
+            total, old_total = _pad_to_longer(total, self.sums[name])
+            count, old_count = _pad_to_longer(count, self.counts[name])
+            total, count = total + old_total, count + old_count
+        self.sums[name], self.counts[name] = total, count
+
+    def _watch_first_token(self, rows: torch.Tensor) -> None:
+        if self.first_token is None:
+            self.first_token = rows[0]
+        spread = (rows - self.first_token).norm(dim=-1).max()
+        self.first_token_is_constant &= bool(spread <= 1e-2 * self.first_token.norm())
+
+    def constant_first_token(self, other: "_MeanEncoding") -> torch.Tensor | None:
+        """[width], or None unless every sentence of both means has the same vector there."""
+        if self.first_token is None or not (self.first_token_is_constant and other.first_token_is_constant):
+            return None
+        same = _relative_difference(self.first_token, other.first_token) <= 1e-2
+        return self.first_token.float() if same else None
+
+    def mean(self, name: str) -> torch.Tensor:
+        total, count = self.sums[name], self.counts[name]
+        return total / (count.unsqueeze(-1) if count.ndim else count)
+
+
+def _pad_to_longer(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero-pad the first dimension of the shorter of two sums; other shapes are left alone."""
+    if a.ndim == 0 or a.shape[0] == b.shape[0]:
+        return a, b
+    length = max(a.shape[0], b.shape[0])
+    return tuple(torch.cat([x, x.new_zeros(length - x.shape[0], *x.shape[1:])]) for x in (a, b))
+
+
+def edit_direction(
+    source_encodings: Iterable[Encoding],
+    target_encodings: Iterable[Encoding],
+    chunk_length: int | None = None,
+    encoder: str = "",
+    source: str = "",
+    target: str = "",
+) -> EditDirection:
+    """Mean encoding of the target sentences minus that of the source sentences (paper section 3.2).
+
+    Both arguments yield batches: dicts of tensors [n, tokens, width] or [n, width]; sizes of batches are free. The mean
+    is taken per token position, padding included. Sentences longer than `chunk_length` tokens count with their first
+    chunk; without a chunk length, positions that only longer sentences reach are averaged over those.
+
+    Raises ValueError when a side is empty.
+    """
+    means = []
+    for side, encodings in (("source", source_encodings), ("target", target_encodings)):
+        mean = _MeanEncoding(chunk_length)
+        for batch in encodings:
+            mean.add(batch)
+        if mean.count == 0:
+            raise ValueError(f"{side}: there is no sentence to encode. Give at least one.")
+        means.append(mean)
+    source_mean, target_mean = means
+
+    tensors = {}
+    for name in source_mean.sums:
+        a, b = source_mean.mean(name), target_mean.mean(name)
+        if a.ndim == 2:
+            tokens = min(a.shape[0], b.shape[0])
+            a, b = a[:tokens], b[:tokens]
+        tensors[name] = (b - a).float().unsqueeze(0)
+
+    first_token = source_mean.constant_first_token(target_mean)
+    return EditDirection(tensors, encoder, source, target, min(source_mean.count, target_mean.count), first_token)
+
+
+def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float) -> EditDirection:
+    """weight_a * a + weight_b * b. Raises ValueError when the two come from different text encoders."""
+    shapes_a = {name: t.shape for name, t in a.tensors.items()}
+    shapes_b = {name: t.shape for name, t in b.tensors.items()}
+    if a.encoder != b.encoder or shapes_a != shapes_b:
+        raise ValueError(
+            "direction_a and direction_b come from different text encoders and cannot be added. "
+            "Make both with the same CLIP (and the same CLIP skip)."
+        )
+    return EditDirection(
+        tensors={name: weight_a * t + weight_b * b.tensors[name] for name, t in a.tensors.items()},
+        encoder=a.encoder,
+        source=f"{weight_a:g} x ({a.source}) + {weight_b:g} x ({b.source})",
+        target=f"{weight_a:g} x ({a.target}) + {weight_b:g} x ({b.target})",
+        count=min(a.count, b.count),
+        first_token=a.first_token,
+    )
+
+
+def apply_direction(encoding: torch.Tensor, direction: torch.Tensor, strength: float) -> torch.Tensor:
+    """encoding + strength * direction, as a new tensor of the encoding's dtype and device.
+
+    encoding [B, chunks * tokens, width] with direction [1, tokens, width]: added to every row, repeated over the chunks
+    of a long prompt. Or [B, width] with [1, width] (pooled). Strength 0 gives the encoding back bit for bit.
+
+    Raises ValueError when the shapes do not fit.
+    """
+    if encoding.shape[-1] != direction.shape[-1] or encoding.ndim != direction.ndim:
+        raise ValueError(
+            f"conditioning: it holds {encoding.shape[-1]} values per token, the direction {direction.shape[-1]}. "
+            "They come from different text encoders: make the direction with the CLIP that encoded the caption."
+        )
+    if encoding.ndim == 3 and encoding.shape[1] % direction.shape[1]:
+        raise ValueError(
+            f"conditioning: its {encoding.shape[1]} tokens are not chunks of the direction's {direction.shape[1]}. "
+            "They come from different text encoders: make the direction with the CLIP that encoded the caption."
+        )
+    if strength == 0:
+        return encoding.clone()
+    if encoding.ndim == 3:
+        direction = direction.repeat(1, encoding.shape[1] // direction.shape[1], 1)
+    moved = encoding.float() + strength * direction.to(encoding.device, torch.float32)
+    return moved.to(encoding.dtype)
+
+
+def same_encoder(encoding: torch.Tensor, direction: EditDirection) -> bool:
+    """Whether the start token of an encoding [B, tokens, width] is the one of the direction's text encoder.
+
+    Compared up to a common factor, because some prompt-weighting schemes rescale an encoding, and skipped for
+    encodings that were zeroed out and for encoders that are not causal.
+    """
+    first = encoding[:, 0].detach().to("cpu", torch.float64)
+    if direction.first_token is None or not first.any():
+        return True
+    return all(_relative_difference(row, direction.first_token) <= FIRST_TOKEN_TOLERANCE for row in first)
+
+
+def _relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a / a.norm() - b / b.norm()).norm())

@@ -1,0 +1,152 @@
+"""Step 3 of the workflow: find the edit direction between two concepts and add it to the caption's conditioning."""
+
+from comfy_api.latest import io
+
+from ..editing.directions import combine
+from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
+from ..host.text_encoding import find_direction, move_conditioning
+from .types import CATEGORY, Direction
+
+
+class Pix2PixZeroEditDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroEditDirection",
+            display_name="Edit Direction",
+            category=CATEGORY,
+            description="Find what has to change in a caption's encoding to turn the source concept into the target "
+            "concept, by encoding hundreds of sentences about both.",
+            search_aliases=["concept direction", "text direction", "embedding direction", "cat to dog"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP that also encodes the caption."),
+                io.String.Input(
+                    "source",
+                    default="cat",
+                    tooltip="What the picture shows now. Name only what changes: cat, summer, photo, wooden. "
+                    "To add something, name what it is added to: cat.",
+                ),
+                io.String.Input(
+                    "target",
+                    default="dog",
+                    tooltip="What it should become: dog, winter, oil painting, golden, cat wearing glasses. The closer "
+                    "in meaning to the source, the cleaner the edit.",
+                ),
+            ],
+            outputs=[Direction.Output(display_name="direction")],
+        )
+
+    @classmethod
+    def execute(cls, clip, source: str, target: str) -> io.NodeOutput:
+        source_sentences, target_sentences = paired_sentences(source, target, PAIRS, seed=0)
+        return io.NodeOutput(find_direction(clip, source_sentences, target_sentences, source, target))
+
+
+class Pix2PixZeroEditDirectionFromSentences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroEditDirectionFromSentences",
+            display_name="Edit Direction from Sentences",
+            category=CATEGORY,
+            description="Find the edit direction between two lists of sentences of your own, or from any node that "
+            "writes text.",
+            search_aliases=["custom direction", "prompt direction", "sentences"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP that also encodes the caption."),
+                io.String.Input(
+                    "source_sentences",
+                    multiline=True,
+                    tooltip="One sentence per line about what the picture shows now. Blank lines, bullets and numbering "
+                    "are ignored. Add more if the edit changes things it should not.",
+                ),
+                io.String.Input(
+                    "target_sentences",
+                    multiline=True,
+                    tooltip="One sentence per line about what it should become. The same sentences with only the "
+                    "concept exchanged work best.",
+                ),
+            ],
+            outputs=[Direction.Output(display_name="direction")],
+        )
+
+    @classmethod
+    def execute(cls, clip, source_sentences: str, target_sentences: str) -> io.NodeOutput:
+        source, target = read_sentence_lists(source_sentences, target_sentences)
+        return io.NodeOutput(find_direction(clip, source, target, source[0], target[0]))
+
+
+class Pix2PixZeroCombineDirections(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroCombineDirections",
+            display_name="Combine Directions",
+            category=CATEGORY,
+            description="Add two edit directions to make both edits at once, for example cat to dog and day to night.",
+            search_aliases=["merge directions", "add directions", "mix directions"],
+            inputs=[
+                Direction.Input("direction_a", tooltip="The first edit."),
+                Direction.Input("direction_b", tooltip="The second edit, found with the same CLIP."),
+                io.Float.Input(
+                    "weight_a",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Raise it if the first edit is too weak beside the other. Below 0 it is reversed.",
+                ),
+                io.Float.Input(
+                    "weight_b",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Raise it if the second edit is too weak beside the other. Below 0 it is reversed.",
+                ),
+            ],
+            outputs=[Direction.Output(display_name="direction")],
+        )
+
+    @classmethod
+    def execute(cls, direction_a, direction_b, weight_a: float = 1.0, weight_b: float = 1.0) -> io.NodeOutput:
+        return io.NodeOutput(combine(direction_a, direction_b, weight_a, weight_b))
+
+
+class Pix2PixZeroApplyDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroApplyDirection",
+            display_name="Apply Direction",
+            category=CATEGORY,
+            description="Add an edit direction to the encoded caption. Use the result as the positive of the sampler and "
+            "the unchanged caption as its negative.",
+            search_aliases=["edit conditioning", "add direction", "move conditioning"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The encoded caption of the picture."),
+                Direction.Input("direction", tooltip="From Edit Direction, made with the CLIP that encoded the caption."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much of the edit. Raise it in steps of 0.25 if the picture does not change enough; "
+                    "lower it if more changes than should. 0 edits nothing, below 0 edits the other way.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, direction, strength: float = 1.0) -> io.NodeOutput:
+        return io.NodeOutput(move_conditioning(conditioning, direction, strength))
+
+
+NODES: list[type[io.ComfyNode]] = [
+    Pix2PixZeroEditDirection,
+    Pix2PixZeroEditDirectionFromSentences,
+    Pix2PixZeroCombineDirections,
+    Pix2PixZeroApplyDirection,
+]
