@@ -1,0 +1,103 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from pix2pix_zero.demo_model import captioner_training as training
+from pix2pix_zero.demo_model.scene import SUBJECTS, Scene, caption, render, sample_scene
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [sample_scene(index) for index in range(96)]
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes):
+    return training.render_scenes(scenes)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return training.load_parts()
+
+
+def test_loss_falls_in_a_short_run_and_the_seed_fixes_it(scenes, pictures):
+    torch.set_num_threads(1)
+    weights, losses = training.train_captioner(pictures, scenes, steps=16, batch=8, seed=3)
+    again, again_losses = training.train_captioner(pictures, scenes, steps=16, batch=8, seed=3)
+    assert np.mean(losses[-4:]) < 0.75 * np.mean(losses[:4])
+    assert losses == again_losses
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert sum(value.numel() * value.element_size() for value in weights.values()) <= 3e6
+
+
+def test_the_vocabulary_spells_every_canonical_caption(scenes, parts):
+    _, tokenizer, _ = parts
+    for scene in scenes:
+        ids = tokenizer(caption(scene), add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == caption(scene)
+    assert set(training.caption_words()) == set(tokenizer.get_vocab()) - {
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"
+    }  # fmt: skip
+
+
+def test_teaching_texts_split_the_canonical_caption(scenes):
+    rng = random.Random(0)
+    for scene in scenes:
+        opening, rest = training.teaching_text(scene, rng)
+        assert caption(scene).endswith(rest)
+        assert f"{opening} {rest}".strip() == caption(scene) or opening in training.OPENINGS
+
+
+def test_only_what_is_to_be_said_is_a_target(parts):
+    _, tokenizer, _ = parts
+    ids, mask, targets = training.tokenize([("a photo of", "a cat"), ("", "a dog")], tokenizer, start=5)
+    said = [[tokenizer.decode(i) for i in row[row >= 0]] for row in targets]
+    assert said == [["a", "cat", "[SEP]"], ["a", "dog", "[SEP]"]]
+    assert ids[:, 0].tolist() == [5, 5]
+    assert mask.sum(dim=1).tolist() == [7, 4]
+
+
+def test_prepare_agrees_with_the_image_processor(scenes, parts):
+    _, _, image_processor = parts
+    picture = render(scenes[0])
+    expected = image_processor(images=[picture], input_data_format="channels_last", return_tensors="pt").pixel_values
+    got = training.prepare(torch.from_numpy(picture).movedim(-1, 0)[None] / 255, image_processor)
+    assert (got - expected).abs().max() < 0.05
+
+
+def test_blur_agrees_with_scipy(pictures):
+    from scipy.ndimage import gaussian_filter
+
+    image = pictures[:1].float().movedim(-1, 1)
+    expected = gaussian_filter(image.numpy(), (0, 0, 1.5, 1.5), mode="nearest", truncate=2.5)
+    got = training.gaussian_blur(image, 1.5).numpy()
+    assert np.abs(got - expected).max() < 0.05
+
+
+def test_augmented_pictures_stay_pictures(pictures):
+    images = pictures[:32].float().movedim(-1, 1) / 255
+    changed = training.augment(images, torch.Generator().manual_seed(0))
+    assert changed.shape == images.shape
+    assert 0 <= changed.min() and changed.max() <= 1
+    untouched = sum(torch.equal(a, b) for a, b in zip(changed, images))
+    assert 2 <= untouched <= 16
+    assert 0.01 < (changed - images).abs().mean() < 0.15
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_accuracy_reads_captions_word_by_word(subject):
+    scene = Scene(subject=subject, fur="black", glasses=True, night=True, winter=True)
+    truth = caption(scene)
+    assert set(training.caption_accuracy([truth], [scene]).values()) == {1.0}
+    for word, other, wrong in (
+        (subject, "bird", {"subject", "exact"}),
+        (" wearing glasses", "", {"glasses", "exact"}),
+        ("at night", "during the day", {"night", "exact"}),
+        ("in winter", "", {"winter", "exact"}),
+        ("a photo of", "a pencil sketch of", {"style", "exact"}),
+    ):
+        shares = training.caption_accuracy([truth.replace(word, other)], [scene])
+        assert {name for name, share in shares.items() if share == 0} == wrong
