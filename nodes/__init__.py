@@ -2,9 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import direction_files, directions, inversion, reference, sampler, sentences
+from . import caption, direction_files, directions, inversion, reference, sampler, sentences
 
 NODES = [
+    *caption.NODES,
     *direction_files.NODES,
     *directions.NODES,
     *inversion.NODES,
