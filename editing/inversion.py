@@ -30,6 +30,11 @@ class Inversion:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def batch(self) -> int:
+        """Number of pictures."""
+        return self.trajectory.shape[1]
+
 
 def invert(
     latent: torch.Tensor,

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
+from ..host.batching import run_per_picture
 from ..host.sampling import INVERSION_METHODS, invert_latent, inverted_noise
 from .types import CATEGORY, Inversion
 
@@ -16,6 +17,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
             category=CATEGORY,
             description="Walks a picture back to the noise it could have been drawn from, so that it can be redrawn "
             "with a change. Runs once per picture; later edits reuse it.",
+            is_input_list=True,
             search_aliases=["ddim inversion", "unsampler", "image to noise", "pix2pix-zero"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will also draw the edit: SD 1.x, SD 2.x or SDXL."),
@@ -90,14 +92,19 @@ class Pix2PixZeroInversion(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Inversion.Output(display_name="inversion"),
-                io.Latent.Output(display_name="noise"),
-                io.Sigmas.Output(display_name="sigmas"),
+                Inversion.Output(display_name="inversion", is_output_list=True),
+                io.Latent.Output(display_name="noise", is_output_list=True),
+                io.Sigmas.Output(display_name="sigmas", is_output_list=True),
             ],
         )
 
     @classmethod
-    def execute(
+    def execute(cls, **inputs) -> io.NodeOutput:
+        batches = [len(latent["samples"]) for latent in inputs["latent_image"]]
+        return io.NodeOutput(*run_per_picture(cls.invert, inputs, batches, texts=("positive",)))
+
+    @classmethod
+    def invert(
         cls,
         model,
         positive,
@@ -109,12 +116,12 @@ class Pix2PixZeroInversion(io.ComfyNode):
         regularization_steps,
         autocorrelation_rolls,
         method,
-    ) -> io.NodeOutput:
+    ) -> tuple:
         regularization = NoiseRegularization(
             autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls
         )
         inversion = invert_latent(model, positive, latent_image, steps, seed, regularization, method)
-        return io.NodeOutput(inversion, {"samples": inverted_noise(inversion, model)}, inversion.sigmas.flip(0))
+        return inversion, {"samples": inverted_noise(inversion, model)}, inversion.sigmas.flip(0)
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroInversion]

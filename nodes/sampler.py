@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..host.batching import run_per_picture
 from ..host.sampling import sample_edit
 from .types import CATEGORY, Inversion
 
@@ -15,6 +16,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
             category=CATEGORY,
             description="Redraws an inverted picture with the edited text while cross-attention guidance keeps its "
             "layout, pose and background.",
+            is_input_list=True,
             search_aliases=["cross-attention guidance", "guided ksampler", "edit sampler", "pix2pix-zero"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the picture was inverted with. LoRAs may be added to it."),
@@ -74,16 +76,21 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     "update, step for step, to compare with their results; about twice the time.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent")],
+            outputs=[io.Latent.Output(display_name="latent", is_output_list=True)],
         )
 
     @classmethod
-    def execute(
+    def execute(cls, **inputs) -> io.NodeOutput:
+        batches = [inversion.batch for inversion in inputs["inversion"]]
+        return io.NodeOutput(*run_per_picture(cls.sample, inputs, batches, texts=("positive", "negative")))
+
+    @classmethod
+    def sample(
         cls, model, inversion, positive, negative, cfg, guidance_strength, start_percent, end_percent, preset
-    ) -> io.NodeOutput:
+    ) -> tuple:
         window = (start_percent, end_percent)
         samples = sample_edit(model, inversion, positive, negative, cfg, guidance_strength, window, preset)
-        return io.NodeOutput({"samples": samples})
+        return ({"samples": samples},)
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroKSampler]

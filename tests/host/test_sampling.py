@@ -1,0 +1,203 @@
+"""Inversion and the guided sampler on a small random UNet, through the real guider."""
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.host import sampling
+from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
+from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
+from small_unet import conditioning, latent, small_model
+
+OFF = NoiseRegularization(steps=0)
+MILD = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.inference_mode():
+        model = small_model()
+        comfy.model_management.load_models_gpu([model])
+        return model
+
+
+@torch.inference_mode()
+def edit(model, inversion, positive=None, negative=None, strength=0.01, **options):
+    positive = positive or conditioning(seed=1)
+    return sampling.sample_edit(model, inversion, positive, negative or conditioning(), 2.0, strength, **options)
+
+
+@torch.inference_mode()
+def invert(model, positive=None, picture=None, steps=3, regularization=MILD, **options):
+    return sampling.invert_latent(
+        model, positive or conditioning(), picture or latent(), steps, 0, regularization, **options
+    )
+
+
+def test_a_batch_equals_single_runs(model):
+    texts, edits = conditioning(rows=3), conditioning(rows=3, seed=1)
+    pictures = latent(batch=3, height=8, width=12)
+    together = edit(model, invert(model, texts, pictures), edits, texts, strength=0.001)
+    for i in (0, 2):
+        one_text, one_edit = [[texts[0][0][i : i + 1], {}]], [[edits[0][0][i : i + 1], {}]]
+        picture = {"samples": pictures["samples"][i : i + 1]}
+        alone = edit(model, invert(model, one_text, picture), one_edit, one_text, strength=0.001)
+        difference = model.model.process_latent_in(together[i : i + 1] - alone)
+        assert difference.abs().max() <= 1e-4
+
+
+def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
+    texts, edits = conditioning(rows=2), conditioning(rows=2, seed=1)
+    as_list = [[[text[None], {}]] for text in texts[0][0]]
+    edits_as_list = [[[text[None], {}]] for text in edits[0][0]]
+    pictures = latent(batch=2)
+    settings = dict(
+        steps=[3],
+        seed=[0],
+        autocorrelation_weight=[MILD.autocorrelation_weight],
+        kl_weight=[MILD.kl_weight],
+        regularization_steps=[MILD.steps],
+        autocorrelation_rolls=[MILD.rolls],
+        method=["ddim"],
+    )
+    inversions, noises, grids = run_node(
+        Pix2PixZeroInversion, model=[model], positive=as_list, latent_image=[pictures], **settings
+    )
+    assert [len(inversions), len(noises), len(grids)] == [1, 1, 1]
+    window = dict(start_percent=[0.0], end_percent=[1.0], preset=["default"])
+    (latents,) = run_node(
+        Pix2PixZeroKSampler,
+        model=[model],
+        inversion=inversions,
+        positive=edits_as_list,
+        negative=as_list,
+        cfg=[2.0],
+        guidance_strength=[0.01],
+        **window,
+    )
+    expected = edit(model, invert(model, texts, pictures), edits, texts)
+    assert len(latents) == 1
+    assert torch.equal(latents[0]["samples"], expected)
+
+
+def test_stock_sampling_from_noise_and_sigmas_equals_the_unguided_sampler(model):
+    """The outputs `noise` and `sigmas` drive SamplerCustomAdvanced with euler, which is DDIM in sigma space."""
+    with torch.inference_mode():
+        inversion = invert(model)
+        expected = edit(model, inversion, strength=0.0)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditioning(seed=1), conditioning())
+        guider.set_cfg(2.0)
+        noise = sampling.inverted_noise(inversion, model)
+        stock = guider.sample(
+            torch.zeros_like(noise), noise, comfy.samplers.sampler_object("euler"), inversion.sigmas.flip(0)
+        )
+    assert (stock - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_unmasked_part_is_the_source_exactly(model):
+    picture = latent()
+    picture["noise_mask"] = torch.zeros(1, 8, 8)
+    picture["noise_mask"][..., :4] = 1.0
+    edited = edit(model, invert(model, picture=picture))
+    assert (edited - picture["samples"])[..., 4:].abs().max() < 1e-5
+    assert (edited - picture["samples"])[..., :4].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (6, 10), (2, 4)])
+def test_any_size_the_model_takes(model, shape):
+    edited = edit(model, invert(model, picture=latent(1, *shape)))
+    assert edited.shape == (1, 4, *shape)
+    assert edited.isfinite().all()
+
+
+def test_guidance_pulls_the_maps_towards_the_source(model):
+    inversion = invert(model)
+    distances = []
+
+    class Passes(sampling.UNetPasses):
+        def map_gradient(self, *args):
+            gradient, distance = super().map_gradient(*args)
+            distances[-1].append(distance.item())
+            return gradient, distance
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "UNetPasses", Passes)
+        for strength in (1e-9, 0.02):
+            distances.append([])
+            edit(model, inversion, strength=strength)
+    free, guided = distances
+    assert guided[0] == pytest.approx(free[0])
+    assert sum(guided) < sum(free)
+
+
+def test_the_guidance_window_is_respected(model):
+    inversion = invert(model)
+    free = edit(model, inversion, strength=0.0)
+    assert torch.equal(edit(model, inversion, window=(0.99999, 1.0)), free)
+    assert not torch.equal(edit(model, inversion, window=(0.0, 0.5)), free)
+
+
+def test_generated_reference_is_the_picture_its_trajectory_ends_on(model):
+    with torch.inference_mode():
+        empty = {"samples": torch.zeros(2, 4, 8, 8)}
+        inversion, samples = sampling.generate_reference(model, conditioning(), conditioning(seed=2), empty, 3, 2.0, 7)
+        again = edit(model, inversion, conditioning(), conditioning(seed=2), strength=0.0)
+    assert (again - samples).abs().max() <= 1e-4 * samples.std()
+    assert not torch.equal(samples[0], samples[1])
+
+
+@pytest.mark.parametrize("steps", [0, 1001, -3])
+def test_steps_out_of_range_are_refused(model, steps):
+    with pytest.raises(ValueError, match="steps"):
+        invert(model, steps=steps)
+
+
+def test_nan_latent_is_refused(model):
+    picture = latent()
+    picture["samples"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="latent_image.*NaN"):
+        invert(model, picture=picture)
+
+
+def test_latent_of_another_kind_is_refused(model):
+    with pytest.raises(ValueError, match="latent_image.*VAE"):
+        invert(model, picture={"samples": torch.randn(1, 16, 8, 8)})
+
+
+def test_inversion_of_another_model_is_refused(model):
+    inversion = invert(model)
+    with torch.inference_mode():
+        other = small_model(seed=5)
+    with pytest.raises(ValueError, match="inversion.*another model"):
+        edit(other, inversion)
+
+
+def test_texts_that_do_not_match_the_batch_are_refused(model):
+    with pytest.raises(ValueError, match="positive.*3 texts for 2 pictures"):
+        invert(model, conditioning(rows=3), latent(batch=2))
+    inversion = invert(model, picture=latent(batch=2))
+    with pytest.raises(ValueError, match="negative.*3 texts for 2 pictures"):
+        edit(model, inversion, negative=conditioning(rows=3))
+
+
+def test_edited_text_of_another_length_is_refused_when_guided(model):
+    inversion = invert(model)
+    with pytest.raises(ValueError, match="positive.*tokens"):
+        edit(model, inversion, conditioning(tokens=14))
+
+
+def test_flow_and_edm_models_are_refused():
+    for model_type in (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.EDM):
+        with pytest.raises(ValueError, match="model.*flow or EDM"):
+            invert(small_model(model_type))
+
+
+def test_v_prediction_inverts_and_reconstructs():
+    with torch.inference_mode():
+        model = small_model(comfy.model_base.ModelType.V_PREDICTION)
+    inversion = invert(model, steps=40, regularization=OFF)
+    again = edit(model, inversion, conditioning(), strength=0.0)
+    source = latent()["samples"]
+    assert (again - source).norm() / source.norm() < 0.1
