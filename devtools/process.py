@@ -92,13 +92,18 @@ def run(command: Sequence[str | Path], cwd: Path | None = None, env: Mapping[str
 
 
 def _end(signum: int, _frame) -> None:
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + signum)
 
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[None]:
-    """Turn SIGTERM and a closed terminal into SystemExit, so that every ``finally`` and ``with`` runs."""
-    names = ("SIGTERM", "SIGHUP", "SIGBREAK")
+    """Turn SIGTERM and a closed terminal into SystemExit, so that every ``finally`` and ``with`` runs.
+
+    SIGINT is set too: a shell starts background jobs with it ignored.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     previous = {number: signal.signal(number, _end) for number in signals}
     try:
