@@ -1,7 +1,7 @@
 """Tells what is in a picture of the demo's world, so that edits and samples can be scored without a human.
 
-A small convolutional network trained on renders by `judge_training.py`. It is a measuring tool and no part of the pack's
-model: nothing in `nodes/` uses it.
+A small convolutional network trained on renders by `judge_training.py`. It is a measuring tool and no part of the
+pack's model: nothing in `nodes/` uses it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train the judge on renders: `python -m pix2pix_zero.benchmarks.judge_training` (one core, a few minutes).
 
-Besides clean renders it sees what a latent model makes of them (blurred, noisy, off-colour, shifted), and pictures where
-the animal is half of one kind and half of another or smeared away. Those carry soft labels, so that the judge is unsure
-where a person would be unsure instead of naming the nearest animal with confidence.
+Besides clean renders it sees what a latent model makes of them (blurred, noisy, off-colour, shifted), and pictures
+where the animal is half of one kind and half of another or smeared away. Those carry soft labels, so that the judge is
+unsure where a person would be unsure instead of naming the nearest animal with confidence.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def half_formed(scenes: list[Scene], seed: int) -> tuple[Tensor, dict[str, Tenso
 def train_judge(
     pictures: Tensor,
     answers: dict[str, Tensor],
-    steps: int = 2500,
+    steps: int = 1000,
     batch: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> tuple[JudgeNetwork, list[float]]:
-    """Train on `pictures` (uint8 [N, 128, 128, 3]) and soft `answers`; returns the network and the loss of every step."""
+    """Train on `pictures` (uint8 [N, 128, 128, 3]) and soft `answers`; returns the network and every step's loss."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = JudgeNetwork()
@@ -107,7 +107,7 @@ def accuracy(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--renders", type=int, default=16000)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     options = parser.parse_args()
