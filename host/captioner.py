@@ -25,6 +25,15 @@ IMAGES_AT_ONCE = 8
 BEAMS = 3
 
 
+class WholeModelPatcher(comfy.model_patcher.ModelPatcher):
+    """Loads and unloads its model as one: layers of transformers cannot fetch a weight that was offloaded alone."""
+
+    def partially_unload(
+        self, device_to: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False
+    ) -> int:
+        return 0
+
+
 class Captioner:
     """A BLIP model with its tokenizer and image processor.
 
@@ -45,7 +54,7 @@ class Captioner:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         # One level of wrapping, because the patcher sets `device` on its model, which a transformers model refuses.
-        self.patcher = comfy.model_patcher.ModelPatcher(
+        self.patcher = WholeModelPatcher(
             torch.nn.ModuleDict({"blip": blip.to(self.dtype).eval()}),
             load_device=load_device,
             offload_device=comfy.model_management.text_encoder_offload_device(),
@@ -79,7 +88,9 @@ class Captioner:
         max_new_tokens = min(max_new_tokens, room)
 
         chunks = [pixels[start : start + IMAGES_AT_ONCE] for start in range(0, len(pixels), IMAGES_AT_ONCE)]
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=self._activation_bytes())
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=self._activation_bytes(), force_full_load=True
+        )
         progress = comfy.utils.ProgressBar(len(chunks) * max_new_tokens)
         captions = []
         for index, chunk in enumerate(chunks):
@@ -89,7 +100,7 @@ class Captioner:
         return captions
 
     def _generate(self, pixels: np.ndarray, prompt, max_new_tokens: int, hook: Callable) -> torch.Tensor:
-        device = self.patcher.load_device
+        device = self.blip.device  # with --novram the weights stay where they are
         inputs = self.image_processor(images=list(pixels), input_data_format="channels_last", return_tensors="pt")
         words = {}
         if prompt is not None:

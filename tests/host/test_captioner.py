@@ -138,6 +138,15 @@ def test_the_model_is_loaded_by_the_hosts_memory_management(tiny, run_node):
     assert tiny.patcher.model_size() > 0
 
 
+def test_the_host_unloads_the_model_whole(tiny, run_node):
+    run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1))
+    (loaded,) = [entry for entry in comfy.model_management.current_loaded_models if entry.model is tiny.patcher]
+    assert loaded.model_unload(memory_to_free=1) is True
+    assert tiny.patcher.loaded_size() == 0
+    comfy.model_management.current_loaded_models.remove(loaded)
+    run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1))
+
+
 def test_cancel_stops_in_the_middle_of_a_caption_and_the_next_run_works(tiny, run_node, monkeypatch):
     images = pictures(2)
     (before,) = run_node(Pix2PixZeroCaption, captioner=tiny, image=images)
