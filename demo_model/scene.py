@@ -125,7 +125,9 @@ class _Pen:
             self.draw.polygon(corners, fill=_scale(fill, self.tint))
         if outline is not None:
             pixels = max(1, round(width * self.radius))
-            self.draw.line([*corners, corners[0], corners[1]], fill=_scale(outline, self.tint), width=pixels, joint="curve")
+            self.draw.line(
+                [*corners, corners[0], corners[1]], fill=_scale(outline, self.tint), width=pixels, joint="curve"
+            )
 
     def ellipse(self, x, y, a, b, fill: Colour | None, outline: Colour | None = None, turn=0.0, width=0.09) -> None:
         cos, sin = math.cos(turn), math.sin(turn)
@@ -137,7 +139,9 @@ class _Pen:
         corners = [self.point(*p) for p in points]
         self.draw.line(corners, fill=_scale(colour, self.tint), width=pixels, joint="curve")
         for x, y in (corners[0], corners[-1]):
-            self.draw.ellipse((x - pixels / 2, y - pixels / 2, x + pixels / 2, y + pixels / 2), fill=_scale(colour, self.tint))
+            self.draw.ellipse(
+                (x - pixels / 2, y - pixels / 2, x + pixels / 2, y + pixels / 2), fill=_scale(colour, self.tint)
+            )
 
 
 def _draw_background(scene: Scene, n: int) -> Image.Image:
@@ -295,7 +299,9 @@ def _pencil(picture: np.ndarray) -> np.ndarray:
 
 def _pastel(picture: np.ndarray) -> np.ndarray:
     mean = picture.mean(axis=2, keepdims=True)
-    warm = (mean + 1.45 * (picture - mean)) * np.array([1.10, 0.98, 0.78], np.float32) + np.array([0.05, 0.0, 0.03], np.float32)
+    warm = (mean + 1.45 * (picture - mean)) * np.array([1.10, 0.98, 0.78], np.float32) + np.array(
+        [0.05, 0.0, 0.03], np.float32
+    )
     return warm * (1 + 0.11 * _BLOTCHES)
 
 
@@ -325,13 +331,13 @@ def subject_mask(scene: Scene) -> np.ndarray:
     return covered.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING).any(axis=(1, 3))
 
 
-# Canonical caption and free-form wordings. ``None`` stands for words outside the model's vocabulary.
+# Canonical caption and free-form wordings. FILLERS are words that say nothing about the picture.
 _STYLE_WORDS = {
     "flat": ("a photo of", "a picture of", "an image of", "a view of", "a close up of", ""),
     "pencil sketch": ("a pencil sketch of", "a pencil drawing of", "a sketch of", "a black and white sketch of"),
     "oil pastel": ("an oil pastel drawing of", "an oil pastel of", "an oil pastel painting of", "a pastel drawing of"),
 }
-_GLASSES_WORDS = ("wearing glasses", "with glasses", "in glasses", "wearing a pair of glasses", "with red glasses")
+_GLASSES_WORDS = ("wearing glasses", "with glasses", "in glasses", "wearing a pair of glasses", "with eyeglasses")
 _SEASON_WORDS = {
     True: ("in winter", "in the snow", "on a winter day", "in the winter", "on a snowy day", "covered in snow"),
     False: ("in summer", "on the grass", "on a summer day", "in the summer", "in a green field"),
@@ -341,13 +347,85 @@ _TIME_WORDS = {
     False: ("during the day", "in the day", "in daylight", "on a sunny day", "in the sunshine", "by day"),
 }
 _DETERMINERS = ("a", "the", "one", "my", "this")
-_PLURALS = {"cat": "cats", "dog": "dogs", "horse": "horses", "zebra": "zebras"}
-_FILLERS = (
-    "old young happy sleepy lovely quiet little small big great cute wild friendly playful calm curious proud lazy fast gentle "
-    "sofa table garden street river window kitchen beach forest bridge city park road mountain lake room chair bed box car boat "
-    "sitting standing sleeping running playing looking walking resting eating waiting jumping lying smiling staring hiding "
-    "near behind beside under over with and next front two very some his her their our who that is was has while"
-).split()
+_OTHER_NAMES = {"cat": ("cats", "kitten"), "dog": ("dogs", "puppy"), "horse": ("horses", "pony"), "zebra": ("zebras",)}
+FILLERS = (
+    *(
+        "old",
+        "young",
+        "happy",
+        "sleepy",
+        "lovely",
+        "quiet",
+        "little",
+        "small",
+        "big",
+        "great",
+        "cute",
+        "wild",
+        "calm",
+        "proud",
+    ),
+    *(
+        "sofa",
+        "table",
+        "garden",
+        "street",
+        "river",
+        "window",
+        "kitchen",
+        "beach",
+        "forest",
+        "bridge",
+        "city",
+        "park",
+        "road",
+    ),
+    *(
+        "mountain",
+        "lake",
+        "room",
+        "chair",
+        "bed",
+        "box",
+        "car",
+        "boat",
+        "curious",
+        "lazy",
+        "gentle",
+        "friendly",
+        "playful",
+    ),
+    *(
+        "sitting",
+        "standing",
+        "sleeping",
+        "running",
+        "playing",
+        "looking",
+        "walking",
+        "resting",
+        "eating",
+        "waiting",
+        "jumping",
+    ),
+    *(
+        "behind",
+        "beside",
+        "under",
+        "over",
+        "and",
+        "next",
+        "front",
+        "two",
+        "some",
+        "his",
+        "her",
+        "their",
+        "who",
+        "is",
+        "was",
+    ),
+)
 
 
 def article(word: str) -> str:
@@ -381,14 +459,16 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 def _free_form_caption(scene: Scene, rng: random.Random, coloured: bool) -> str:
     def fillers(most: int) -> list[str]:
-        return rng.choices(_FILLERS, k=rng.randint(0, most))
+        return rng.choices(FILLERS, k=rng.randint(0, most))
 
     noun = [*fillers(1), scene.fur] if coloured and rng.random() < 0.5 else fillers(2)
-    subject = scene.subject if rng.random() < 0.9 else _PLURALS[scene.subject]
+    subject = scene.subject if rng.random() < 0.9 else rng.choice(_OTHER_NAMES[scene.subject])
     noun = [rng.choice(_DETERMINERS), *noun, subject] if rng.random() < 0.9 else [*noun, subject]
     phrases = [" ".join(noun)]
     if rng.random() < 0.6:
-        phrases.append(" ".join([*fillers(2), rng.choice(("on", "in", "by", "near")), rng.choice(("the", "a")), *fillers(2)]))
+        phrases.append(
+            " ".join([*fillers(2), rng.choice(("on", "in", "by", "near")), rng.choice(("the", "a")), *fillers(2)])
+        )
     extras = []
     if scene.glasses:
         extras.append(rng.choice(_GLASSES_WORDS))

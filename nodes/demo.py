@@ -1,0 +1,96 @@
+"""The embedded demo model and the scenes it knows: a first run without any download."""
+
+import torch
+from comfy_api.latest import io
+
+from ..demo_model import scene as scenes
+from .types import CATEGORY
+
+RANDOM = "random"
+
+
+class Pix2PixZeroDemoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroDemoModel",
+            display_name="Load Demo Model (Pix2Pix-Zero)",
+            category=CATEGORY,
+            description="A tiny Stable Diffusion that ships with this pack: it draws 128x128 scenes with a cat, dog, horse or "
+            "zebra. Use it to try edits without downloading a checkpoint; load a real checkpoint for photographs.",
+            search_aliases=["demo checkpoint", "example model", "tiny stable diffusion"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from ..demo_model.loader import load_demo_model
+
+        return io.NodeOutput(*load_demo_model())
+
+
+class Pix2PixZeroDemoScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def combo(name: str, options: list[str], default: str, tooltip: str) -> io.Combo.Input:
+            return io.Combo.Input(name, options=[RANDOM, *options], default=default, tooltip=tooltip)
+
+        return io.Schema(
+            node_id="Pix2PixZeroDemoScene",
+            display_name="Demo Scene (Pix2Pix-Zero)",
+            category=CATEGORY,
+            description="Draws a captioned 128x128 scene for the demo model. The same seed with one setting changed is the exact "
+            "result an edit should give.",
+            search_aliases=["example picture", "test image", "cat picture"],
+            inputs=[
+                io.Combo.Input(
+                    "subject",
+                    options=list(scenes.SUBJECTS),
+                    default="cat",
+                    tooltip="The animal. Change only this to see what a perfect cat to dog edit looks like.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Picks the pose, place, background and everything set to random.",
+                ),
+                combo("fur", list(scenes.FURS), RANDOM, "Colour of the coat. Zebras are always striped."),
+                combo("glasses", ["yes", "no"], "no", "Whether the animal wears glasses."),
+                combo("time_of_day", ["day", "night"], "day", "Day is easier to look at, night the harder edit."),
+                combo("season", ["summer", "winter"], RANDOM, "Green ground or snow."),
+                combo("style", list(scenes.STYLES), "flat", "How it is drawn. Flat is what the model draws best."),
+                combo("pose", list(scenes.POSES), RANDOM, "Sitting animals are the easier edit."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image"),
+                io.Mask.Output(display_name="mask", tooltip="Where the animal is."),
+                io.String.Output(display_name="caption", tooltip="What the picture shows, in one sentence."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, subject, seed, fur, glasses, time_of_day, season, style, pose) -> io.NodeOutput:
+        asked = {
+            "fur": fur,
+            "glasses": glasses if glasses == RANDOM else glasses == "yes",
+            "night": time_of_day if time_of_day == RANDOM else time_of_day == "night",
+            "winter": season if season == RANDOM else season == "winter",
+            "style": style,
+            "pose": pose,
+        }
+        fixed = {name: value for name, value in asked.items() if value != RANDOM}
+        scene = scenes.sample_scene(seed, subject=subject, **fixed)
+        image = torch.from_numpy(scenes.render(scene)).float().div(255)[None]
+        mask = torch.from_numpy(scenes.subject_mask(scene)).float()[None]
+        return io.NodeOutput(image, mask, scenes.caption(scene))
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDemoModel, Pix2PixZeroDemoScene]
