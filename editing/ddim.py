@@ -36,6 +36,7 @@ def diffusers_transitions(sigmas: torch.Tensor, table: torch.Tensor) -> list[Tra
     """Inversion as diffusers' DDIMInverseScheduler does it: labelled with the level it moves to, from `table[0]`.
 
     `table`: the model's noise level at each timestep, ascending. The clean image is taken to be at its first entry.
+    With v-prediction the results differ: diffusers tells the UNet one level and reads its output at another.
     """
     levels = [float(table[0]), *sigmas.tolist()[1:]]
     return [Transition(a, b, b) for a, b in zip(levels, levels[1:])]

@@ -29,6 +29,11 @@ class DenoisingPasses(Protocol):
     ) -> torch.Tensor:
         """Classifier-free guidance of two estimates made at `x`."""
 
+    def estimate_elsewhere(
+        self, denoised: torch.Tensor, x: torch.Tensor, x_there: torch.Tensor, sigma: float
+    ) -> torch.Tensor:
+        """The estimate that the UNet output behind `denoised`, made at `x`, would mean at another latent."""
+
     def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
         """Cross-attention maps of one branch, one tensor [B, heads, H*W, tokens] per site, in fp32."""
 
@@ -104,8 +109,8 @@ def sample_official(
 
     It differs from `sample_guided` in four ways. The reference maps come from a reconstruction pass of its own, run
     here in lockstep. Both branches are matched and shifted, each along its own gradient, averaged over the heads of
-    both. The noise estimate mixes the two shifted branches, but the latent that steps on is the negative one. The last
-    step ends on the schedule's first noise level, `final_sigma`, and its latent is returned as if it were clean.
+    both. The UNet's outputs at the two are mixed, but the latent that steps on is the negative one. The last step ends
+    on the schedule's first noise level, `final_sigma`, and its latent is returned as if it were clean.
     """
     sigmas = [final_sigma, *(float(s) for s in inversion.sigmas[1:])]
     reference_x = x
@@ -128,9 +133,9 @@ def sample_official(
             )
             reference_eps = ddim.predicted_eps(reference_x, reference_denoised, sigma)
             reference_x = ddim.step(reference_x, reference_eps, sigma, sigma_next)
-        positive_eps = ddim.predicted_eps(positive_x, passes.denoise_branch("positive", positive_x, sigma), sigma)
+        positive_denoised = passes.denoise_branch("positive", positive_x, sigma)
         denoised = passes.mix_branches(
-            negative_x - sigma * positive_eps,
+            passes.estimate_elsewhere(positive_denoised, positive_x, negative_x, sigma),
             passes.denoise_branch("negative", negative_x, sigma),
             negative_x,
             sigma,

@@ -147,6 +147,13 @@ class UNetPasses:
             uncond=conds["negative"],
         )
 
+    def estimate_elsewhere(
+        self, denoised: torch.Tensor, x: torch.Tensor, x_there: torch.Tensor, sigma: float
+    ) -> torch.Tensor:
+        # An estimate is linear in latent and output: with a zero output, only the latent's part is left.
+        sampling = self.guider.inner_model.model_sampling
+        return denoised + sampling.calculate_denoised(_levels(x, sigma), torch.zeros_like(x), x_there - x)
+
     def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
         job = RecordMaps(self.sites, self._entries(branch))
         self._evaluate(branch, x, sigma, self._with_job(job))
