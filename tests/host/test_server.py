@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pix2pix_zero.devtools.graphs import Graph
+from pix2pix_zero.devtools.hosts import ROOT
 from pix2pix_zero.devtools.server import GraphError
 from pix2pix_zero.nodes.types import CATEGORY
 
@@ -41,6 +42,11 @@ def test_every_input_has_a_tooltip(server):
         if len((spec[1] if len(spec) > 1 else {}).get("tooltip", "")) < 10
     ]
     assert not silent
+
+
+def test_the_readme_lists_every_node(server):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name, schema in pack_nodes(server).items() if schema["display_name"] not in readme] == []
 
 
 def test_a_graph_runs_and_its_picture_comes_back(server):

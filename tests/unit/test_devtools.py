@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -15,9 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from pix2pix_zero.devtools import cli, environment, hosts, process, server, websocket
+from PIL import Image
+from pix2pix_zero.devtools import cli, demo, environment, hosts, process, server, websocket
+from pix2pix_zero.devtools.comparison import draw_comparison
 from pix2pix_zero.devtools.environment import Environment
-from pix2pix_zero.devtools.graphs import EDITS, Graph, demo_graph
+from pix2pix_zero.devtools.graphs import EDITS, PICTURES, Graph, demo_graph
 from pix2pix_zero.devtools.hosts import ROOT, ComfyUI, Source
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -139,6 +142,23 @@ def test_comfyui_path_must_be_a_comfyui_and_is_marked_as_the_persons_own(tmp_pat
 def test_an_unknown_comfyui_version_is_told_with_the_known_ones(capsys):
     assert cli.main(["demo", "--comfyui", "9.9"]) == 1
     assert "dev.py: ComfyUI 9.9 is not available here; choose one of 0.30.0" in capsys.readouterr().err
+
+
+@posix_only
+@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)], ids=["ctrl-c", "sigterm"])
+def test_signals_end_in_order_even_as_a_background_job(number, status):
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from devtools import cli\n"
+        "cli._lint = lambda *_: print('ready', flush=True) or time.sleep(20)\n"
+        "sys.exit(cli.main(['lint']))\n"
+    )
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    job = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=ignore)
+    with job:
+        assert job.stdout.readline() == b"ready\n"
+        job.send_signal(number)
+        assert job.wait(20) == status
 
 
 def test_a_port_in_use_is_told_before_anything_is_set_up(capsys, monkeypatch):
@@ -301,3 +321,44 @@ def test_every_demo_edit_changes_the_scene_it_starts_from(edit):
     assert edit.source != edit.target
     graph, shown, caption = demo_graph(edit, 1)
     assert {"source", "edited", "truth"} <= set(shown) and caption not in shown.values()
+
+
+def picture(colour: str, size: tuple[int, int] = (128, 128)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_the_comparison_shows_every_picture_in_order_with_a_label_below():
+    colours = {"source": (255, 0, 0), "edit": (0, 255, 0), "truth": (0, 0, 255)}
+    sheet = draw_comparison({label: Image.new("RGB", (64, 64), colour) for label, colour in colours.items()})
+    row = [sheet.getpixel((round(sheet.width * (i + 0.5) / 3), 100)) for i in range(3)]
+    assert row == list(colours.values())
+    band = sheet.crop((0, sheet.height - 25, sheet.width, sheet.height)).convert("L")
+    for i in range(3):
+        third = band.crop((sheet.width * i // 3, 0, sheet.width * (i + 1) // 3, band.height))
+        assert third.getextrema()[0] < 100, "a label is written in black"
+
+
+def test_the_demo_saves_its_pictures_and_replaces_older_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "demo_output")
+    here = Environment(ComfyUI(tmp_path, "0"), Path(sys.prefix))
+    for colour in ("red", "blue"):
+        demo.save(here, {key: picture(colour) for key in PICTURES})
+    assert sorted(path.name for path in demo.OUTPUT.iterdir()) == ["comparison.png", "edited.png", "source.png"]
+    assert Image.open(demo.OUTPUT / "edited.png").getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(process.DevError, match="Could not draw"):
+        demo.save(here, {key: b"no picture" for key in PICTURES})
+    assert Image.open(demo.OUTPUT / "edited.png").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_progress_is_told_by_the_nodes_own_names(capsys):
+    report = demo.Report({"8": "Invert Picture"})
+    for step in range(1, 51):
+        report(server.Progress("8", step, 50))
+    report(server.Progress(None, preview=b"..."))
+    report.end()
+    lines = capsys.readouterr().out.splitlines()
+    assert "  Invert Picture 10/50" in lines and "  Invert Picture 50/50" in lines
+    assert len(lines) <= 7, "a log is not flooded"
+    assert "1 preview picture" in lines[-1]
