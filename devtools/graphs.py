@@ -66,6 +66,11 @@ EDITS = {
     "dog2cat": Edit("dog", "cat", {"subject": "dog"}, {"subject": "cat"}),
     "horse2zebra": Edit("horse", "zebra", {"subject": "horse"}, {"subject": "zebra"}),
     "zebra2horse": Edit("zebra", "horse", {"subject": "zebra"}, {"subject": "horse"}),
+    "add_glasses": Edit("cat", "cat wearing glasses", {"subject": "cat"}, {"glasses": "yes"}),
+    "day2night": Edit("day", "night", {"time_of_day": "day"}, {"time_of_day": "night"}),
+    "summer2winter": Edit("summer", "winter", {"season": "summer"}, {"season": "winter"}),
+    "photo2sketch": Edit("photo", "pencil sketch", {"style": "flat"}, {"style": "pencil sketch"}),
+    "sketch2pastel": Edit("pencil sketch", "oil pastel", {"style": "pencil sketch"}, {"style": "oil pastel"}),
 }
 
 # label in the comparison and key of the result, in reading order

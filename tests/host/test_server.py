@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pix2pix_zero.devtools.graphs import Graph
+from pix2pix_zero.devtools.graphs import EDITS, Graph
 from pix2pix_zero.devtools.hosts import ROOT
 from pix2pix_zero.devtools.server import GraphError
 from pix2pix_zero.nodes.types import CATEGORY
@@ -60,3 +60,10 @@ def test_a_graph_runs_and_its_picture_comes_back(server):
 def test_a_graph_with_an_unknown_node_is_refused_by_name(server):
     with pytest.raises(GraphError, match="NoSuchNode"):
         server.run({"1": {"class_type": "NoSuchNode", "inputs": {}}})
+
+
+def test_the_demo_edits_use_only_scene_settings_that_exist(server):
+    known = inputs_of(server.object_info("Pix2PixZeroDemoScene")["Pix2PixZeroDemoScene"])
+    for edit in EDITS.values():
+        for name, value in {**edit.scene, **edit.edited_scene}.items():
+            assert value in known[name][1]["options"], (name, value)
