@@ -209,8 +209,8 @@ def test_says_what_to_put_where_if_the_folder_is_missing(blip_models, run_node):
 
 
 def test_lists_what_an_incomplete_folder_lacks(blip_models, run_node):
-    for name in ("preprocessor_config.json", "tokenizer.json"):
-        (blip_models / "tiny" / name).unlink()
+    for name in ("preprocessor_config.json", "tokenizer.json", "vocab.txt"):
+        (blip_models / "tiny" / name).unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"Missing: preprocessor_config\.json, tokenizer\.json or vocab\.txt\."):
         run_node(Pix2PixZeroLoadCaptioner, model_name="tiny", allow_download=False)
 
