@@ -87,6 +87,4 @@ def _comfyui_model(unet: UNet2DConditionModel, kind: ModelType) -> comfy.model_p
     model = comfy.model_base.BaseModel(config, model_type=kind, device="cpu")
     names = unet_to_diffusers(config.unet_config)
     model.diffusion_model.load_state_dict({names[name]: weight.clone() for name, weight in unet.state_dict().items()})
-    return comfy.model_patcher.ModelPatcher(
-        model, load_device=torch.device("cpu"), offload_device=torch.device("cpu")
-    )
+    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))

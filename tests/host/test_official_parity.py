@@ -58,11 +58,6 @@ def eps_twins():
     return peer.twins("epsilon")
 
 
-@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
-def twins(request):
-    return peer.twins(request.param)
-
-
 @pytest.fixture
 def sentences():
     generator = torch.Generator().manual_seed(7)
@@ -107,17 +102,18 @@ def test_inversion_matches_diffusers_with_the_same_shifts(eps_twins, monkeypatch
     assert relative_difference(ours, theirs) <= 1e-4
 
 
-def test_official_edit_matches_diffusers(twins, sentences):
-    pipe, model = twins
+@pytest.mark.parametrize(("prediction_type", "steps"), [("epsilon", STEPS), ("v_prediction", 2)])
+def test_official_edit_matches_diffusers(sentences, prediction_type, steps):
+    pipe, model = peer.twins(prediction_type)
     text, negative = conditioning(seed=2), conditioning(seed=3)
-    inversion = invert(model, text, latent(**SIZE, seed=1))
-    noise = variance_preserving(inversion)
+    inversion = invert(model, text, latent(**SIZE, seed=1), steps=steps)
+    positive = moved(text[0][0], sentences)
 
-    theirs = their_edit(pipe, noise, text[0][0], negative[0][0], sentences, STEPS)
-    ours = edit(model, inversion, moved(text[0][0], sentences), negative)
+    theirs = their_edit(pipe, variance_preserving(inversion), text[0][0], negative[0][0], sentences, steps)
+    ours = edit(model, inversion, positive, negative)
 
     assert relative_difference(ours, theirs) <= 1e-4
-    unguided = edit(model, inversion, moved(text[0][0], sentences), negative, strength=0.0)
+    unguided = edit(model, inversion, positive, negative, strength=0.0)
     assert relative_difference(unguided, theirs) >= 0.02, "guidance must matter for the comparison to mean anything"
 
 

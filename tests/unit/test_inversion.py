@@ -1,0 +1,132 @@
+"""Inversion along the DDIM grid, on analytic models."""
+
+import pytest
+import torch
+from pix2pix_zero.editing import ddim
+from pix2pix_zero.editing.inversion import invert, on_grid
+from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, denoiser, sigmas, timesteps, toy_eps, vp_scale
+
+
+def picture():
+    return torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def walk(latent, transitions, denoise, regularize=lambda eps: eps):
+    return invert(latent, transitions, denoise, regularize, lambda *step: None)
+
+
+def sample(x, levels, denoise):
+    """Plain DDIM down the grid."""
+    descending = levels.flip(0).tolist()
+    for sigma, sigma_next in zip(descending, descending[1:]):
+        x = ddim.step(x, ddim.predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_next)
+    return x
+
+
+def transitions_of(method, steps):
+    if method == "official":
+        return ddim.official_transitions(torch.tensor(timesteps(steps)), SIGMA)
+    if method == "diffusers":
+        return ddim.diffusers_transitions(sigmas(steps), SIGMA)
+    return ddim.inversion_transitions(sigmas(steps))
+
+
+def test_sampling_undoes_an_inversion_when_the_noise_is_known():
+    latent, levels = picture(), sigmas(50)
+    noise = torch.randn_like(latent)
+
+    def denoise(x, sigma):
+        return x - sigma * noise
+
+    visited = walk(latent, ddim.inversion_transitions(levels), denoise)
+    torch.testing.assert_close(visited[-1], latent + levels[-1] * noise, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sample(visited[-1], levels, denoise), latent, rtol=1e-12, atol=1e-12)
+
+
+def test_inversion_approaches_the_exact_flow_as_steps_grow_and_sampling_returns():
+    """Data N(mu, s^2): the exact denoiser is linear and the exact trajectory known in closed form."""
+    latent, mu, s = picture(), 0.4, 0.8
+
+    def denoise(x, sigma):
+        return (s**2 * x + sigma**2 * mu) / (s**2 + sigma**2)
+
+    errors, round_trips = [], []
+    for steps in (50, 100, 200):
+        levels = sigmas(steps)
+        end = walk(latent, ddim.inversion_transitions(levels), denoise)[-1]
+        exact = mu + (latent - mu) * (s**2 + levels[-1] ** 2).sqrt() / s
+        errors.append(float((end - exact).norm() / exact.norm()))
+        round_trips.append(float((sample(end, levels, denoise) - latent).norm() / latent.norm()))
+    assert errors[0] < 0.1 and round_trips[0] < 0.1
+    for figures in (errors, round_trips):
+        assert figures[1] < 0.6 * figures[0] and figures[2] < 0.6 * figures[1], "first order in the step size"
+
+
+@pytest.mark.parametrize("method", ["ddim", "diffusers"])
+def test_every_step_follows_the_method_in_variance_preserving_space(method):
+    """Paper: eps(x_t, t). diffusers' DDIMInverseScheduler: the latent of one level, the timestep of the next."""
+    steps, latent = 10, picture()
+    visited = walk(latent, transitions_of(method, steps), denoiser())
+
+    x = latent
+    alpha_bars = [torch.tensor(1.0, dtype=torch.float64), *ALPHA_BAR[timesteps(steps)]]
+    labels = timesteps(steps)
+    if method == "diffusers":
+        alpha_bars[0] = ALPHA_BAR[0]
+    else:
+        labels = [labels[0], *labels[:-1]]
+    for index, (label, here, there) in enumerate(zip(labels, alpha_bars, alpha_bars[1:])):
+        x = ddim_step(x, toy_eps(x, label), here, there)
+        torch.testing.assert_close(visited[index + 1] * there.sqrt(), x, rtol=1e-9, atol=1e-9)
+
+
+def test_official_inversion_follows_the_authors_scheduler():
+    """pix2pixzero ddim_inv.py and scheduler.py: timesteps 21 to 961, from abar[t - 1] to abar[t + 19]."""
+    steps, latent = 50, picture()
+    transitions = transitions_of("official", steps)
+    trajectory = on_grid(walk(latent, transitions, denoiser()), transitions, latent, sigmas(steps))
+
+    x, theirs = latent, [latent] * 3
+    for t in range(21, 962, 20):
+        x = ddim_step(x, toy_eps(x, t), ALPHA_BAR[t - 1], ALPHA_BAR[t + 19])
+        theirs.append(x)
+    assert len(theirs) == len(trajectory) == 51
+    for ours, sigma, expected in zip(trajectory, sigmas(steps).tolist(), theirs):
+        torch.testing.assert_close(ours / vp_scale(sigma), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ddim", "diffusers", "official"])
+def test_trajectory_is_on_the_samplers_grid_and_starts_with_the_clean_picture(method):
+    steps, latent, levels = 5, picture(), sigmas(5)
+    transitions = transitions_of(method, steps)
+    visited = walk(latent, transitions, denoiser())
+    trajectory = on_grid(visited, transitions, latent, levels)
+    assert trajectory.shape == (steps + 1, *latent.shape)
+    assert torch.equal(trajectory[0], latent)
+    last_level = transitions[-1].sigma_to
+    torch.testing.assert_close(trajectory[-1] / vp_scale(float(levels[-1])), visited[-1] / vp_scale(last_level))
+
+
+def test_the_noise_map_that_is_stepped_along_is_the_regularized_one():
+    latent, transitions = picture(), transitions_of("ddim", 4)
+    halved = walk(latent, transitions, denoiser(), lambda eps: eps / 2)
+    same = walk(latent, transitions, lambda x, sigma: x - (x - denoiser()(x, sigma)) / 2)
+    for a, b in zip(halved, same):
+        torch.testing.assert_close(a, b)
+
+
+def test_each_step_is_reported_with_the_estimate_and_the_latent_it_leads_to():
+    latent, transitions, reports = picture(), transitions_of("ddim", 3), []
+    visited = invert(latent, transitions, denoiser(), lambda eps: eps, lambda *step: reports.append(step))
+    assert [index for index, _, _ in reports] == [0, 1, 2]
+    for (_, denoised, x), before, after, (_, sigma, _) in zip(reports, visited, visited[1:], transitions):
+        assert x is after
+        if before is not visited[0]:
+            torch.testing.assert_close(denoised, denoiser()(before, sigma))
+
+
+def test_a_batch_inverts_as_its_pictures_alone():
+    latent, transitions = picture(), transitions_of("ddim", 5)
+    together = walk(latent, transitions, denoiser())[-1]
+    alone = torch.cat([walk(row, transitions, denoiser())[-1] for row in latent.split(1)])
+    torch.testing.assert_close(together, alone)

@@ -1,0 +1,214 @@
+"""Noise regularization against the paper's losses, restated loop by loop in float64 and differentiated by autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pix2pix_zero.editing.regularization import (
+    NoiseRegularization,
+    autocorrelation_gradient,
+    draw_shifts,
+    kl_gradient,
+    pyramid_sizes,
+    regularize_noise,
+)
+
+SIZES = [(64, 64), (24, 40), (40, 24), (17, 33), (9, 64), (8, 8), (5, 7), (3, 20), (2, 2), (1, 12), (12, 1), (1, 1)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_map(batch=1, channels=4, height=16, width=16, seed=0, dtype=torch.float64):
+    return torch.randn(batch, channels, height, width, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def correlated_noise(batch=1, size=64, seed=0):
+    """White noise plus a smooth pattern, of variance above 1 and mean above 0: what a UNet predicts for a picture."""
+    pattern = F.interpolate(noise_map(batch, 4, size // 8, size // 8, seed + 1), scale_factor=8, mode="bilinear")
+    return noise_map(batch, 4, size, size, seed) * 0.9 + 0.7 * pattern + 0.05
+
+
+def autocorrelation_loss(noise, shifts):
+    loss = noise.new_zeros(())
+    for sample in noise:
+        for channel, rolls in zip(sample, shifts.tolist()):
+            for level, shift in enumerate(rolls):
+                if level:
+                    channel = F.avg_pool2d(channel[None, None], 2)[0, 0]
+                if min(channel.shape) > 1:
+                    for axis in (0, 1):
+                        loss = loss + (channel * torch.roll(channel, shift, axis)).mean() ** 2
+    return loss
+
+
+def kl_loss(noise):
+    loss = noise.new_zeros(())
+    for sample in noise:
+        loss = loss + sample.var() + sample.mean() ** 2 - 1 - torch.log(sample.var() + 1e-7)
+    return loss
+
+
+def differentiate(loss, noise, *args):
+    noise = noise.double().clone().requires_grad_(True)
+    return torch.autograd.grad(loss(noise, *args), noise)[0]
+
+
+def regularize_by_autograd(noise, settings, seed):
+    draws = generator(seed)
+    for _ in range(settings.steps):
+        for _ in range(settings.rolls):
+            shifts = draw_shifts(*noise.shape[1:], draws)
+            noise = noise - settings.autocorrelation_weight / settings.rolls * differentiate(
+                autocorrelation_loss, noise, shifts
+            )
+        noise = noise - settings.kl_weight * differentiate(kl_loss, noise)
+    return noise
+
+
+def autocorrelation(noise, reach=8):
+    """Mean square of the correlation with the neighbours 1 to `reach` pixels away along both axes."""
+    noise = (noise - noise.mean()) / noise.std()
+    return (
+        torch.stack(
+            [
+                (noise * torch.roll(noise, shift, axis)).mean((-2, -1))
+                for shift in range(1, reach + 1)
+                for axis in (-2, -1)
+            ]
+        )
+        .square()
+        .mean()
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_autocorrelation_gradient_is_that_of_the_loss(height, width):
+    noise = noise_map(2, 3, height, width)
+    shifts = draw_shifts(3, height, width, generator(1))
+    ours = autocorrelation_gradient(noise, shifts)
+    if min(height, width) == 1:
+        assert not ours.any(), "nothing to correlate with along a side of one pixel"
+        return
+    torch.testing.assert_close(ours, differentiate(autocorrelation_loss, noise, shifts), rtol=1e-10, atol=1e-15)
+    assert ours.any()
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_kl_gradient_is_that_of_the_loss(height, width):
+    noise = 1.3 * noise_map(2, 3, height, width) + 0.2
+    torch.testing.assert_close(kl_gradient(noise), differentiate(kl_loss, noise), rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (17, 40), (5, 7)])
+def test_whole_regularization_follows_the_loops_of_the_paper(height, width):
+    settings = NoiseRegularization(steps=2, rolls=3)
+    noise = correlated_noise()[..., :height, :width]
+    ours = regularize_noise(noise.float(), settings, generator(2))
+    theirs = regularize_by_autograd(noise, settings, seed=2)
+    assert (ours - theirs).abs().max() <= 2e-6
+    assert (theirs - noise).abs().max() >= 1e-3
+
+
+def test_pyramid_halves_until_the_smaller_side_is_at_most_eight():
+    assert pyramid_sizes(64, 64) == [(64, 64), (32, 32), (16, 16), (8, 8)]
+    assert pyramid_sizes(96, 33) == [(96, 33), (48, 16), (24, 8)]
+    assert pyramid_sizes(8, 100) == [(8, 100)]
+    assert pyramid_sizes(1, 1) == [(1, 1)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 24), (5, 9)])
+def test_shifts_cover_one_to_half_the_smaller_side_and_are_never_zero(height, width):
+    draws = generator()
+    shifts = torch.cat([draw_shifts(50, height, width, draws) for _ in range(40)])
+    for (level_height, level_width), column in zip(pyramid_sizes(height, width), shifts.unbind(1)):
+        half = min(level_height, level_width) // 2
+        assert column.unique().tolist() == list(range(1, half + 1))
+
+
+def test_a_side_of_one_pixel_keeps_its_values_apart_from_their_mean_and_variance():
+    noise = noise_map(1, 4, 1, 12, dtype=torch.float32)
+    assert torch.equal(regularize_noise(noise, NoiseRegularization(kl_weight=0.0), generator()), noise)
+
+
+def test_one_pixel_map_stays_finite():
+    assert (
+        regularize_noise(noise_map(2, 4, 1, 1, dtype=torch.float32), NoiseRegularization(), generator())
+        .isfinite()
+        .all()
+    )
+
+
+def test_a_batch_gives_each_picture_what_it_gets_alone():
+    batch = correlated_noise(3, 32).float()
+    together = regularize_noise(batch, NoiseRegularization(), generator(5))
+    for row, alone in zip(together.split(1), batch.split(1)):
+        torch.testing.assert_close(row, regularize_noise(alone, NoiseRegularization(), generator(5)), rtol=0, atol=1e-6)
+
+
+def test_a_seed_decides_the_result():
+    noise = correlated_noise().float()
+    first, again, other = (regularize_noise(noise, NoiseRegularization(), generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_global_random_state_is_neither_read_nor_moved():
+    noise = correlated_noise().float()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    regularize_noise(noise, NoiseRegularization(), generator())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_fp32_and_returned_as_it_came(dtype):
+    noise = correlated_noise().to(dtype)
+    ours = regularize_noise(noise, NoiseRegularization(), generator())
+    assert ours.dtype == dtype
+    assert torch.equal(ours, regularize_noise(noise.float(), NoiseRegularization(), generator()).to(dtype))
+
+
+def test_the_given_noise_is_not_written_to():
+    noise = correlated_noise().float()
+    copy = noise.clone()
+    regularize_noise(noise, NoiseRegularization(), generator())
+    assert torch.equal(noise, copy)
+
+
+def test_correlated_noise_becomes_whiter():
+    start = noise = correlated_noise().float()
+    draws = generator()
+    for _ in range(8):
+        noise, before = regularize_noise(noise, NoiseRegularization(), draws), noise
+        assert autocorrelation(noise) < autocorrelation(before)
+    assert autocorrelation(noise) < 0.65 * autocorrelation(start)
+
+
+def test_kl_alone_brings_mean_and_variance_to_those_of_white_noise():
+    noise = (1.5 * noise_map(1, 4, 32, 32) + 0.3).float()
+    settings = NoiseRegularization(autocorrelation_weight=0.0, kl_weight=400.0, steps=40)
+    result = regularize_noise(noise, settings, generator())
+    assert abs(result.mean()) < 0.3 * abs(noise.mean())
+    assert abs(result.std() - 1) < 0.3 * abs(noise.std() - 1)
+    # Only moved and scaled: correlation with what came in stays complete.
+    assert torch.corrcoef(torch.stack([result.flatten(), noise.flatten()]))[0, 1] > 1 - 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        NoiseRegularization(steps=0),
+        NoiseRegularization(autocorrelation_weight=0.0, kl_weight=0.0),
+        NoiseRegularization(rolls=0, kl_weight=0.0),
+    ],
+)
+def test_switched_off_returns_the_noise_bit_for_bit(settings):
+    noise = correlated_noise().float()
+    assert torch.equal(regularize_noise(noise, settings, generator()), noise)
+
+
+def test_no_rolls_leave_the_kl_step():
+    noise = correlated_noise().float()
+    ours = regularize_noise(noise, NoiseRegularization(rolls=0, steps=1), generator())
+    torch.testing.assert_close(ours, noise - 20 * kl_gradient(noise))
