@@ -1,0 +1,261 @@
+"""The guidance loops against Algorithm 1 and the authors' edit_pipeline.py, restated in variance-preserving space."""
+
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from pix2pix_zero.editing.guidance import (
+    GuidanceWindow,
+    attention_distance,
+    guidance_shift,
+    sample_guided,
+    sample_official,
+)
+from pix2pix_zero.editing.inversion import Inversion
+from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, sigmas, timestep_of, timesteps, vp_scale
+
+STEPS = 5
+CFG = 3.0
+EVERYWHERE = GuidanceWindow()
+TEXTS = {"source": 0.2, "positive": 0.9, "negative": -0.4}
+
+
+def toy_unet(x, text, t):
+    """(eps, maps) of one row [C, H, W]: maps [heads, pixels, tokens] that depend on latent, text and timestep."""
+    eps = torch.tanh(x * (0.6 + t / 2000) + text) + 0.2 * x.roll(1, -1)
+    tokens = torch.linspace(-1, 1, 3, dtype=x.dtype)
+    logits = torch.stack([(x.mean(0).flatten()[:, None] + text) * tokens * gain for gain in (1.0, 3.0)])
+    return eps, logits.softmax(-1)
+
+
+class ToyPasses:
+    """The protocol, carried out on the toy with autograd; `calls` holds every (evaluation, branch, sigma)."""
+
+    def __init__(self, predicts_v=False):
+        self.predicts_v = predicts_v
+        self.calls = []
+
+    def _rows(self, branch, x, sigma):
+        return [toy_unet(row / vp_scale(sigma), TEXTS[branch], timestep_of(sigma)) for row in x]
+
+    def denoise_branch(self, branch, x, sigma):
+        self.calls.append(("denoise", branch, sigma))
+        output = torch.stack([eps for eps, _ in self._rows(branch, x, sigma)])
+        if self.predicts_v:
+            return x / (1 + sigma**2) - output * sigma / vp_scale(sigma)
+        return x - sigma * output
+
+    def estimate_elsewhere(self, denoised, x, x_there, sigma):
+        return denoised + (x_there - x) / (1 + sigma**2 if self.predicts_v else 1)
+
+    def mix_branches(self, positive, negative, x, sigma):
+        return negative + CFG * (positive - negative)
+
+    def denoise(self, x, sigma):
+        branches = (self.denoise_branch(branch, x, sigma) for branch in ("positive", "negative"))
+        return self.mix_branches(*branches, x, sigma)
+
+    def record_maps(self, branch, x, sigma):
+        self.calls.append(("record", branch, sigma))
+        return {"site": torch.stack([maps for _, maps in self._rows(branch, x, sigma)])}
+
+    def map_gradient(self, branch, x, sigma, reference):
+        self.calls.append(("gradient", branch, sigma))
+        x = x.detach().requires_grad_(True)
+        maps = torch.stack([maps for _, maps in self._rows(branch, x, sigma)])
+        distance = attention_distance(maps, reference["site"])
+        return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
+
+
+def inversion(batch=1, steps=STEPS):
+    generator = torch.Generator().manual_seed(4)
+    levels = sigmas(steps)
+    clean = torch.randn(batch, 4, 4, 5, generator=generator, dtype=torch.float64)
+    noise = torch.randn(batch, 4, 4, 5, generator=generator, dtype=torch.float64)
+    trajectory = torch.stack([clean + level * noise for level in levels])
+    return Inversion(trajectory, levels, [], weakref.ref(ToyPasses))
+
+
+def run(loop, source, passes, strength=2.0, window=EVERYWHERE, keep=lambda x, level: x, on_step=lambda *step: None):
+    if loop is sample_official:
+        loop = partial(loop, final_sigma=float(SIGMA[0]))
+    return loop(source, passes, source.trajectory[-1], strength, window, on_step, keep)
+
+
+def their_distance(maps, reference):
+    """Pix2PixZeroL2Loss, maps [heads of the whole batch, pixels, tokens]."""
+    return ((maps - reference) ** 2).sum((1, 2)).mean(0)
+
+
+def test_distance_is_the_authors_loss_per_picture():
+    generator = torch.Generator().manual_seed(0)
+    maps, reference = (torch.randn(3, 8, 16, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    theirs = torch.stack([their_distance(a, b) for a, b in zip(maps, reference)])
+    torch.testing.assert_close(attention_distance(maps, reference), theirs)
+
+
+@pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
+def test_shift_is_a_gradient_step_on_what_the_unet_sees(sigma):
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    strength = 0.1
+
+    def loss(seen):
+        return (torch.sin(seen) ** 2).sum()
+
+    seen = (x / vp_scale(sigma)).detach().requires_grad_(True)
+    stepped = seen - strength * torch.autograd.grad(loss(seen), seen)[0]
+    (gradient,) = torch.autograd.grad(loss(x / vp_scale(sigma)), x)
+    ours = x + guidance_shift(gradient, sigma, strength)
+    torch.testing.assert_close(ours / vp_scale(sigma), stepped)
+
+
+def test_default_loop_is_algorithm_1_on_the_conditional_branch():
+    strength = 2.0
+    source = inversion()
+    ours = run(sample_guided, source, ToyPasses(), strength)
+
+    x = source.trajectory[-1][0] / vp_scale(float(source.sigmas[-1]))
+    shifts = []
+    for level, t in zip(range(STEPS, 0, -1), reversed(timesteps(STEPS))):
+        _, reference = toy_unet(source.trajectory[level][0] * ALPHA_BAR[t].sqrt(), TEXTS["source"], t)
+        leaf = x.clone().requires_grad_(True)
+        _, maps = toy_unet(leaf, TEXTS["positive"], t)
+        shifts.append(strength * torch.autograd.grad(their_distance(maps, reference), leaf)[0])
+        x = x - shifts[-1]
+        negative, positive = (toy_unet(x, TEXTS[branch], t)[0] for branch in ("negative", "positive"))
+        eps = negative + CFG * (positive - negative)
+        there = torch.tensor(1.0, dtype=torch.float64) if level == 1 else ALPHA_BAR[t - 1000 // STEPS]
+        x = ddim_step(x, eps, ALPHA_BAR[t], there)
+
+    torch.testing.assert_close(ours[0], x, rtol=1e-9, atol=1e-9)
+    assert min(shift.abs().max() for shift in shifts) > 1e-3, "guidance must matter for the comparison to mean anything"
+
+
+@pytest.mark.parametrize("predicts_v", [False, True], ids=["eps", "v"])
+def test_official_loop_is_that_of_edit_pipeline(predicts_v):
+    """Reconstruction pass first, then the edit on a batch [negative, positive] whose first half steps on."""
+    strength = 2.0
+    source = inversion()
+    ours = run(sample_official, source, ToyPasses(predicts_v), strength)
+
+    start = source.trajectory[-1][0] / vp_scale(float(source.sigmas[-1]))
+    grid = list(reversed(timesteps(STEPS)))
+
+    def step(x, outputs, t):
+        output = outputs[0] + CFG * (outputs[1] - outputs[0])
+        eps = ALPHA_BAR[t].sqrt() * output + (1 - ALPHA_BAR[t]).sqrt() * x if predicts_v else output
+        return ddim_step(x, eps, ALPHA_BAR[t], ALPHA_BAR[max(t - 1000 // STEPS, 0)])
+
+    x, references = start, {}
+    for t in grid:
+        outputs, maps = zip(*(toy_unet(x, TEXTS[branch], t) for branch in ("negative", "source")))
+        references[t] = torch.cat(maps)
+        x = step(x, outputs, t)
+    x = start
+    for t in grid:
+        halves = torch.stack([x, x]).requires_grad_(True)
+        _, maps = zip(*(toy_unet(half, TEXTS[branch], t) for half, branch in zip(halves, ("negative", "positive"))))
+        (gradient,) = torch.autograd.grad(their_distance(torch.cat(maps), references[t]), halves)
+        halves = (halves - strength * gradient).detach()
+        outputs, _ = zip(*(toy_unet(half, TEXTS[branch], t) for half, branch in zip(halves, ("negative", "positive"))))
+        x = step(halves[0], outputs, t)
+
+    torch.testing.assert_close(ours[0], x, rtol=1e-9, atol=1e-9)
+    unguided = run(sample_official, source, ToyPasses(predicts_v), 0.0)
+    assert (unguided - ours).norm() > 0.01 * ours.norm()
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_each_picture_of_a_batch_is_edited_as_it_is_alone(loop):
+    batch = inversion(batch=2)
+    together = run(loop, batch, ToyPasses())
+    for i, row in enumerate(together.split(1)):
+        alone = Inversion(batch.trajectory[:, i : i + 1], batch.sigmas, [], batch.model)
+        torch.testing.assert_close(row, run(loop, alone, ToyPasses()))
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_strength_zero_never_asks_for_maps(loop):
+    passes = ToyPasses()
+    run(loop, inversion(), passes, strength=0.0)
+    assert {call for call, _, _ in passes.calls} == {"denoise"}
+    assert len(passes.calls) == 2 * STEPS, "no more UNet calls than plain sampling"
+
+
+def test_strength_zero_is_plain_ddim():
+    source = inversion()
+    x = source.trajectory[-1]
+    levels = source.sigmas.flip(0).tolist()
+    for sigma, sigma_next in zip(levels, levels[1:]):
+        denoised = ToyPasses().denoise(x, sigma)
+        x = denoised + (x - denoised) * (sigma_next / sigma)
+    torch.testing.assert_close(run(sample_guided, source, ToyPasses(), strength=0.0), x)
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_guidance_acts_on_the_levels_of_its_window_only(loop):
+    passes, levels = ToyPasses(), sigmas(STEPS).tolist()
+    run(loop, inversion(), passes, window=GuidanceWindow(first=levels[4], last=levels[3]))
+    for kind in ("record", "gradient"):
+        assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[3:5]
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_a_window_without_levels_is_strength_zero(loop):
+    window = GuidanceWindow(first=1e-9, last=0.0)
+    torch.testing.assert_close(
+        run(loop, inversion(), ToyPasses(), window=window), run(loop, inversion(), ToyPasses(), strength=0.0)
+    )
+
+
+def test_default_loop_matches_the_edited_branch_with_the_source_at_every_level():
+    passes = ToyPasses()
+    run(sample_guided, inversion(), passes)
+    descending = sigmas(STEPS).tolist()[:0:-1]
+    assert [(branch, sigma) for call, branch, sigma in passes.calls if call == "record"] == [
+        ("source", sigma) for sigma in descending
+    ]
+    assert [(branch, sigma) for call, branch, sigma in passes.calls if call == "gradient"] == [
+        ("positive", sigma) for sigma in descending
+    ]
+
+
+def test_guidance_lowers_the_distance_to_the_source():
+    """At each level, one small step must bring the maps closer than they were."""
+    source, passes = inversion(), ToyPasses()
+    for level in range(1, STEPS + 1):
+        sigma = float(source.sigmas[level])
+        reference = passes.record_maps("source", source.trajectory[level], sigma)
+        x = source.trajectory[level]
+        gradient, before = passes.map_gradient("positive", x, sigma, reference)
+        _, after = passes.map_gradient("positive", x + guidance_shift(gradient, sigma, 0.05), sigma, reference)
+        assert (after < before).all()
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_what_is_kept_outside_the_mask_is_written_back_at_every_level(loop):
+    source, levels = inversion(), []
+
+    def keep(x, level):
+        levels.append(level)
+        return source.trajectory[level]
+
+    final = run(loop, source, ToyPasses(), keep=keep)
+    assert levels == list(range(STEPS - 1, -1, -1))
+    expected = source.trajectory[0]
+    if loop is sample_official:  # its last latent is at the schedule's first level
+        expected = expected / vp_scale(float(SIGMA[0]))
+    torch.testing.assert_close(final, expected)
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_every_step_is_reported_in_order(loop):
+    steps = []
+    run(
+        loop,
+        inversion(),
+        ToyPasses(),
+        on_step=lambda index, denoised, x: steps.append((index, denoised.shape, x.shape)),
+    )
+    assert steps == [(index, (1, 4, 4, 5), (1, 4, 4, 5)) for index in range(STEPS)]
