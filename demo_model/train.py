@@ -7,10 +7,14 @@ folder are skipped, so an interrupted run continues at the stage it was in.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,9 @@ class Recipe:
     autoencoder_batch: int = 12
     diffusion_minutes: float = 90
     diffusion_batch: int = 24
-    captioner_minutes: float = 25
+    warmup: int = 60
+    captioner_renders: int = 24_000
+    captioner_steps: int = 5000
 
 
 def train(work: Path, recipe: Recipe) -> Path:
@@ -43,7 +49,7 @@ def train(work: Path, recipe: Recipe) -> Path:
     )
     log = str(work / "train.log")
 
-    def stage(result: Path, run) -> None:
+    def stage(result: Path, run: Callable[[Path], None]) -> None:
         if result.exists():
             logging.info("%s is there: stage skipped", result.name)
             return
@@ -62,6 +68,7 @@ def train(work: Path, recipe: Recipe) -> Path:
             recipe.autoencoder_minutes,
             recipe.autoencoder_batch,
             log,
+            recipe.warmup,
         ),
     )
     stage(latents, lambda out: encode_renders(str(renders), str(autoencoder), str(out)))
@@ -76,14 +83,23 @@ def train(work: Path, recipe: Recipe) -> Path:
             recipe.diffusion_minutes,
             recipe.diffusion_batch,
             log,
+            recipe.warmup,
         ),
     )
-    if importlib.util.find_spec(f"{__package__}.captioner_training") is not None:
-        from .captioner_training import train_captioner
-
-        stage(captioner, lambda out: train_captioner(out, minutes=recipe.captioner_minutes))
-    pack_weights(diffusion, captioner if captioner.exists() else None, packed)
+    stage(captioner, lambda out: _train_captioner(renders, out, recipe))
+    pack_weights(diffusion, captioner, packed)
     return packed
+
+
+def _train_captioner(renders: Path, output: Path, recipe: Recipe) -> None:
+    from .captioner_training import train_captioner
+    from .training.renders import training_scene
+
+    torch.set_num_threads(1)
+    pictures = np.load(renders, mmap_mode="r")[: recipe.captioner_renders]
+    scenes = [training_scene(index) for index in range(len(pictures))]
+    weights, _ = train_captioner(torch.from_numpy(np.array(pictures)), scenes, recipe.captioner_steps)
+    save_file(weights, output)
 
 
 def main() -> None:
@@ -101,7 +117,7 @@ def main() -> None:
         ranks=options.ranks,
         autoencoder_minutes=Recipe.autoencoder_minutes / options.shrink,
         diffusion_minutes=Recipe.diffusion_minutes / options.shrink,
-        captioner_minutes=Recipe.captioner_minutes / options.shrink,
+        captioner_steps=max(100, int(Recipe.captioner_steps / options.shrink)),
     )
     logging.info("weights: %s", train(options.work, recipe))
 

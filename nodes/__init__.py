@@ -2,10 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import caption, direction_files, directions, inversion, reference, sampler, sentences
+from . import caption, demo, direction_files, directions, inversion, reference, sampler, sentences
 
 NODES = [
     *caption.NODES,
+    *demo.NODES,
     *direction_files.NODES,
     *directions.NODES,
     *inversion.NODES,

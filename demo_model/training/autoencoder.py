@@ -19,7 +19,7 @@ LATENT_NOISE = 0.12
 
 
 def train_autoencoder(
-    rank: int, renders: str, output: str, minutes: float, batch: int = 12, log: str | None = None
+    rank: int, renders: str, output: str, minutes: float, batch: int = 12, log: str | None = None, warmup: int = 60
 ) -> list[tuple[int, float]]:
     """Train for ``minutes`` with ``batch`` pictures on each rank; returns (step, PSNR in dB) on held-out pictures."""
     torch.manual_seed(1)
@@ -28,7 +28,7 @@ def train_autoencoder(
     rng = np.random.default_rng(100 + rank)
     pictures = np.load(renders, mmap_mode="r")
     held_out = held_out_pixels(64)
-    trainer = Trainer({"autoencoder": model}, matrix_lr=0.02, other_lr=2e-3, ema_decay=0.995)
+    trainer = Trainer({"autoencoder": model}, matrix_lr=0.02, other_lr=2e-3, ema_decay=0.995, warmup=warmup)
     curve: list[tuple[int, float]] = []
     start, reported = time.monotonic(), -1e9
     while (progress := shared_progress(rank, (time.monotonic() - start) / (60 * minutes))) < 1:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.clip_model
@@ -28,9 +30,20 @@ TEXT_PREFIX = "cond_stage_model.transformer."
 VAE_PREFIX = "first_stage_model."
 
 
-def _layer_forward(self, x, mask=None, optimized_attention=None):
-    x = x + self.self_attn(self.layer_norm1(x), mask, optimized_attention)
-    return x + self.mlp(self.layer_norm2(x))
+@contextmanager
+def _differentiable_text_layers() -> Iterator[None]:
+    """The host's text layers add in place, which breaks the backward pass."""
+
+    def forward(self, x, mask=None, optimized_attention=None):
+        x = x + self.self_attn(self.layer_norm1(x), mask, optimized_attention)
+        return x + self.mlp(self.layer_norm2(x))
+
+    kept = comfy.clip_model.CLIPLayer.forward
+    comfy.clip_model.CLIPLayer.forward = forward
+    try:
+        yield
+    finally:
+        comfy.clip_model.CLIPLayer.forward = kept
 
 
 def _initialize_unet(unet: nn.Module) -> None:
@@ -70,6 +83,7 @@ def encode_renders(renders: str, autoencoder: str, output: str) -> None:
     save_file({"latents": latents.half().contiguous(), "scale_factor": 1 / latents.std()}, output)
 
 
+@_differentiable_text_layers()
 def train_diffusion(
     rank: int,
     latents: str,
@@ -78,12 +92,12 @@ def train_diffusion(
     minutes: float,
     batch: int = 24,
     log: str | None = None,
+    warmup: int = 60,
     matrix_lr: float = 0.02,
     warm_start: str | None = None,
     save_every: float = 120,
 ) -> list[tuple[int, float]]:
     """Train for ``minutes`` with ``batch`` latents on each rank; returns (step, running v error) and writes ``output``."""
-    comfy.clip_model.CLIPLayer.forward = _layer_forward  # the host's adds in place, which breaks the backward pass
     stored = load_file(latents)
     data, scale = stored["latents"].float() * stored["scale_factor"], stored["scale_factor"]
     scenes = [training_scene(i) for i in range(len(data))]
@@ -102,12 +116,17 @@ def train_diffusion(
     text.text_projection.requires_grad_(False)
     sigmas = host_model.model_sampling.sigmas
     trainer = Trainer(
-        {"unet": unet, "text": text}, matrix_lr, 2e-3, 0.998, keep_adam=("embed", "out.2", "input_blocks.0.")
+        {"unet": unet, "text": text},
+        matrix_lr,
+        2e-3,
+        0.998,
+        keep_adam=("embed", "out.2", "input_blocks.0."),
+        warmup=warmup,
     )
     sampler = CaptionSampler(vocabulary, seed=200 + rank)
     torch.manual_seed(300 + rank)
     curve: list[tuple[int, float]] = []
-    running, start, reported, saved = None, time.monotonic(), -1e9, time.monotonic()
+    running, start, reported, saved = 1.0, time.monotonic(), -1e9, time.monotonic()
     while (progress := shared_progress(rank, (time.monotonic() - start) / (60 * minutes))) < 1:
         picked = torch.randint(len(data), (batch,))
         t = ((torch.arange(batch) + torch.rand(batch)) * len(sigmas) / batch).long()
@@ -119,7 +138,8 @@ def train_diffusion(
         error = (v - (alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0)).square().mean((1, 2, 3))
         snr = (alpha_bar / (1 - alpha_bar)).flatten()
         trainer.step((error * (5 / snr).clamp(max=1)).mean(), progress)
-        running = error.mean().item() if running is None else 0.98 * running + 0.02 * error.mean().item()
+        decay = min(0.98, trainer.count / (10 + trainer.count))
+        running = decay * running + (1 - decay) * error.mean().item()
         if rank == 0 and time.monotonic() - reported > 30:
             reported = time.monotonic()
             curve.append((trainer.count, running))

@@ -74,8 +74,10 @@ class Trainer:
         other_lr: float,
         ema_decay: float,
         keep_adam: tuple[str, ...] = ("embed",),
+        warmup: int = 60,
     ) -> None:
-        self.modules, self.matrix_lr, self.other_lr, self.ema_decay = modules, matrix_lr, other_lr, ema_decay
+        self.modules, self.warmup = modules, warmup
+        self.matrix_lr, self.other_lr, self.ema_decay = matrix_lr, other_lr, ema_decay
         self.ema = {k: copy.deepcopy(m).eval().requires_grad_(False) for k, m in modules.items()}
         named = [(n, p) for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
         is_matrix = [p.ndim >= 2 and not any(k in n for k in keep_adam) for n, p in named]
@@ -100,7 +102,9 @@ class Trainer:
         flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6))
         for p, g in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
             p.grad = g.view_as(p)
-        rate = min(1.0, (self.count + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        rate = min(1.0, (self.count + 1) / self.warmup) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        )
         self.muon.step(self.matrix_lr * rate)
         self.adam.param_groups[0]["lr"] = self.other_lr * rate
         self.adam.step()

@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from pix2pix_zero.demo_model.scene import FURS, STYLES, SUBJECTS, Scene, caption, render, sample_scene, subject_mask
 from PIL import Image, ImageFilter
+from pix2pix_zero.demo_model.scene import FURS, STYLES, SUBJECTS, Scene, caption, render, sample_scene, subject_mask
 
 
 def grown(mask, pixels):

@@ -1,0 +1,58 @@
+"""A smaller run of the recipe that trained the demo weights."""
+
+import re
+
+import pytest
+import torch
+from pix2pix_zero.demo_model import loader
+from pix2pix_zero.demo_model.train import Recipe, train
+from pix2pix_zero.demo_model.training.optimizer import orthogonalize
+
+SMALL = Recipe(
+    renders=240,
+    ranks=1,
+    autoencoder_minutes=0.2,
+    autoencoder_batch=6,
+    diffusion_minutes=0.35,
+    diffusion_batch=6,
+    warmup=5,
+    captioner_renders=64,
+    captioner_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    work = tmp_path_factory.mktemp("training")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield train(work, SMALL), (work / "train.log").read_text()
+    torch.set_num_threads(threads)
+
+
+def test_the_autoencoder_improves(run):
+    psnr = [float(value) for value in re.findall(r"autoencoder.*PSNR ([\d.]+)", run[1])]
+    assert psnr[-1] > psnr[0] + 1
+
+
+def test_the_noise_predictor_improves(run):
+    error = [float(value) for value in re.findall(r"diffusion.*v error ([\d.]+)", run[1])]
+    assert error[-1] < error[0] - 0.02
+
+
+def test_the_result_loads_like_the_shipped_weights(run):
+    model, clip, vae = loader.load_demo_model(run[0])
+    assert vae.decode(torch.zeros(1, 4, 16, 16)).shape == (1, 128, 128, 3)
+
+
+def test_finished_stages_are_not_repeated(run):
+    folder = run[0].parent
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != run[0]}
+    train(folder, SMALL)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != run[0]}
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_muon_updates_are_nearly_orthogonal(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert 0.5 < values.min() and values.max() < 1.5
