@@ -83,7 +83,10 @@ def read_sentence_lists(source_sentences: str, target_sentences: str) -> tuple[l
     """
     lists = []
     for socket, text in (("source_sentences", source_sentences), ("target_sentences", target_sentences)):
-        lines = [re.sub(r"^\s*([-*\u2022]|\d+[.)])\s+", "", line).strip().strip('"\u201c\u201d') for line in text.splitlines()]
+        lines = [
+            re.sub(r"^\s*([-*\u2022]|\d+[.)])\s+", "", line).strip().strip('"\u201c\u201d')
+            for line in text.splitlines()
+        ]
         lists.append([line for line in lines if line])
         if not lists[-1]:
             raise ValueError(f"{socket}: there is no sentence. Write at least one, each on its own line.")

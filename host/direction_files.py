@@ -1,5 +1,6 @@
 """Edit directions on disk: safetensors files with metadata under models/pix2pix_zero/directions. Pickles are not read."""
 
+import hashlib
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from ..editing.directions import EditDirection
 FOLDER = "pix2pix_zero_directions"
 FORMAT = "pix2pix_zero_direction"
 VERSION = 1
+_STAMPED_BYTES = 1 << 24
 _TENSOR_PREFIX = "direction."
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -75,7 +77,9 @@ def load_direction(direction_name: str) -> EditDirection:
     path = direction_path(direction_name)
     with open(path, "rb") as file:
         if file.read(4).startswith(_PICKLE_STARTS):
-            raise ValueError(f'direction_name: "{direction_name}" is a pickle. Pickles can run code and are never read.')
+            raise ValueError(
+                f'direction_name: "{direction_name}" is a pickle. Pickles can run code and are never read.'
+            )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -102,9 +106,11 @@ def direction_path(direction_name: str) -> str:
 
 
 def file_stamp(direction_name: str) -> str:
-    """Changes when the file does, so that the graph's cache reads it again."""
-    stat = os.stat(direction_path(direction_name))
-    return f"{direction_name} {stat.st_mtime_ns} {stat.st_size}"
+    """Changes when the file does, so that the graph's cache reads it again. Times alone are too coarse."""
+    path = Path(direction_path(direction_name))
+    with path.open("rb") as file:
+        content = hashlib.sha256(file.read(_STAMPED_BYTES)).hexdigest()
+    return f"{direction_name} {path.stat().st_mtime_ns} {content}"
 
 
 def _inside(name: str, socket: str) -> str:

@@ -125,7 +125,9 @@ class Pix2PixZeroApplyDirection(io.ComfyNode):
             search_aliases=["edit conditioning", "add direction", "move conditioning"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The encoded caption of the picture."),
-                Direction.Input("direction", tooltip="From Edit Direction, made with the CLIP that encoded the caption."),
+                Direction.Input(
+                    "direction", tooltip="From Edit Direction, made with the CLIP that encoded the caption."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,

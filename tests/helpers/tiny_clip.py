@@ -1,7 +1,10 @@
 """Small CLIP objects with random weights, built from ComfyUI's own classes: one text encoder as in SD 1.x, two as in SDXL."""
 
+from functools import cache
+
 import comfy.sd
 import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
 
@@ -30,19 +33,23 @@ class SD1Model(comfy.sd1_clip.SD1ClipModel):
         super().__init__(device, dtype, model_options, clip_model=_EncoderL, return_projected_pooled=False)
 
 
-class SD1Tokenizer(comfy.sd1_clip.SD1Tokenizer):
-    pass
-
-
 class SDXLModel(torch.nn.Module):
     """Like comfy.sdxl_clip.SDXLClipModel, which fixes the sizes of its encoders."""
 
     def __init__(self, device="cpu", dtype=None, model_options={}):
         super().__init__()
-        options = {"device": device, "dtype": dtype, "layer": "hidden", "layer_idx": -2, "layer_norm_hidden_state": False}
+        options = {
+            "device": device,
+            "dtype": dtype,
+            "layer": "hidden",
+            "layer_idx": -2,
+            "layer_norm_hidden_state": False,
+        }
         self.clip_l = comfy.sd1_clip.SDClipModel(textmodel_json_config=_config(WIDTH_L, 3), **options)
         self.clip_g = comfy.sd1_clip.SDClipModel(
-            textmodel_json_config=_config(WIDTH_G, 4), special_tokens={"start": 49406, "end": 49407, "pad": 0}, **options
+            textmodel_json_config=_config(WIDTH_G, 4),
+            special_tokens={"start": 49406, "end": 49407, "pad": 0},
+            **options,
         )
         self.dtypes = {dtype}
 
@@ -51,13 +58,16 @@ class SDXLModel(torch.nn.Module):
     encode_token_weights = comfy.sdxl_clip.SDXLClipModel.encode_token_weights
 
 
+@cache
+def _tokenizer(kind: str):
+    return {"sd1": comfy.sd1_clip.SD1Tokenizer, "sdxl": comfy.sdxl_clip.SDXLTokenizer}[kind]()
+
+
 def tiny_clip(kind: str = "sd1", seed: int = 0) -> comfy.sd.CLIP:
     """A CLIP of kind "sd1" or "sdxl" whose weights depend on the seed only."""
-    model, tokenizer = {
-        "sd1": (SD1Model, SD1Tokenizer),
-        "sdxl": (SDXLModel, comfy.sdxl_clip.SDXLTokenizer),
-    }[kind]
-    clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(tokenizer, model), model_options={"dtype": torch.float32})
+    model = {"sd1": SD1Model, "sdxl": SDXLModel}[kind]
+    target = comfy.supported_models_base.ClipTarget(lambda **_: _tokenizer(kind), model)
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     generator = torch.Generator().manual_seed(seed)
     for name, weight in clip.cond_stage_model.named_parameters():
         if weight.ndim > 1:

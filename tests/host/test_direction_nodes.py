@@ -1,0 +1,296 @@
+"""The direction nodes as the executor runs them, and directions in files."""
+
+import folder_paths
+import pytest
+import torch
+from pix2pix_zero.editing.directions import EditDirection
+from pix2pix_zero.host import direction_files
+from pix2pix_zero.nodes import direction_files as file_nodes
+from pix2pix_zero.nodes import directions as nodes
+from pix2pix_zero.nodes.sentences import Pix2PixZeroSentences
+from safetensors.torch import load_file, save_file
+from tiny_clip import tiny_clip
+
+from nodes import CLIPSetLastLayer, CLIPTextEncode, ConditioningCombine, ConditioningConcat, ConditioningZeroOut
+
+CAPTION = "a photo of an orange cat in summer"
+
+
+@pytest.fixture(params=["sd1", "sdxl"])
+def clip(request):
+    with torch.inference_mode():
+        return tiny_clip(request.param)
+
+
+@pytest.fixture
+def direction(clip, run_node):
+    lines = {"source_sentences": "a cat\na black cat", "target_sentences": "a dog\na black dog"}
+    return run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=clip, **lines)[0]
+
+
+@pytest.fixture
+def plain_direction():
+    tensors = {"cond": torch.randn(1, 77, 8), "pooled_output": torch.randn(1, 4)}
+    return EditDirection(tensors, "SD1Model-0123-layer-1", "cat", "dog", 256, torch.randn(8))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, direction_files.FOLDER, ([str(tmp_path / "directions")], {".safetensors"})
+    )
+    return tmp_path / "directions"
+
+
+def encode(clip, text):
+    with torch.inference_mode():
+        return CLIPTextEncode().encode(clip, text)[0]
+
+
+def bits(conditioning):
+    return [t.clone() for cond, options in conditioning for t in (cond, *options.values()) if torch.is_tensor(t)]
+
+
+def test_the_public_contract():
+    expected = {
+        "Pix2PixZeroSentences": (["concept", "count", "seed"], ["STRING"]),
+        "Pix2PixZeroEditDirection": (["clip", "source", "target"], ["P2PZ_DIRECTION"]),
+        "Pix2PixZeroEditDirectionFromSentences": (["clip", "source_sentences", "target_sentences"], ["P2PZ_DIRECTION"]),
+        "Pix2PixZeroCombineDirections": (["direction_a", "direction_b", "weight_a", "weight_b"], ["P2PZ_DIRECTION"]),
+        "Pix2PixZeroSaveDirection": (["direction", "filename_prefix"], []),
+        "Pix2PixZeroLoadDirection": (["direction_name"], ["P2PZ_DIRECTION"]),
+        "Pix2PixZeroApplyDirection": (["conditioning", "direction", "strength"], ["CONDITIONING"]),
+    }
+    for node in [*nodes.NODES, *file_nodes.NODES, Pix2PixZeroSentences]:
+        schema = node.GET_SCHEMA()
+        inputs, outputs = expected.pop(schema.node_id)
+        assert [i.id for i in schema.inputs] == inputs
+        assert [o.io_type for o in schema.outputs] == outputs
+        assert schema.category == "pix2pix-zero"
+        assert all(i.tooltip for i in schema.inputs)
+    assert not expected
+
+
+def test_the_seed_widget_is_named_as_in_core():
+    seed = Pix2PixZeroSentences.INPUT_TYPES()["required"]["seed"][1]
+    assert seed["control_after_generate"] is True
+
+
+def test_sentences_are_one_per_line(run_node):
+    (text,) = run_node(Pix2PixZeroSentences, concept="zebra", count=20, seed=3)
+    assert len(text.split("\n")) == 20 and all("zebra" in line.lower() for line in text.split("\n"))
+    assert (text,) == run_node(Pix2PixZeroSentences, concept="zebra", count=20, seed=3)
+    assert (text,) != run_node(Pix2PixZeroSentences, concept="zebra", count=20, seed=4)
+
+
+def test_two_concepts_give_a_direction_that_moves_the_caption_towards_the_target(clip, run_node):
+    (direction,) = run_node(nodes.Pix2PixZeroEditDirection, clip=clip, source="cat", target="dog")
+    (moved,) = run_node(nodes.Pix2PixZeroApplyDirection, conditioning=encode(clip, CAPTION), direction=direction)
+    cat, dog = encode(clip, CAPTION), encode(clip, CAPTION.replace("cat", "dog"))
+    (moved, options), (cat, cat_options), (dog, dog_options) = moved[0], cat[0], dog[0]
+    assert (moved - dog).norm() < (cat - dog).norm()
+    pooled = "pooled_output"
+    assert (options[pooled] - dog_options[pooled]).norm() < (cat_options[pooled] - dog_options[pooled]).norm()
+    assert direction.source == "cat" and direction.target == "dog" and direction.count >= 200
+
+
+def test_applying_adds_the_direction_to_every_entry_and_output_and_leaves_the_input_alone(clip, direction, run_node):
+    with torch.inference_mode():
+        long = ConditioningConcat().concat(encode(clip, CAPTION), encode(clip, "in the snow"))[0]
+        both = ConditioningCombine().combine(encode(clip, CAPTION), long)[0]
+    both[1][1]["strength"] = 0.5
+    before = bits(both)
+    (moved,) = run_node(nodes.Pix2PixZeroApplyDirection, conditioning=both, direction=direction, strength=-1.5)
+    assert all(torch.equal(a, b) for a, b in zip(bits(both), before, strict=True))
+    assert [entry[0].shape[1] for entry in moved] == [77, 154]
+    for (cond, options), (new_cond, new_options) in zip(both, moved, strict=True):
+        chunks = cond.shape[1] // 77
+        shift = torch.cat([direction.tensors["cond"].double()] * chunks, 1)
+        assert torch.allclose(new_cond.double(), cond.double() - 1.5 * shift, atol=1e-5)
+        pooled = options["pooled_output"].double() - 1.5 * direction.tensors["pooled_output"].double()
+        assert torch.allclose(new_options["pooled_output"].double(), pooled, atol=1e-5)
+    assert moved[1][1]["strength"] == 0.5 and "strength" not in moved[0][1]
+
+
+def test_strength_zero_changes_no_bit(clip, direction, run_node):
+    conditioning = encode(clip, CAPTION)
+    (same,) = run_node(nodes.Pix2PixZeroApplyDirection, conditioning=conditioning, direction=direction, strength=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(bits(same), bits(conditioning), strict=True))
+
+
+def test_a_conditioning_without_pooled_output_is_moved_too(clip, direction, run_node):
+    cond = encode(clip, CAPTION)[0][0]
+    for options in ({}, {"pooled_output": None}):
+        (moved,) = run_node(nodes.Pix2PixZeroApplyDirection, conditioning=[[cond, options]], direction=direction)
+        assert moved[0][1] == options and not torch.equal(moved[0][0], cond)
+
+
+def test_a_zeroed_conditioning_is_accepted(clip, direction, run_node):
+    with torch.inference_mode():
+        zero = ConditioningZeroOut().zero_out(encode(clip, CAPTION))[0]
+    (moved,) = run_node(nodes.Pix2PixZeroApplyDirection, conditioning=zero, direction=direction, strength=1.0)
+    assert torch.allclose(moved[0][0], direction.tensors["cond"])
+
+
+def test_a_caption_from_another_text_encoder_is_refused(clip, direction, run_node):
+    kind = "sd1" if "SD1" in direction.encoder else "sdxl"
+    with torch.inference_mode():
+        others = [tiny_clip(kind, seed=1), tiny_clip({"sd1": "sdxl", "sdxl": "sd1"}[kind])]
+        others.append(CLIPSetLastLayer().set_last_layer(clip, -3)[0])
+    for other in others:
+        with pytest.raises(ValueError, match="^conditioning: .*same CLIP|^conditioning: .*with the CLIP"):
+            run_node(
+                nodes.Pix2PixZeroApplyDirection, conditioning=encode(other, CAPTION), direction=direction, strength=1.0
+            )
+
+
+def test_combining_two_encoders_is_refused(clip, direction, run_node):
+    kind = "sd1" if "SD1" in direction.encoder else "sdxl"
+    with torch.inference_mode():
+        other = tiny_clip(kind, seed=1)
+    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
+    (foreign,) = run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=other, **lines)
+    with pytest.raises(ValueError, match="direction_a and direction_b"):
+        run_node(nodes.Pix2PixZeroCombineDirections, direction_a=direction, direction_b=foreign)
+    (double,) = run_node(nodes.Pix2PixZeroCombineDirections, direction_a=direction, direction_b=direction, weight_b=1.0)
+    assert torch.allclose(double.tensors["cond"], 2 * direction.tensors["cond"])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "socket"), [("", "dog", "source"), ("cat", " ", "target"), ("cat", "the cat", "target")]
+)
+def test_bad_concepts_are_refused_before_the_encoder_runs(source, target, socket, run_node):
+    with pytest.raises(ValueError, match=f"^{socket}: "):
+        run_node(nodes.Pix2PixZeroEditDirection, clip=None, source=source, target=target)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "socket"),
+    [("\n", "a dog", "source_sentences"), ("a cat", "", "target_sentences"), ("a cat", "a cat", "target_sentences")],
+)
+def test_bad_sentence_lists_are_refused_before_the_encoder_runs(source, target, socket, run_node):
+    with pytest.raises(ValueError, match=f"^{socket}: "):
+        lines = {"source_sentences": source, "target_sentences": target}
+        run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=None, **lines)
+
+
+def save(direction, prefix, run_node):
+    run_node(file_nodes.Pix2PixZeroSaveDirection, direction=direction, filename_prefix=prefix)
+
+
+def test_a_saved_direction_comes_back_bit_for_bit(plain_direction, folder, run_node):
+    save(plain_direction, "animals/cat2dog", run_node)
+    assert direction_files.direction_names() == ["animals/cat2dog_00001_.safetensors"]
+    (again,) = run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="animals/cat2dog_00001_.safetensors")
+    assert again.tensors.keys() == plain_direction.tensors.keys()
+    assert all(torch.equal(again.tensors[k], plain_direction.tensors[k]) for k in plain_direction.tensors)
+    assert torch.equal(again.first_token, plain_direction.first_token)
+    described = ("encoder", "source", "target", "count")
+    assert [getattr(again, k) for k in described] == [getattr(plain_direction, k) for k in described]
+
+
+def test_saving_again_counts_up_and_leaves_no_other_files(plain_direction, folder, run_node):
+    for _ in range(3):
+        save(plain_direction, "cat2dog", run_node)
+    assert sorted(p.name for p in folder.iterdir()) == [f"cat2dog_0000{i}_.safetensors" for i in (1, 2, 3)]
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(plain_direction, folder, run_node, monkeypatch):
+    save(plain_direction, "cat2dog", run_node)
+    first = (folder / "cat2dog_00001_.safetensors").read_bytes()
+    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda prefix, root: (str(folder), prefix, 1, "", prefix))
+    save(plain_direction, "cat2dog", run_node)
+    assert (folder / "cat2dog_00001_.safetensors").read_bytes() == first
+    assert (folder / "cat2dog_00002_.safetensors").is_file()
+
+
+def test_a_save_that_fails_leaves_nothing_behind(plain_direction, folder, run_node, monkeypatch):
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(direction_files, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(plain_direction, "cat2dog", run_node)
+    assert list(folder.iterdir()) == []
+
+
+BAD_NAMES = ["", "  ", "../evil", "a/../../evil", "/tmp/evil", "..", "..\\evil", "C:\\evil", "what?", "a\x00b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_are_empty_or_leave_the_folder_are_refused(name, plain_direction, folder, run_node):
+    with pytest.raises(ValueError, match="^filename_prefix: "):
+        save(plain_direction, name, run_node)
+    (folder.parent / "evil.safetensors").write_bytes(b"outside")
+    for suffix in ("", ".safetensors"):
+        with pytest.raises(ValueError, match="^direction_name: "):
+            run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name=name + suffix)
+    assert sorted(p.name for p in folder.parent.rglob("*.safetensors")) == ["evil.safetensors"]
+
+
+def _rewrite(path, change):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "header only": lambda path: path.write_bytes(path.read_bytes()[:30]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a direction at all"),
+    "zip pickle": lambda path: torch.save({"cond": torch.zeros(1, 77, 32)}, path),
+    "bare pickle": lambda path: path.write_bytes(b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00}\x94."),
+    "foreign": lambda path: save_file({"lora.weight": torch.zeros(2, 2)}, path),
+    "foreign with metadata": lambda path: save_file({"w": torch.zeros(2)}, path, {"format": "pt"}),
+    "newer version": lambda path: _rewrite(path, lambda t, m: m.update(format_version="2")),
+    "no cond": lambda path: _rewrite(path, lambda t, m: t.pop("direction.cond")),
+    "not a number": lambda path: _rewrite(path, lambda t, m: t["direction.cond"].fill_(float("nan"))),
+    "wrong shape": lambda path: _rewrite(path, lambda t, m: t.update({"direction.cond": torch.zeros(3, 4)})),
+    "integers": lambda path: _rewrite(path, lambda t, m: t.update({"direction.cond": torch.zeros(1, 3, 4).int()})),
+    "no count": lambda path: _rewrite(path, lambda t, m: m.pop("count")),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_files_that_are_no_directions_are_refused(damage, plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    path = folder / "cat2dog_00001_.safetensors"
+    DAMAGE[damage](path)
+    with pytest.raises(ValueError, match='^direction_name: .*"cat2dog_00001_.safetensors"'):
+        run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name=path.name)
+
+
+def test_a_pickle_is_not_even_opened_as_one(folder, run_node):
+    folder.mkdir()
+    torch.save({"cond": torch.zeros(1, 77, 32)}, folder / "cat2dog.pt")
+    torch.save({"cond": torch.zeros(1, 77, 32)}, folder / "cat2dog.safetensors")
+    with pytest.raises(ValueError, match="^direction_name: .*not a .safetensors"):
+        run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="cat2dog.pt")
+    with pytest.raises(ValueError, match="^direction_name: .*pickle"):
+        run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="cat2dog.safetensors")
+    assert direction_files.direction_names() == ["cat2dog.safetensors"]
+
+
+def test_the_cache_notices_a_changed_file(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    name = "cat2dog_00001_.safetensors"
+    before = file_nodes.Pix2PixZeroLoadDirection.fingerprint_inputs(direction_name=name)
+    assert before == file_nodes.Pix2PixZeroLoadDirection.fingerprint_inputs(direction_name=name)
+    _rewrite(folder / name, lambda t, m: t["direction.cond"].mul_(2))
+    assert before != file_nodes.Pix2PixZeroLoadDirection.fingerprint_inputs(direction_name=name)
+
+
+def test_the_folder_is_registered_for_safetensors_beside_folders_of_the_users(monkeypatch):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {direction_files.FOLDER: (["/mine"], set())})
+    direction_files.register_directions_folder()
+    direction_files.register_directions_folder()
+    paths, extensions = folder_paths.folder_names_and_paths[direction_files.FOLDER]
+    assert paths[0] == "/mine" and len(paths) == 2
+    assert paths[1].replace("\\", "/").endswith("models/pix2pix_zero/directions")
+    assert extensions == {".safetensors"}
