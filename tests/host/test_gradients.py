@@ -1,0 +1,421 @@
+"""The guidance gradient, taken in the executor's inference mode through the real guider, against ordinary autograd on an
+independent float64 copy of the weights; and what such a run leaves behind."""
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+import torch.nn.functional as F
+from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.host.attention_passes import UNetPasses, with_map_jobs
+from pix2pix_zero.host.sampling import invert_latent, sample_edit
+from small_unet import conditioning, latent, small_model
+
+TIMESTEP = 500
+SITES = 11
+
+
+def new_model(**options):
+    """A loaded MODEL whose weights are inference tensors, as in the executor."""
+    with torch.inference_mode():
+        model = small_model(**options)
+        for name, parameter in model.model.diffusion_model.named_parameters():
+            if ".attn2.to_q" in name or ".attn2.to_k" in name:
+                parameter.data *= 0.5  # Softer maps: in sharper ones even fp32 autograd is off by up to 3e-5.
+        comfy.model_management.load_models_gpu([model])
+    assert all(parameter.is_inference() for parameter in model.model.parameters())
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_model()
+
+
+def sigma_of(model) -> float:
+    return float(model.model.model_sampling.sigmas[TIMESTEP])
+
+
+def latents(model, batch=1, height=8, width=12):
+    """(source, edited) latents of the model's space at the tests' noise level."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, height, width, generator=generator)
+    scale = (1 + sigma_of(model) ** 2) ** 0.5
+    return scale * x, scale * (x + 0.3 * torch.randn(x.shape, generator=generator))
+
+
+def with_extras(texts, **extras):
+    return [[text, {**options, **extras}] for text, options in texts]
+
+
+def guider_gradient(model, positive, x_source, x, source=None):
+    """(gradient, distance) as the guided sampler gets them."""
+    sigma = sigma_of(model)
+    found = []
+
+    def walk(model_k, noise, sigmas, extra_args, callback, disable):
+        passes = UNetPasses(model_k, extra_args)
+        reference = passes.record_maps("source", x_source.clone(), sigma)
+        found.extend(passes.map_gradient("positive", x.clone(), sigma, reference))
+        return noise
+
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+        guider.inner_set_conds(
+            {"positive": positive, "negative": conditioning(seed=9), "source": source or conditioning()}
+        )
+        empty = torch.zeros_like(x)
+        guider.sample(empty, empty, comfy.samplers.KSAMPLER(walk), torch.tensor([sigma, 0.0]), seed=0)
+    return found
+
+
+class PlainUNet:
+    """A float64 copy of ordinary tensors, differentiated by ordinary autograd; nothing of this pack is used."""
+
+    def __init__(self, model, patches=None, foreign=None, control=None, weights=None):
+        self.unet = small_model(weight_dtype=torch.float64).model.diffusion_model
+        weights = weights or model.model.diffusion_model.state_dict()
+        self.unet.load_state_dict({name: weight.clone().double() for name, weight in weights.items()})
+        self.scale = (1 + sigma_of(model) ** 2) ** 0.5
+        self.patches = patches or {}
+        self.foreign = foreign or {}
+        self.control = control
+
+    def maps(self, x, text):
+        maps = []
+
+        def attention(q, k, v, heads):
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+            probabilities = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+            return probabilities, (probabilities @ v).transpose(1, 2).flatten(2)
+
+        def attend(q, k, v, options):
+            probabilities, out = attention(q, k, v, options["n_heads"])
+            maps.append(probabilities)
+            site = (*options["block"], options["block_index"])
+            return self.foreign[site](q, k, v, options) if site in self.foreign else out
+
+        blocks = [("middle", 0), *((name, number) for name in ("input", "output") for number in range(8))]
+        options = {
+            "patches": {**self.patches, "input_block_patch_after_skip": [lambda h, _: h.clone()]},
+            "patches_replace": {"attn2": dict.fromkeys(blocks, attend)},
+            "optimized_attention_override": lambda func, q, k, v, heads, **_: attention(q, k, v, heads)[1],
+        }
+        control = self.control and {key: [t.double() for t in values] for key, values in self.control.items()}
+        timestep = torch.full((len(x),), float(TIMESTEP), dtype=torch.float64)
+        self.unet(x / self.scale, timestep, context=text.double(), control=control, transformer_options=options)
+        assert len(maps) == SITES
+        return maps
+
+    def gradient(self, text, x_source, x, source_text=None):
+        x = x.double().requires_grad_(True)
+        source_text = conditioning()[0][0] if source_text is None else source_text
+        with torch.no_grad():
+            reference = self.maps(x_source.double(), source_text.expand(len(x), -1, -1))
+        maps = self.maps(x, text.expand(len(x), -1, -1))
+        distance = sum(((a - b) ** 2).sum((2, 3)).mean(1) for a, b in zip(maps, reference))
+        return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
+
+
+def assert_same_gradient(ours, theirs):
+    (gradient, distance), (expected, expected_distance) = ours, theirs
+    assert expected.abs().max() > 0
+    assert float((gradient - expected).norm() / expected.norm()) <= 5e-5
+    torch.testing.assert_close(distance.double(), expected_distance, rtol=1e-5, atol=0)
+
+
+class ForeignAttention:
+    """As image-prompt packs replace cross-attention: their own weights, loaded in inference mode, and a second term."""
+
+    def __init__(self):
+        with torch.inference_mode():
+            self.weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)) / 8
+        self.calls = 0
+
+    def __call__(self, q, k, v, options):
+        self.calls += 1
+        heads = options["n_heads"]
+        weight = self.weight if v.dtype == torch.float32 else self.weight.clone().double()
+        image = F.linear(v.unflatten(-1, (-1, 64)), weight).flatten(-2)
+        q, k, v, image = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v, image))
+        probabilities = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return (probabilities @ v + 0.5 * probabilities @ image).transpose(1, 2).flatten(2)
+
+
+class ResidualControl(comfy.controlnet.ControlBase):
+    """A ControlNet that has already computed its residuals; ComfyUI adds them to the skips in place."""
+
+    def __init__(self, residuals):
+        super().__init__()
+        self.residuals = residuals
+
+    def get_control(self, x, timestep, cond, batched_number, transformer_options):
+        return {key: [residual.clone() for residual in values] for key, values in self.residuals.items()}
+
+    def copy(self):
+        return ResidualControl(self.residuals)
+
+
+def free_u(h, skip, options):
+    h[:, : h.shape[1] // 2] = h[:, : h.shape[1] // 2] * 1.2
+    frequencies = torch.fft.fftn(skip, dim=(-2, -1))
+    return h, torch.fft.ifftn(frequencies * 0.9, dim=(-2, -1)).real
+
+
+def test_gradient_is_that_of_ordinary_autograd(model):
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    ours = guider_gradient(model, text, x_source, x)
+    assert_same_gradient(ours, PlainUNet(model).gradient(text[0][0], x_source, x))
+
+
+def test_gradient_of_a_batch_is_that_of_each_picture(model):
+    x_source, x = latents(model, batch=3)
+    text = conditioning(rows=3, seed=1)
+    gradient, distance = guider_gradient(model, text, x_source, x)
+    assert distance.shape == (3,)
+    expected = PlainUNet(model).gradient(text[0][0], x_source, x)
+    assert_same_gradient((gradient, distance), expected)
+    for i in range(3):
+        one = [[text[0][0][i : i + 1], {}]]
+        alone, _ = guider_gradient(model, one, x_source[i : i + 1], x[i : i + 1])
+        assert float((gradient[i : i + 1] - alone).norm() / alone.norm()) <= 5e-5
+
+
+def test_attention_replaced_by_another_pack_stays_replaced(model):
+    foreign = ForeignAttention()
+    patched = model.clone()
+    patched.set_model_attn2_replace(foreign, "middle", 0)
+    patched.set_model_attn2_replace(foreign, "output", 1, 1)
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    ours = guider_gradient(patched, text, x_source, x)
+    assert foreign.calls == 2 * 3, "two transformers in the middle and one at the output, in both passes"
+    at = dict.fromkeys([("middle", 0, 0), ("middle", 0, 1), ("output", 1, 1)], foreign)
+    assert_same_gradient(ours, PlainUNet(model, foreign=at).gradient(text[0][0], x_source, x))
+
+
+def test_attention_input_patches_and_output_block_patches_compose(model):
+    lists = {
+        "attn1_patch": [lambda q, k, v, options: (q * 1.05, k, v)],
+        "attn2_patch": [lambda q, k, v, options: (q, k * 0.9, v), lambda q, k, v, options: (q * 1.1, k, v)],
+        "output_block_patch": [free_u],
+    }
+    patched = model.clone()
+    for name, functions in lists.items():
+        for function in functions:
+            patched.set_model_patch(function, name)
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    ours = guider_gradient(patched, text, x_source, x)
+    expected = PlainUNet(model, patches=lists).gradient(text[0][0], x_source, x)
+    assert_same_gradient(ours, expected)
+    plain, _ = PlainUNet(model).gradient(text[0][0], x_source, x)
+    assert (plain - expected[0]).norm() > 0.01 * plain.norm()
+
+
+def test_controlnet_residuals_are_part_of_the_graph(model):
+    skips = []
+
+    def note(h, skip, options):
+        skips.append(skip.shape)
+        return h, skip
+
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    PlainUNet(model, patches={"output_block_patch": [note]}).gradient(text[0][0], x_source, x)
+    generator = torch.Generator().manual_seed(6)
+    residuals = {
+        "output": [torch.randn(shape, generator=generator) * 0.3 for shape in reversed(skips[: len(skips) // 2])],
+        "middle": [torch.randn(1, 128, 4, 6, generator=generator) * 0.3],
+    }
+    controlled, source = (
+        with_extras(texts, control=ResidualControl(residuals), control_apply_to_uncond=False)
+        for texts in (text, conditioning())
+    )
+    ours = guider_gradient(model, controlled, x_source, x, source)
+    expected = PlainUNet(model, control=residuals).gradient(text[0][0], x_source, x)
+    assert_same_gradient(ours, expected)
+    plain, _ = PlainUNet(model).gradient(text[0][0], x_source, x)
+    assert (plain - expected[0]).norm() > 0.01 * plain.norm()
+
+
+def test_patched_weights_count(model):
+    """A LoRA's weights are merged when the model is loaded."""
+    generator = torch.Generator().manual_seed(3)
+    names = [
+        name
+        for name, parameter in model.model.diffusion_model.named_parameters()
+        if ".attn2.to_" in name and parameter.ndim == 2
+    ]
+    weights = {name: weight.clone() for name, weight in model.model.diffusion_model.state_dict().items()}
+    patches = {}
+    for name in names:
+        rows, columns = weights[name].shape
+        low_rank = torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator) * 0.02
+        patches[f"diffusion_model.{name}"] = ("diff", (low_rank,))
+        weights[name] = weights[name] + 0.7 * low_rank
+    patched = model.clone()
+    patched.add_patches(patches, 0.7)
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    ours = guider_gradient(patched, text, x_source, x)
+    expected = PlainUNet(model, weights=weights).gradient(text[0][0], x_source, x)
+    assert_same_gradient(ours, expected)
+
+
+def test_weights_stored_in_half_precision_and_cast_for_each_layer():
+    model = new_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    ours = guider_gradient(model, text, x_source, x)
+    assert_same_gradient(ours, PlainUNet(model).gradient(text[0][0], x_source, x))
+
+
+def test_weights_that_share_one_cast_buffer(monkeypatch):
+    """Offloading passes every weight through a buffer that the next layers overwrite before the backward pass."""
+    model = new_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
+    with torch.inference_mode():
+        buffers = [torch.empty(max(p.numel() for p in model.model.parameters())) for _ in range(2)]
+
+    def cast(layer, input=None, *args, offloadable=False, **kwargs):
+        buffers.reverse()
+        with torch.inference_mode():
+            weight = buffers[0][: layer.weight.numel()].view(layer.weight.shape)
+            weight.copy_(layer.weight)
+            bias = None if layer.bias is None else layer.bias.float()
+        return (weight, bias, None) if offloadable else (weight, bias)
+
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.ops, "cast_bias_weight", cast)
+        ours = guider_gradient(model, text, x_source, x)
+    assert_same_gradient(ours, PlainUNet(model).gradient(text[0][0], x_source, x))
+
+
+def test_a_text_for_an_area_moves_that_area(model):
+    """Two texts, one of them for a part of the picture: each is matched where it draws, and the gradients add up."""
+    x_source, x = latents(model, height=8, width=12)
+    whole, part = conditioning(seed=1), conditioning(seed=2)
+    area = (8, 6, 0, 4)  # height, width, y, x
+    source_whole, source_part = conditioning(seed=3), conditioning(seed=4)
+    gradient, distance = guider_gradient(
+        model,
+        [*whole, *with_extras(part, area=area)],
+        x_source,
+        x,
+        [*source_whole, *with_extras(source_part, area=area)],
+    )
+    plain = PlainUNet(model)
+    expected, expected_distance = plain.gradient(whole[0][0], x_source, x, source_whole[0][0])
+    inside, inside_distance = plain.gradient(part[0][0], x_source[..., 4:10], x[..., 4:10], source_part[0][0])
+    expected[..., 4:10] += inside
+    assert_same_gradient((gradient, distance), (expected, expected_distance + inside_distance))
+
+
+def test_texts_of_different_lengths_are_refused_in_words(model):
+    x_source, x = latents(model)
+    with pytest.raises(ValueError, match="number of tokens"):
+        guider_gradient(model, conditioning(seed=1, tokens=14), x_source, x)
+
+
+class Traces:
+    """Everything about a MODEL that a run could change."""
+
+    def __init__(self, model):
+        self.parameters = {
+            name: (id(p), p.data_ptr(), p.detach().clone(), p.requires_grad)
+            for name, p in model.model.named_parameters()
+        }
+        self.options = repr(model.model_options)
+        self.wrappers = repr(model.wrappers)
+        self.patches = repr((model.patches.keys(), model.object_patches, model.weight_wrapper_patches))
+        self.methods = sorted(n for n, m in model.model.named_modules() if "forward" in m.__dict__ or m._forward_hooks)
+
+    def check(self, model):
+        for name, parameter in model.model.named_parameters():
+            identity, pointer, value, requires_grad = self.parameters[name]
+            assert (id(parameter), parameter.data_ptr(), parameter.requires_grad) == (identity, pointer, requires_grad)
+            assert parameter.grad is None
+            assert torch.equal(parameter, value), name
+        now = Traces(model)
+        assert (now.options, now.wrappers, now.patches, now.methods) == (
+            self.options,
+            self.wrappers,
+            self.patches,
+            self.methods,
+        )
+        assert torch._C._len_torch_function_stack() == 0
+        assert not torch.is_inference_mode_enabled()
+
+
+def ordinary_sample(model):
+    with torch.inference_mode():
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        texts = conditioning(seed=1), conditioning()
+        empty = torch.zeros_like(noise)
+        return comfy.sample.sample(model, noise, 3, 2.0, "euler", "normal", *texts, empty, disable_pbar=True, seed=1)
+
+
+def edit(model, inversion, preset="default"):
+    with torch.inference_mode():
+        return sample_edit(model, inversion, conditioning(seed=1), conditioning(), 2.0, 0.01, preset=preset)
+
+
+def invert(model):
+    with torch.inference_mode():
+        return invert_latent(model, conditioning(), latent(), 2, 0, NoiseRegularization(steps=0))
+
+
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_an_edit_leaves_no_trace(model, preset):
+    before, traces = ordinary_sample(model), Traces(model)
+    edit(model, invert(model), preset)
+    traces.check(model)
+    assert torch.equal(ordinary_sample(model), before)
+
+
+class Mishap:
+    """An attention patch of another pack that fails, or hears the user's Cancel, in the middle of a guided pass."""
+
+    def __init__(self, act):
+        self.act = act
+        self.countdown = 12
+
+    def __call__(self, q, k, v, options):
+        if torch.is_grad_enabled():
+            self.countdown -= 1
+            if self.countdown == 0:
+                self.act()
+        return q, k, v
+
+
+def fail():
+    raise RuntimeError("another pack's patch failed")
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (fail, RuntimeError),
+        (comfy.model_management.interrupt_current_processing, comfy.model_management.InterruptProcessingException),
+    ],
+    ids=["exception", "interrupt"],
+)
+def test_an_edit_that_breaks_off_leaves_no_trace(model, act, error):
+    inversion = invert(model)
+    before, expected, traces = ordinary_sample(model), edit(model, inversion), Traces(model)
+    mishap = Mishap(act)
+    faulty = model.clone()
+    faulty.set_model_attn1_patch(mishap)
+    with pytest.raises(error):
+        edit(faulty, inversion)
+    assert mishap.countdown == 0, "it broke off at once, inside the first guided passes"
+    assert not comfy.model_management.processing_interrupted()
+    traces.check(model)
+    assert torch.equal(ordinary_sample(model), before)
+    assert torch.equal(edit(model, inversion), expected)
