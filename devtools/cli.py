@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .environment import Environment, lock, prepare
 from .hosts import DEFAULT_VERSION, ROOT, SOURCES
-from .process import DevError, orderly_end, run
+from .process import DevError, one_thread, orderly_end, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +87,9 @@ def _pytest(environment: Environment, rest: list[str]) -> int:
     rest = [argument for argument in rest if argument not in named]
     command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "--durations-min=1"]
     command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]
-    return run(command, cwd=environment.comfyui.path, env=environment.variables(PYTHONDONTWRITEBYTECODE="1"))
+    return run(
+        command, cwd=environment.comfyui.path, env=environment.variables(PYTHONDONTWRITEBYTECODE="1", **one_thread())
+    )
 
 
 def _serve(options: argparse.Namespace, rest: list[str]) -> int:
@@ -123,6 +125,8 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     environment = prepare(options.comfyui)
+    if not any(argument.partition("=")[0] == "--work" for argument in rest):
+        rest = ["--work", str(ROOT / ".comfyui" / "training"), *rest]
     return run([environment.python, "-m", "pix2pix_zero.demo_model.train", *rest], env=environment.variables())
 
 

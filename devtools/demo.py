@@ -12,7 +12,7 @@ from pathlib import Path
 from .environment import Environment
 from .graphs import EDITS, PICTURES, demo_graph
 from .hosts import ROOT
-from .process import DevError
+from .process import DevError, one_thread
 from .server import GraphError, Progress, Server
 
 OUTPUT = ROOT / "demo_output"
@@ -23,7 +23,7 @@ def run_demo(environment: Environment, name: str, seed: int) -> int:
     started = time.monotonic()
     edit = EDITS[name]
     print(f"Starting ComfyUI {environment.comfyui.version} ...", flush=True)
-    with Server(environment, options=["--disable-api-nodes"]) as server:
+    with Server(environment, options=["--disable-api-nodes"], variables=one_thread()) as server:
         print(f"ComfyUI runs on {server.url} after {time.monotonic() - started:.0f} s. Editing: {name}, seed {seed}")
         graph, shown, caption_node = demo_graph(edit, seed)
         try:

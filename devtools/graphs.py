@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+
+from .hosts import ROOT
+
+EXAMPLE = ROOT / "tests" / "workflows" / "cat_to_dog_demo.json"
 
 
 class Node:
@@ -16,15 +21,32 @@ class Node:
 
 
 class Graph:
-    """Collects nodes; :meth:`api` is what the server's ``/prompt`` takes."""
+    """Collects nodes, on top of a graph in API form; :meth:`api` is what the server's ``/prompt`` takes."""
 
-    def __init__(self) -> None:
-        self._nodes: dict[str, dict] = {}
+    def __init__(self, api: dict | None = None) -> None:
+        self._nodes: dict[str, dict] = dict(api or {})
 
     def add(self, class_type: str, **inputs: object) -> Node:
         """Add a node; inputs are values or links."""
-        key = str(len(self._nodes) + 1)
+        key = str(max(map(int, self._nodes), default=0) + 1)
         self._nodes[key] = {"class_type": class_type, "inputs": inputs}
+        return Node(key)
+
+    def copy(self, node: Node, **changes: object) -> Node:
+        """Add a node that differs from another one in some inputs."""
+        return self.add(self._nodes[node.key]["class_type"], **{**self.inputs(node), **changes})
+
+    def change(self, node: Node, **changes: object) -> None:
+        """Set some inputs of a node."""
+        self.inputs(node).update(changes)
+
+    def inputs(self, node: Node) -> dict:
+        """The inputs of a node."""
+        return self._nodes[node.key]["inputs"]
+
+    def only(self, class_type: str) -> Node:
+        """The one node of a class. Raises ValueError when there is none, or more than one."""
+        (key,) = (key for key, node in self._nodes.items() if node["class_type"] == class_type)
         return Node(key)
 
     def api(self, object_info: dict) -> dict:
@@ -84,40 +106,29 @@ PICTURES = {
 
 
 def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
-    """The whole method on a demo scene.
+    """The example workflow with another edit and scene, and the pictures to compare its result with.
 
     Returns:
         The graph; for each key of :data:`PICTURES` the node that shows it; the node that shows the caption.
     """
-    graph = Graph()
-    model = graph.add("Pix2PixZeroDemoModel")
-    scene = graph.add("Pix2PixZeroDemoScene", seed=seed, **edit.scene)
-    truth = graph.add("Pix2PixZeroDemoScene", seed=seed, **{**edit.scene, **edit.edited_scene})
-    captioner = graph.add("Pix2PixZeroLoadCaptioner")
-    caption = graph.add("Pix2PixZeroCaption", captioner=captioner[0], image=scene[0])
-    described = graph.add("CLIPTextEncode", clip=model[1], text=caption[0])
-    latent = graph.add("VAEEncode", pixels=scene[0], vae=model[2])
-    inversion = graph.add("Pix2PixZeroInversion", model=model[0], positive=described[0], latent_image=latent[0])
-    direction = graph.add("Pix2PixZeroEditDirection", clip=model[1], source=edit.source, target=edit.target)
-    moved = graph.add("Pix2PixZeroApplyDirection", conditioning=described[0], direction=direction[0])
+    graph = Graph(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    scene, direction, sampler, decoder = (
+        graph.only(name)
+        for name in ("Pix2PixZeroDemoScene", "Pix2PixZeroEditDirection", "Pix2PixZeroKSampler", "VAEDecode")
+    )
+    graph.change(scene, seed=seed, **edit.scene)
+    graph.change(direction, source=edit.source, target=edit.target)
 
-    def redrawn(positive: Node, **knobs: object) -> Node:
-        sampled = graph.add(
-            "Pix2PixZeroKSampler",
-            model=model[0],
-            inversion=inversion[0],
-            positive=positive[0],
-            negative=described[0],
-            **knobs,
-        )
-        return graph.add("VAEDecode", samples=sampled[0], vae=model[2])
+    def redrawn(**knobs: object) -> Node:
+        return graph.copy(decoder, samples=graph.copy(sampler, **knobs)[0])
 
+    unedited = graph.inputs(sampler)["negative"]
     results = {
         "source": scene,
-        "reconstruction": redrawn(described, cfg=1.0, guidance_strength=0.0),
-        "unguided": redrawn(moved, guidance_strength=0.0),
-        "edited": redrawn(moved),
-        "truth": truth,
+        "reconstruction": redrawn(positive=unedited, cfg=1.0, guidance_strength=0.0),
+        "unguided": redrawn(guidance_strength=0.0),
+        "edited": decoder,
+        "truth": graph.copy(scene, **edit.edited_scene),
     }
     shown = {name: graph.add("PreviewImage", images=picture[0]).key for name, picture in results.items()}
-    return graph, shown, graph.add("PreviewAny", source=caption[0]).key
+    return graph, shown, graph.only("PreviewAny").key

@@ -117,3 +117,11 @@ def clean_environment(**changes: str) -> dict[str, str]:
     """Our environment without what would make a child use another Python's packages."""
     dropped = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PIP_USER"}
     return {**{name: value for name, value in os.environ.items() if name not in dropped}, **changes}
+
+
+def one_thread() -> dict[str, str]:
+    """One thread for torch, unless the person says otherwise.
+
+    The demo model's tensors are too small to share, and on a busy machine threads that wait for each other take minutes.
+    """
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,7 @@ class Server:
         keep: A base directory that stays, ``None`` for a temporary one.
         options: Further options of ComfyUI's main.py.
         gpu: Whether to use a GPU, ``None`` for wherever torch sees one.
+        variables: Further environment variables.
         foreground: Leave the server's output on our terminal instead of in a log file.
     """
 
@@ -97,6 +98,7 @@ class Server:
         keep: Path | None = None,
         options: Sequence[str] = (),
         gpu: bool | None = None,
+        variables: Mapping[str, str] | None = None,
         foreground: bool = False,
     ) -> None:
         self.environment = environment
@@ -104,6 +106,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client_id = uuid.uuid4().hex
         self._keep, self._options, self._gpu, self._foreground = keep, tuple(options), gpu, foreground
+        self._variables = dict(variables or {})
         self._cleanup = contextlib.ExitStack()
         self._process: subprocess.Popen | None = None
         self.log = ROOT / ".comfyui" / "logs" / f"server-{self.port}.log"
@@ -119,7 +122,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command(base),
                 cwd=self.environment.comfyui.path,
-                env=self.environment.variables(),
+                env=self.environment.variables(**self._variables),
                 stdin=subprocess.PIPE,  # host_main.py ends when this pipe does
                 stdout=stream,
                 stderr=stream and subprocess.STDOUT,

@@ -19,6 +19,7 @@ def server(pytestconfig: pytest.Config) -> Iterator:
     from comfyui_version import __version__
     from pix2pix_zero.devtools.environment import Environment
     from pix2pix_zero.devtools.hosts import ROOT, ComfyUI
+    from pix2pix_zero.devtools.process import one_thread
     from pix2pix_zero.devtools.server import Server
 
     path = Path(next(iter(comfy.__path__))).parent
@@ -27,8 +28,8 @@ def server(pytestconfig: pytest.Config) -> Iterator:
     offline = pytest.MonkeyPatch()
     offline.setenv("HF_HUB_OFFLINE", "1")  # nothing may be downloaded by a test
     try:
-        options = ["--disable-api-nodes"]
-        with Server(environment, options=options, gpu=None if pytestconfig.getoption("--gpu") else False) as running:
+        gpu = None if pytestconfig.getoption("--gpu") else False
+        with Server(environment, options=["--disable-api-nodes"], gpu=gpu, variables=one_thread()) as running:
             yield running
     finally:
         offline.undo()
