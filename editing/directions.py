@@ -12,7 +12,7 @@ import torch
 
 Encoding = dict[str, torch.Tensor]
 
-# Rounding of half-precision weights stays below 0.5 %, other text encoders start at tens of percent.
+# Allows for rounding to half precision and for prompt weighting; encoders with other weights differ by far more.
 FIRST_TOKEN_TOLERANCE = 0.05
 
 

@@ -57,6 +57,13 @@ def test_long_sentences_count_with_their_first_chunk():
     assert torch.allclose(found.tensors["cond"][0].double(), b - encodings(3, 7)["cond"].double().mean(0), atol=1e-6)
 
 
+def test_a_direction_is_one_chunk_long_even_if_every_sentence_is_longer():
+    source, target = encodings(2, 6, tokens=3 * TOKENS), encodings(2, 7, tokens=2 * TOKENS)
+    found = edit_direction([source], [target], chunk_length=TOKENS)
+    expected = (target["cond"][:, :TOKENS] - source["cond"][:, :TOKENS]).double().mean(0)
+    assert torch.allclose(found.tensors["cond"][0].double(), expected, atol=1e-6)
+
+
 def test_sentences_of_any_length_are_averaged_position_by_position():
     short, long = encodings(2, 6, tokens=4), encodings(3, 7, tokens=9)
     source = encodings(1, 8, tokens=6)
