@@ -79,7 +79,8 @@ def sample_guided(
     """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
 
     The reference maps are recomputed at each step from the stored latent, so memory does not grow with the steps and
-    the reference does not drift. `keep_outside(x, i)` restores the source outside an inpainting mask at level i.
+    the reference does not drift. The inversion's residuals keep the unedited part of the picture exact.
+    `keep_outside(x, i)` restores the source outside an inpainting mask at level i.
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
@@ -90,6 +91,8 @@ def sample_guided(
             x = x + guidance_shift(gradient, sigma, strength)
         denoised = passes.denoise(x, sigma)
         x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
+        if inversion.residuals is not None:
+            x = x + inversion.residuals[index - 1].to(x)
         x = keep_outside(x, index - 1)
         on_step(inversion.steps - index, denoised, x)
     return x

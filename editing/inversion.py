@@ -17,7 +17,7 @@ class Inversion:
     `trajectory`: [N+1, B, C, H, W] fp32 latents in the model's space, `trajectory[0]` the clean picture and
     `trajectory[i]` its latent at `sigmas[i]`. `sigmas`: [N+1] ascending from 0. `source`: the conditioning that
     describes the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where the picture may
-    change.
+    change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM.
     """
 
     trajectory: torch.Tensor
@@ -25,6 +25,7 @@ class Inversion:
     source: list
     model: ReferenceType
     noise_mask: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -77,3 +78,22 @@ def on_grid(
         for x, level, sigma in zip(visited[len(clean) - offset :], levels[len(clean) - offset :], grid[len(clean) :])
     ]
     return torch.stack([x.cpu() for x in clean + kept])
+
+
+def direct_residuals(
+    trajectory: torch.Tensor, sigmas: torch.Tensor, denoised: Callable[[int], torch.Tensor]
+) -> torch.Tensor:
+    """What each DDIM step down from the trajectory misses the trajectory by: [N, B, C, H, W] on the CPU.
+
+    Added after each sampling step, it makes the unedited picture come out exactly (PnP Inversion, Ju et al. 2024,
+    Algorithm 1, where it is the source branch that is corrected). `residuals[i - 1]` belongs to the step from level i
+    to i - 1. `denoised(i)`: the model's estimate at `trajectory[i]`, `sigmas[i]`, for the source text.
+    """
+    levels = sigmas.tolist()
+    residuals = []
+    for i in range(1, len(levels)):
+        estimate = denoised(i)
+        x = trajectory[i].to(estimate)
+        stepped = ddim.step(x, ddim.predicted_eps(x, estimate, levels[i]), levels[i], levels[i - 1])
+        residuals.append(trajectory[i - 1] - stepped.cpu())
+    return torch.stack(residuals)

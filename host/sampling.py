@@ -14,11 +14,11 @@ from comfy import model_sampling as kinds
 from ..attention_patches.sites import cross_attention_sites
 from ..editing import ddim
 from ..editing.guidance import GuidanceWindow, sample_guided, sample_official
-from ..editing.inversion import Inversion, invert, on_grid
+from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
 from ..editing.regularization import NoiseRegularization, regularize_noise
 from .attention_passes import UNetPasses, with_map_jobs
 
-INVERSION_METHODS = ("ddim", "official", "diffusers")
+INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
 
 
 def ddim_grid(model, steps: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def invert_latent(
     steps: int,
     seed: int,
     regularization: NoiseRegularization,
-    method: str = "ddim",
+    method: str = "direct",
 ) -> Inversion:
     """Invert a LATENT described by the CONDITIONING `positive`. Raises ValueError as `ddim_grid` and `clean_latent`."""
     sigmas = ddim_grid(model, steps).flip(0)
@@ -70,28 +70,38 @@ def invert_latent(
     check_conditioning(positive, len(samples), "positive")
     transitions = _transitions(model, sigmas, method)
     generator = torch.Generator().manual_seed(seed)
-    trajectory = None
+    trajectory = residuals = None
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
-        nonlocal trajectory
+        nonlocal trajectory, residuals
+        estimates = []
 
         def denoise(x, sigma):
             return model_k(x, x.new_full((len(x),), sigma), **extra_args)
+
+        def on_step(index, denoised, x):
+            estimates.append(denoised)
+            _report(callback, sigmas, index, denoised, x)
 
         visited = invert(
             x,
             transitions,
             denoise,
             lambda eps: regularize_noise(eps, regularization, generator),
-            partial(_report, callback, sigmas),
+            on_step,
         )
         trajectory = on_grid(visited, transitions, x, sigmas)
+        if method == "direct":
+            # The walk up has visited every level but the last one with just this estimate.
+            estimates.append(denoise(visited[-1], float(sigmas[-1])))
+            residuals = direct_residuals(trajectory, sigmas, estimates.__getitem__)
         return x
 
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     _sample(guider, walk, samples, sigmas, seed)
-    return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), latent_image.get("noise_mask"))
+    mask = latent_image.get("noise_mask")
+    return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), mask, residuals)
 
 
 def _transitions(model, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:

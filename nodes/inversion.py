@@ -87,8 +87,9 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     options=list(INVERSION_METHODS),
                     default=INVERSION_METHODS[0],
                     advanced=True,
-                    tooltip="ddim: the paper's step on the sampler's own grid; keep it unless you compare. official: "
-                    "the authors' code, which skips two steps. diffusers: that library's version of it.",
+                    tooltip="direct: also keeps what each step loses, so that the unedited part of the picture comes "
+                    "back exactly. ddim: the paper's inversion. official: the authors' code, which skips two steps. "
+                    "diffusers: that library's version of it.",
                 ),
             ],
             outputs=[

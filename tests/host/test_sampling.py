@@ -59,7 +59,7 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
         kl_weight=[MILD.kl_weight],
         regularization_steps=[MILD.steps],
         autocorrelation_rolls=[MILD.rolls],
-        method=["ddim"],
+        method=["direct"],
     )
     inversions, noises, grids = run_node(
         Pix2PixZeroInversion, model=[model], positive=as_list, latent_image=[pictures], **settings
@@ -84,7 +84,7 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
 def test_stock_sampling_from_noise_and_sigmas_equals_the_unguided_sampler(model):
     """The outputs `noise` and `sigmas` drive SamplerCustomAdvanced with euler, which is DDIM in sigma space."""
     with torch.inference_mode():
-        inversion = invert(model)
+        inversion = invert(model, method="ddim")
         expected = edit(model, inversion, strength=0.0)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning(seed=1), conditioning())
@@ -94,6 +94,16 @@ def test_stock_sampling_from_noise_and_sigmas_equals_the_unguided_sampler(model)
             torch.zeros_like(noise), noise, comfy.samplers.sampler_object("euler"), inversion.sigmas.flip(0)
         )
     assert (stock - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_the_unedited_picture_comes_back_exactly(model):
+    source = latent()["samples"]
+    exact, plain = (
+        edit(model, invert(model, method=method), conditioning(), conditioning(), strength=0.0) - source
+        for method in ("direct", "ddim")
+    )
+    assert exact.abs().max() <= 1e-4 * source.std()
+    assert plain.abs().max() > 1e-2 * source.std()
 
 
 def test_unmasked_part_is_the_source_exactly(model):
@@ -197,7 +207,7 @@ def test_flow_and_edm_models_are_refused():
 def test_v_prediction_inverts_and_reconstructs():
     with torch.inference_mode():
         model = small_model(comfy.model_base.ModelType.V_PREDICTION)
-    inversion = invert(model, steps=40, regularization=OFF)
+    inversion = invert(model, steps=40, regularization=OFF, method="ddim")
     again = edit(model, inversion, conditioning(), strength=0.0)
     source = latent()["samples"]
     assert (again - source).norm() / source.norm() < 0.1
