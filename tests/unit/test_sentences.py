@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+import pix2pix_zero.editing.sentences as sentence_module
 import pytest
 from pix2pix_zero.editing.sentences import (
     bank_names,
@@ -203,3 +204,9 @@ def test_a_bank_is_used_first_and_topped_up_by_the_grammar():
     assert bank < set(many)
     assert many == concept_sentences("cat", 700, seed=0)
     assert len(set(concept_sentences("axolotl", 256, seed=0))) == 256
+
+
+def test_the_grammar_does_not_repeat_what_the_bank_says(monkeypatch):
+    monkeypatch.setattr(sentence_module, "sentence_bank", lambda concept: sentences(concept, 100, seed=0))
+    many = concept_sentences("axolotl", 300, seed=0)
+    assert len(many) == len(set(many)) == 300
