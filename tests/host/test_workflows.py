@@ -1,0 +1,191 @@
+"""The example workflows: what the files say, and what the real server makes of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pix2pix_zero.devtools.server import PACK_FOLDER, GraphError
+from workflow_forms import NOTES, api_form
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "example_workflows"
+API_COPIES = ROOT / "tests" / "workflows"
+NAMES = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture"]
+TITLE_HEIGHT = 30
+
+
+def read(name: str) -> dict:
+    return json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_api(name: str) -> dict:
+    return json.loads((API_COPIES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def ids_of(api: dict, class_type: str) -> list[str]:
+    return [key for key, node in api.items() if node["class_type"] == class_type]
+
+
+def only(api: dict, class_type: str) -> dict:
+    (key,) = ids_of(api, class_type)
+    return api[key]
+
+
+def box(node: dict) -> tuple[float, float, float, float]:
+    """Left, top with the title bar, right, bottom."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_HEIGHT, x + width, y + height
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+
+
+def test_every_example_has_its_thumbnail_and_its_api_copy():
+    assert sorted(path.stem for path in EXAMPLES.glob("*.json")) == NAMES
+    assert sorted(path.stem for path in EXAMPLES.glob("*.jpg")) == NAMES
+    assert sorted(path.stem for path in API_COPIES.glob("*.json")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_thumbnail_is_a_small_picture(name):
+    path = EXAMPLES / f"{name}.jpg"
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG"
+        assert 256 <= picture.width <= 640
+    assert path.stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_join_what_the_nodes_say_they_join(name):
+    workflow = read(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link[1:] for link in workflow["links"]}
+    used = set()
+    for number, (origin, output, target, socket, kind) in links.items():
+        assert number in nodes[origin]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][socket]["link"] == number
+        assert nodes[origin]["outputs"][output]["type"] == kind
+        used |= {origin, target}
+    assert used == {key for key, node in nodes.items() if node["type"] not in NOTES}
+    assert workflow["last_node_id"] == max(nodes)
+    assert workflow["last_link_id"] == max(links)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layout_reads_from_left_to_right_without_overlaps(name):
+    workflow = read(name)
+    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
+    for (a, first), (b, second) in combinations(boxes.items(), 2):
+        apart = first[2] <= second[0] or second[2] <= first[0] or first[3] <= second[1] or second[3] <= first[1]
+        assert apart, f"nodes {a} and {b} overlap"
+    groups = [group["bounding"] for group in workflow["groups"]]
+    for key, (left, top, right, bottom) in boxes.items():
+        inside = [x <= left and y <= top and right <= x + w and bottom <= y + h for x, y, w, h in groups]
+        assert sum(inside) == 1, f"node {key} is not inside one group"
+    for _, origin, _, target, *_ in workflow["links"]:
+        assert boxes[origin][0] <= boxes[target][0], f"the link from {origin} to {target} runs backwards"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seeds_stay_fixed_so_that_a_second_run_reuses_the_inversion(name, server):
+    object_info = server.object_info()
+    for node in read(name)["nodes"]:
+        if "seed" in str(object_info.get(node["type"], {}).get("input_order")):
+            assert "fixed" in node["widgets_values"], node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_api_copy_is_what_the_graph_says(name, server):
+    assert api_form(read(name), server.object_info()) == read_api(name)
+
+
+# --- on the server ------------------------------------------------------------------------------------------------
+
+
+def picture_of(server, outputs: dict, node: str) -> np.ndarray:
+    """The one picture that a node showed, as (height, width, 3) in 0..255."""
+    (entry,) = outputs[node]["images"]
+    return np.asarray(Image.open(io.BytesIO(server.view(entry))).convert("RGB")).astype(np.float64)
+
+
+def quick(api: dict, steps: int = 4) -> dict:
+    """The graph with few steps."""
+    api = copy.deepcopy(api)
+    for node in api.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = steps
+    return api
+
+
+def with_strength(api: dict, strength: float) -> dict:
+    api = copy.deepcopy(api)
+    only(api, "Pix2PixZeroApplyDirection")["inputs"]["strength"] = strength
+    return api
+
+
+def on_the_demo_model(api: dict) -> dict:
+    """``edit_your_picture`` with the demo's model, captioner and scene in the place of files that one has to bring."""
+    api = copy.deepcopy(api)
+    only(api, "CheckpointLoaderSimple").update(class_type="Pix2PixZeroDemoModel", inputs={})
+    scene = only(read_api("cat_to_dog_demo"), "Pix2PixZeroDemoScene")
+    only(api, "LoadImage").update(class_type="Pix2PixZeroDemoScene", inputs=scene["inputs"])
+    only(api, "ImageScale")["inputs"].update(width=128, height=128)
+    only(api, "Pix2PixZeroLoadCaptioner")["inputs"]["model_name"] = "demo"
+    return api
+
+
+GRAPHS = {name: read_api for name in NAMES} | {"edit_your_picture": lambda name: on_the_demo_model(read_api(name))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_runs_the_example_and_shows_the_edit_beside_its_source(name, server):
+    api = quick(GRAPHS[name](name))
+    (beside,), (saved,) = ids_of(api, "PreviewImage"), ids_of(api, "SaveImage")
+    outputs = server.run(api)
+    comparison, edit = picture_of(server, outputs, beside), picture_of(server, outputs, saved)
+    gap = only(api, "ImageStitch")["inputs"]["spacing_width"]
+    assert edit.shape == (128, 128, 3)
+    assert comparison.shape == (128, 128 + gap + 128, 3)
+    source = comparison[:, :128]
+    np.testing.assert_array_equal(comparison[:, 128 + gap :], edit)
+    assert source.std() > 10  # NaN would come out as one flat colour
+    assert edit.std() > 10
+    assert np.abs(edit - source).mean() > 1
+    unedited = picture_of(server, server.run(with_strength(api, 0.0)), saved)
+    assert np.abs(edit - unedited).mean() > 0.5, "the direction does nothing"
+
+
+def test_without_an_edit_the_generated_picture_comes_back(server):
+    api = with_strength(quick(read_api("edit_a_generated_image")), 0.0)
+    (beside,) = ids_of(api, "PreviewImage")
+    comparison = picture_of(server, server.run(api), beside)
+    assert np.abs(comparison[:, :128] - comparison[:, -128:]).max() <= 2
+
+
+def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(server):
+    api = read_api("edit_your_picture")
+    with pytest.raises(GraphError) as refusal:
+        server.run(api)
+    lacking = {
+        (node["class_type"], error["extra_info"]["input_name"])
+        for node in refusal.value.details["node_errors"].values()
+        for error in node["errors"]
+    }
+    assert lacking <= {("CheckpointLoaderSimple", "ckpt_name"), ("LoadImage", "image")}
+    assert ("LoadImage", "image") in lacking
+
+
+def test_the_template_browser_lists_the_examples_with_their_thumbnails(server):
+    listed = json.loads(server.get("/workflow_templates"))
+    assert sorted(listed[PACK_FOLDER]) == NAMES
+    for name in NAMES:
+        for ending in ("json", "jpg"):
+            content = server.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.{ending}")
+            assert content == (EXAMPLES / f"{name}.{ending}").read_bytes()
