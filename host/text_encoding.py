@@ -92,8 +92,9 @@ def encoder_fingerprint(clip) -> str:
     shapes = {k: tuple(v.shape) for k, v in clip.patcher.model_state_dict().items()}
     for key in sorted(shapes):
         digest.update(f"{key}{shapes[key]}".encode())
-    matrices = sorted(k for k, shape in shapes.items() if len(shape) > 0)
-    for key in matrices[:: max(1, len(matrices) // 16)]:
+    # SD 1.x checkpoints have no text_projection, and ComfyUI then leaves it uninitialized.
+    weights = sorted(k for k, shape in shapes.items() if shape and "text_projection" not in k)
+    for key in weights[:: max(1, len(weights) // 16)]:
         weight = clip.patcher.get_key_patches(key)[key][0][0]
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 512)].to("cpu", torch.float16)

@@ -173,6 +173,21 @@ def test_the_fingerprint_is_the_same_for_the_same_weights_only():
     assert encoder_fingerprint(half) == prints[0]
 
 
+def test_the_fingerprint_leaves_out_weights_that_checkpoints_lack(clip):
+    default = encoder_fingerprint(clip)
+    for name, weight in clip.cond_stage_model.named_parameters():
+        if "text_projection" in name:
+            weight.data.fill_(float("nan"))
+    assert encoder_fingerprint(clip) == default
+
+
+def test_a_slightly_changed_encoder_has_another_fingerprint(clip):
+    default = encoder_fingerprint(clip)
+    for _, weight in clip.cond_stage_model.named_parameters():
+        weight.data.mul_(1.01)
+    assert encoder_fingerprint(clip) != default
+
+
 def test_the_fingerprint_tells_clip_skip_but_not_how_it_was_asked_for(clip):
     default = encoder_fingerprint(clip)
     clip.clip_layer({"SD1Model": -1, "SDXLModel": -2}[type(clip.cond_stage_model).__name__])
