@@ -76,7 +76,7 @@ def test_the_demo_edits_use_only_scene_settings_that_exist(server):
 def test_the_demo_shows_the_edit_between_the_source_and_the_true_answer(server):
     info = server.object_info()
     graph, shown, caption = demo_graph(EDITS["cat2dog"], seed=3)
-    graph.change(graph.only("Pix2PixZeroInversion"), steps=4)
+    graph.change(graph.only("Pix2PixZeroInversion"), steps=4)  # the sampler takes as many
     outputs = server.run(graph.api(info))
 
     def picture(key: str) -> np.ndarray:
@@ -90,24 +90,24 @@ def test_the_demo_shows_the_edit_between_the_source_and_the_true_answer(server):
     assert {image.shape for image in pictures.values()} == {(128, 128, 3)}
     assert "".join(outputs[caption]["text"])
     assert distance("source", "truth") > 1
-    assert distance("source", "reconstruction") < min(distance("source", "unguided"), 25)
+    assert distance("source", "reconstruction") < distance("source", "unguided")
     assert distance("edited", "unguided") > 0.1 and distance("edited", "reconstruction") > 0.1
 
 
 def test_a_cancelled_graph_is_told_and_the_server_goes_on(server):
     info = server.object_info()
     graph, _, _ = demo_graph(EDITS["cat2dog"], seed=4)
-    graph.change(graph.only("Pix2PixZeroInversion"), steps=1000)
+    graph.change(graph.only("Pix2PixZeroInversion"), steps=500)
     seen = []
 
     def cancel_inside_the_inversion(progress):
         seen.append(progress)
-        if progress.maximum == 1000 and progress.value >= 2:
+        if progress.maximum > 400 and progress.value >= 2:
             server.interrupt()
 
     with pytest.raises(GraphError, match="cancelled"):
         server.run(graph.api(info), cancel_inside_the_inversion)
-    assert max(progress.value for progress in seen if progress.maximum == 1000) < 900
+    assert max(progress.value for progress in seen) < 400
     picture = Graph()
     shown = picture.add("PreviewImage", images=picture.add("EmptyImage", width=8, height=8)[0])
     assert server.run(picture.api(info))[shown.key]["images"]
