@@ -112,22 +112,27 @@ def _ruff(environment: Environment, rest: list[str]) -> int:
 
 
 def _benchmarks() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+    programs = (path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+    return sorted(path.stem for path in programs)
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.name not in _benchmarks():
         raise DevError(f"There is no benchmark {options.name!r}; there are: {', '.join(_benchmarks()) or 'none yet'}.")
-    environment = prepare(options.comfyui)
-    script = environment.packages / "pix2pix_zero" / "benchmarks" / f"{options.name}.py"
-    return run([environment.python, script, *rest], env=environment.variables())
+    return _run_module(prepare(options.comfyui), f"pix2pix_zero.benchmarks.{options.name}", rest)
+
+
+def _run_module(environment: Environment, name: str, rest: list[str]) -> int:
+    """Like ``python -m``, but without the current folder on the path: our nodes/ would hide ComfyUI's nodes.py."""
+    code = "import runpy, sys; del sys.path[0], sys.argv[0]; runpy.run_module(sys.argv[0], None, '__main__', True)"
+    return run([environment.python, "-c", code, name, *rest], env=environment.variables())
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     environment = prepare(options.comfyui)
     if not any(argument.partition("=")[0] == "--work" for argument in rest):
         rest = ["--work", str(ROOT / ".comfyui" / "training"), *rest]
-    return run([environment.python, "-m", "pix2pix_zero.demo_model.train", *rest], env=environment.variables())
+    return _run_module(environment, "pix2pix_zero.demo_model.train", rest)
 
 
 def _lock(options: argparse.Namespace, rest: list[str]) -> int:

@@ -169,6 +169,21 @@ def test_a_port_in_use_is_told_before_anything_is_set_up(capsys, monkeypatch):
     assert f"Port {port} is in use" in capsys.readouterr().err
 
 
+def test_modules_run_without_the_current_folder_hiding_comfyuis_own(tmp_path, monkeypatch):
+    (tmp_path / "nodes.py").write_text("raise SystemExit('the wrong nodes')\n")
+    package = tmp_path / "packages" / "probe"
+    package.mkdir(parents=True)
+    report = tmp_path / "report.txt"
+    program = f"import sys, pathlib\nimport nodes\npathlib.Path({str(report)!r}).write_text(nodes.NAME + sys.argv[1] + __name__)"
+    (package / "program.py").write_text(program)
+    (tmp_path / "packages" / "nodes.py").write_text("NAME = 'theirs '\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Environment, "python", Path(sys.executable))
+    here = Environment(ComfyUI(tmp_path / "packages", "0"), tmp_path)
+    assert cli._run_module(here, "probe.program", ["given "]) == 0
+    assert report.read_text() == "theirs given __main__"
+
+
 def test_a_folder_link_is_made_moved_and_removed_without_touching_its_target(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
