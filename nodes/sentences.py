@@ -14,8 +14,8 @@ class Pix2PixZeroSentences(io.ComfyNode):
             display_name="Sentences about a Concept",
             category=CATEGORY,
             description="Write sentences about a concept, one per line: from the bundled bank where there is one for the "
-            "concept, from a grammar otherwise. Feed two of these to Edit Direction from Sentences, or read them to see "
-            "what a direction is made of.",
+            "concept, from a grammar otherwise. Read or edit them and feed two of these nodes to Edit Direction from "
+            "Sentences. Edit Direction needs none of this: it pairs its own sentences, which makes cleaner edits.",
             search_aliases=["prompts", "captions", "sentence bank", "concept"],
             inputs=[
                 io.String.Input(
