@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, command, help: str, takes_more: bool = False, host: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        # a program that takes the other arguments explains them itself
+        explains = name not in ("bench", "train")
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, add_help=explains)
         sub.set_defaults(command=command, takes_more=takes_more)
         if host:
             sub.add_argument(
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8188, help="default: %(default)s")
     add("lint", _lint, "check the code with ruff; other arguments go to it", takes_more=True, host=False)
     bench = add("bench", _bench, "run benchmarks/NAME.py with the other arguments", takes_more=True)
-    bench.add_argument("name", metavar="NAME", help=", ".join(_benchmarks()) or "none yet")
+    bench.add_argument("name", metavar="NAME", nargs="?", default="")
     add("train", _train, "train the demo model; other arguments go to the recipe", takes_more=True)
     add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
     return parser
@@ -118,7 +120,7 @@ def _benchmarks() -> list[str]:
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.name not in _benchmarks():
-        raise DevError(f"There is no benchmark {options.name!r}; there are: {', '.join(_benchmarks()) or 'none yet'}.")
+        raise DevError(f"Name a benchmark, then its arguments: {', '.join(_benchmarks())}.")
     return _run_module(prepare(options.comfyui), f"pix2pix_zero.benchmarks.{options.name}", rest)
 
 
