@@ -4,11 +4,14 @@ import peer
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.model_base import ModelType, model_sampling
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.directions import apply_direction, edit_direction
 from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.regularization import NoiseRegularization, draw_shifts
 from pix2pix_zero.host.sampling import ddim_grid, invert_latent, sample_edit
-from small_unet import CONTEXT_DIM, TOKENS, conditioning, latent
+from small_unet import CONFIG, CONTEXT_DIM, TOKENS, SmallSD, conditioning, latent
 
 LATENT_SCALE = 0.18215
 SIZE = dict(height=16, width=24)
@@ -80,6 +83,31 @@ def test_one_unet_evaluation_is_the_same_function(eps_twins):
         theirs = pipe.unet(x, timesteps, encoder_hidden_states=text).sample
         ours = model.model.diffusion_model(x, timesteps.float(), context=text, transformer_options={})
     assert (ours - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("t", "t_next"), [(981, 961), (21, 1), (1, 21), (961, 981)])
+def test_a_step_through_comfyui_model_sampling_is_the_schedulers(prediction_type, t, t_next):
+    """ComfyUI turns the UNet's output into an estimate, this pack steps along it, up or down."""
+    kind = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}[prediction_type]
+    sampling = model_sampling(SmallSD(CONFIG), kind)
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 1, 4, 5, 6, generator=generator)
+
+    settings = dict(**peer.SCHEDULE, prediction_type=prediction_type)
+    if t_next < t:
+        scheduler, label = DDIMScheduler(**settings), t
+    else:
+        scheduler, label = DDIMInverseScheduler(**settings), t_next
+    scheduler.set_timesteps(50)
+    theirs = scheduler.step(output, label, x).prev_sample
+
+    sigma, sigma_next = (float(sampling.sigmas[level]) for level in (t, t_next))
+    scaled = ddim.rescale(x, 0.0, sigma)
+    denoised = sampling.calculate_denoised(torch.tensor([sigma]), output, scaled)
+    ours = ddim.step(scaled, ddim.predicted_eps(scaled, denoised, sigma), sigma, sigma_next)
+
+    assert relative_difference(ddim.rescale(ours, sigma_next, 0.0), theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("regularization", [UNREGULARIZED, NoiseRegularization()], ids=["plain", "regularized"])
