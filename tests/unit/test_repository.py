@@ -1,0 +1,81 @@
+"""What the repository promises about its files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tracked(*patterns: str) -> list[Path]:
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def packed(path: Path) -> bool:
+    """Whether the file is part of the package that users install."""
+    name = path.relative_to(ROOT).as_posix()
+    ignored = [line for line in read(ROOT / ".comfyignore").splitlines() if line and not line.startswith("#")]
+    return not any(name == entry or (entry.endswith("/") and name.startswith(entry)) for entry in ignored)
+
+
+def test_no_file_names_a_package_index():
+    hosts = re.compile("py" + r"pi\.org|python" + "hosted|simple/" + "torch")
+    text = [path for path in tracked() if path.suffix not in (".safetensors", ".jpg", ".png")]
+    assert [path.name for path in text if hosts.search(read(path))] == []
+
+
+def test_nothing_that_ships_reads_a_pickle():
+    reads = re.compile(r"torch\.load\(|\bpickle\.loads?\(|weights_only|allow_pickle=True")
+    assert [path.name for path in tracked("*.py") if packed(path) and reads.search(read(path))] == []
+
+
+def test_the_package_requires_nothing_beyond_comfyui():
+    assert [line for line in read(ROOT / "requirements.txt").splitlines() if line and not line.startswith("#")] == []
+    assert "dependencies = []" in read(ROOT / "pyproject.toml")
+
+
+def test_the_package_leaves_out_what_only_developers_need():
+    names = {path.relative_to(ROOT).parts[0] for path in tracked() if packed(path)}
+    assert names.isdisjoint({"tests", "devtools", "dev.py", "benchmarks", ".ci", "requirements-dev.txt"})
+    assert {"__init__.py", "nodes", "editing", "host", "example_workflows", "pyproject.toml", "LICENSE"} <= names
+
+
+def test_what_ships_imports_nothing_that_does_not_ship():
+    left_out = {path.stem for path in tracked("*.py") if not packed(path) and path.stem != "__init__"} - {
+        path.stem for path in tracked("*.py") if packed(path)
+    }
+    imports = re.compile(r"^\s*(?:from|import)\s+([\w.]+)(?:\s+import\s+(.+))?", re.MULTILINE)
+    for path in filter(packed, tracked("*.py")):
+        for module, names in imports.findall(read(path)):
+            parts = {*module.split("."), *re.findall(r"\w+", names)}
+            assert not (module.startswith(".") and parts & left_out), f"{path.name} imports {module}"
+
+
+def test_the_version_is_the_newest_of_the_changelog():
+    version = re.search(r'^version = "(.+)"', read(ROOT / "pyproject.toml"), re.MULTILINE)[1]
+    assert re.search(r"^## (\S+)", read(ROOT / "CHANGELOG.md"), re.MULTILINE)[1] == version
+
+
+def test_every_file_the_readme_links_to_is_there():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", read(ROOT / "README.md"))
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_the_continuous_integration_runs_the_command_of_the_readme():
+    assert "dev.py test" in read(ROOT / ".ci" / "run")
+    assert "python dev.py test" in read(ROOT / "README.md")
