@@ -22,7 +22,7 @@ INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
 
 
 def ddim_grid(model, steps: int) -> torch.Tensor:
-    """ComfyUI's `ddim_uniform` noise levels, descending to 0: [steps+1].
+    """ComfyUI's `ddim_uniform` noise levels, descending to 0: [steps+1], or more where `steps` does not divide 1000.
 
     Raises ValueError for a model that does not diffuse on discrete variance-preserving steps, or steps outside 1..1000.
     """
