@@ -36,7 +36,8 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     default=50,
                     min=1,
                     max=1000,
-                    tooltip="More steps redraw the picture more faithfully and take longer. Below 20 details drift.",
+                    tooltip="More steps redraw the picture more faithfully and take longer. Below 20 details drift. A number "
+                    "that does not divide 1000 is rounded up a little, to fit the grid of ddim_uniform.",
                 ),
                 io.Int.Input(
                     "seed",
