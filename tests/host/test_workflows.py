@@ -169,6 +169,17 @@ def test_without_an_edit_the_generated_picture_comes_back(server):
     assert np.abs(comparison[:, :128] - comparison[:, -128:]).max() <= 2
 
 
+def test_without_an_edit_the_inverted_picture_comes_back(server):
+    api = with_strength(quick(read_api("cat_to_dog_demo")), 0.0)
+    (encode,), (decode,), (saved,) = (ids_of(api, name) for name in ("VAEEncode", "VAEDecode", "SaveImage"))
+    vae = api[decode]["inputs"]["vae"]
+    api["1001"] = {"class_type": "VAEDecode", "inputs": {"samples": [encode, 0], "vae": vae}}
+    api["1002"] = {"class_type": "PreviewImage", "inputs": {"images": ["1001", 0]}}
+    outputs = server.run(api)
+    best = picture_of(server, outputs, "1002")
+    assert np.abs(picture_of(server, outputs, saved) - best).max() <= 2
+
+
 def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(server):
     api = read_api("edit_your_picture")
     with pytest.raises(GraphError) as refusal:
