@@ -83,6 +83,12 @@ def encode_renders(renders: str, autoencoder: str, output: str) -> None:
     save_file({"latents": latents.half().contiguous(), "scale_factor": 1 / latents.std()}, output)
 
 
+def stratified_timesteps(count: int, levels: int) -> Tensor:
+    """One random noise level from each of ``count`` equal parts of 0..levels-1, as integers [count]."""
+    levels_drawn = (torch.arange(count) + torch.rand(count)) * levels / count
+    return levels_drawn.long().clamp(max=levels - 1)  # float rounding can reach the very end
+
+
 @_differentiable_text_layers()
 def train_diffusion(
     rank: int,
@@ -97,7 +103,10 @@ def train_diffusion(
     warm_start: str | None = None,
     save_every: float = 120,
 ) -> list[tuple[int, float]]:
-    """Train for ``minutes`` with ``batch`` latents on each rank; returns (step, running v error) and writes ``output``."""
+    """Train for ``minutes`` with ``batch`` latents on each rank; returns (step, running v error) and writes ``output``.
+
+    ``warm_start`` continues from a file that an earlier call wrote; give it a lower ``matrix_lr`` then.
+    """
     stored = load_file(latents)
     data, scale = stored["latents"].float() * stored["scale_factor"], stored["scale_factor"]
     scenes = [training_scene(i) for i in range(len(data))]
@@ -118,7 +127,7 @@ def train_diffusion(
     trainer = Trainer(
         {"unet": unet, "text": text},
         matrix_lr,
-        2e-3,
+        matrix_lr / 10,
         0.998,
         keep_adam=("embed", "out.2", "input_blocks.0."),
         warmup=warmup,
@@ -129,7 +138,7 @@ def train_diffusion(
     running, start, reported, saved = 1.0, time.monotonic(), -1e9, time.monotonic()
     while (progress := shared_progress(rank, (time.monotonic() - start) / (60 * minutes))) < 1:
         picked = torch.randint(len(data), (batch,))
-        t = ((torch.arange(batch) + torch.rand(batch)) * len(sigmas) / batch).long()
+        t = stratified_timesteps(batch, len(sigmas))
         alpha_bar = (1 / (1 + sigmas[t] ** 2)).view(-1, 1, 1, 1)
         x0, eps = data[picked], torch.randn(batch, *data.shape[1:])
         rows, weights = sampler([scenes[i] for i in picked.tolist()])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pix2pix_zero.demo_model import loader
 from pix2pix_zero.demo_model.train import Recipe, train
+from pix2pix_zero.demo_model.training.diffusion import stratified_timesteps
 from pix2pix_zero.demo_model.training.optimizer import orthogonalize
 
 SMALL = Recipe(
@@ -50,6 +51,13 @@ def test_finished_stages_are_not_repeated(run):
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != run[0]}
     train(folder, SMALL)
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != run[0]}
+
+
+def test_noise_levels_are_spread_and_never_off_the_end(monkeypatch):
+    drawn = stratified_timesteps(10, 1000)
+    assert [level // 100 for level in drawn.tolist()] == list(range(10))
+    monkeypatch.setattr(torch, "rand", lambda count: torch.full((count,), 1 - 2**-24))
+    assert stratified_timesteps(24, 1000).max() == 999
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
