@@ -1,9 +1,17 @@
 """The API form of a workflow file, derived from the file and the server's node schemas.
 
 The frontend's ``graphToPrompt`` makes the same thing in the browser; this is an independent reading of the file format.
+
+After an example was changed in the browser, ``python tests/helpers/workflow_forms.py URL`` writes the API copies in
+tests/workflows anew. URL is that of a running server with the pack, such as ``python dev.py serve`` prints.
 """
 
 from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
 
 NOTES = {"MarkdownNote", "Note"}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -59,3 +67,18 @@ def _widget_values(node: dict, schema: dict) -> dict[str, object]:
     if left := list(values):
         raise ValueError(f"node {node['id']} ({node['type']}): values without a widget: {left}")
     return inputs
+
+
+def main(url: str) -> None:
+    """Write the API copy of every example."""
+    with urllib.request.urlopen(f"{url.rstrip('/')}/object_info") as answer:  # noqa: S310 (one's own server)
+        object_info = json.load(answer)
+    root = Path(__file__).resolve().parents[2]
+    for path in sorted((root / "example_workflows").glob("*.json")):
+        api = api_form(json.loads(path.read_text(encoding="utf-8")), object_info)
+        text = json.dumps(api, indent=2, ensure_ascii=False) + "\n"
+        (root / "tests" / "workflows" / path.name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
