@@ -16,6 +16,7 @@ class WebSocket:
     def __init__(self, port: int, path: str, patience: float) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=patience)
         self._buffer = b""
+        self._parts, self._kind = b"", TEXT  # of a message in several frames
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
             f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -51,7 +52,6 @@ class WebSocket:
             TimeoutError: Nothing came within the patience; what has arrived is kept, so it may be called again.
             ConnectionError: The server is gone.
         """
-        parts, kind = b"", TEXT
         while True:
             first, second = self._take(0, 2)
             start, length = 2, second & 127
@@ -66,7 +66,8 @@ class WebSocket:
                 raise ConnectionError("the server closed the progress connection")
             if code > CLOSE:
                 continue  # ping or pong
-            kind = code or kind
-            parts += payload
+            self._kind = code or self._kind
+            self._parts += payload
             if final:
-                return parts.decode() if kind == TEXT else parts
+                message, self._parts = self._parts, b""
+                return message.decode() if self._kind == TEXT else message
