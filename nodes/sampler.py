@@ -31,13 +31,13 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=5.0,
+                    default=1.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the edit is drawn. Raise it if the edit does not show, lower it if colours "
-                    "burn or the background changes.",
+                    tooltip="How strongly the edit is drawn. Raise it if the edit does not show (start at 5 with Stable "
+                    "Diffusion checkpoints), lower it if colours burn or the background changes.",
                 ),
                 io.Float.Input(
                     "guidance_strength",
