@@ -258,7 +258,9 @@ def test_no_server_outlives_dev_py(tmp_path, number):
         "with orderly_end(), Server(there, gpu=False) as server:\n"
         "    print('ready', flush=True); server.wait()\n"
     )
-    ours = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    temporary = {**os.environ, "TMPDIR": str(tmp_path)}  # killed, it cannot tidy up
+    command = [sys.executable, "-c", parent]
+    ours = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=temporary)
     try:
         assert ours.stdout.readline() == b"ready\n"
         pid = int((tmp_path / "pid").read_text())
