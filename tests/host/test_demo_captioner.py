@@ -1,5 +1,6 @@
 """The demo's own captioner, with the weights that ship, on scenes that it was not trained on."""
 
+import numpy as np
 import pytest
 import torch
 from pix2pix_zero.demo_model.captioner_training import (
@@ -8,6 +9,7 @@ from pix2pix_zero.demo_model.captioner_training import (
     caption_accuracy,
     gaussian_blur,
     render_scenes,
+    train_captioner,
 )
 from pix2pix_zero.demo_model.scene import caption, sample_scene
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
@@ -59,3 +61,14 @@ def test_speaks_the_canonical_caption_grammar(demo, scenes, pictures, run_node):
     (captions,) = run_node(Pix2PixZeroCaption, captioner=demo, image=pictures[:20])
     grammar = {" ".join(caption(scene).split()[:2]) for scene in scenes}
     assert {" ".join(text.split()[:2]) for text in captions} <= grammar
+
+
+def test_loss_falls_in_a_short_run_and_the_seed_fixes_it():
+    scenes = [sample_scene(index) for index in range(64)]
+    pictures = render_scenes(scenes)
+    weights, losses = train_captioner(pictures, scenes, steps=12, batch=8, seed=3)
+    again, again_losses = train_captioner(pictures, scenes, steps=12, batch=8, seed=3)
+    assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+    assert losses == again_losses
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert sum(value.numel() * value.element_size() for value in weights.values()) <= 3e6
