@@ -1,8 +1,9 @@
 """Train the judge on renders: `python -m pix2pix_zero.benchmarks.judge_training` (one core, a few minutes).
 
-Besides clean renders it sees what a latent model makes of them (blurred, noisy, off-colour, shifted), and pictures
-where the animal is half of one kind and half of another or smeared away. Those carry soft labels, so that the judge is
-unsure where a person would be unsure instead of naming the nearest animal with confidence.
+Besides clean renders it sees what a latent model makes of them (decoded by the demo's autoencoder, blurred, noisy,
+off-colour, shifted), and pictures where the animal is half of one kind and half of another or smeared away. Those carry
+soft labels, so that the judge is unsure where a person would be unsure instead of naming the nearest animal with
+confidence.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..demo_model.autoencoder import LightAutoencoder
 from ..demo_model.captioner_training import augment, gaussian_blur, render_scenes
 from ..demo_model.scene import SUBJECTS, Scene, render, sample_scene, subject_mask
 from .judge import QUESTIONS, WEIGHTS, Judge, JudgeNetwork
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 TRAINING_SEED = 1_000_000
 HELD_OUT_SEED = 700_000
+DEMO_WEIGHTS = Path(__file__).parent.parent / "demo_model" / "weights.safetensors"
+AUTOENCODER_PREFIX = "first_stage_model."
 
 
 def labels(scenes: list[Scene]) -> dict[str, Tensor]:
@@ -64,10 +68,41 @@ def half_formed(scenes: list[Scene], seed: int) -> tuple[Tensor, dict[str, Tenso
     return torch.stack(pictures), soft
 
 
+@torch.no_grad()
+def autoencoded(pictures: Tensor, weights: dict[str, Tensor], noise: float, seed: int) -> Tensor:
+    """uint8 [B, H, W, 3] after a round trip through the autoencoder, with up to `noise` added to each latent."""
+    generator = torch.Generator().manual_seed(seed)
+    autoencoder = LightAutoencoder().eval()
+    autoencoder.load_state_dict({key: value.float() for key, value in weights.items()})
+    decoded = []
+    for chunk in pictures.split(50):
+        latent = autoencoder.encode(chunk.movedim(-1, 1).float() / 127.5 - 1)
+        share = noise * torch.rand(len(chunk), 1, 1, 1, generator=generator)
+        latent = latent + share * torch.randn(latent.shape, generator=generator)
+        decoded.append(((autoencoder.decode(latent).movedim(1, -1) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(decoded)
+
+
+def training_set(
+    scenes: list[Scene], autoencoder: dict[str, Tensor], seed: int, renders: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pictures and answers: half of the scenes as rendered, half autoencoded, and an eighth more half-formed.
+
+    Args:
+        renders: the renders of `scenes` if they are there already.
+    """
+    pictures = (render_scenes(scenes) if renders is None else renders).clone()
+    half = len(scenes) // 2
+    pictures[half:] = autoencoded(pictures[half:], autoencoder, 0.2, seed)
+    answers = labels(scenes)
+    blends, soft = half_formed(scenes[: len(scenes) // 8], seed)
+    return torch.cat([pictures, blends]), {key: torch.cat([answers[key], soft[key]]) for key in QUESTIONS}
+
+
 def train_judge(
     pictures: Tensor,
     answers: dict[str, Tensor],
-    steps: int = 1000,
+    steps: int = 700,
     batch: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,
@@ -107,30 +142,33 @@ def accuracy(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--renders", type=int, default=16000)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--autoencoder", type=Path, default=DEMO_WEIGHTS, help="the demo model's weights")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
 
+    weights = load_file(options.autoencoder)
+    weights = {k.removeprefix(AUTOENCODER_PREFIX): v for k, v in weights.items() if k.startswith(AUTOENCODER_PREFIX)}
+
     scenes = [sample_scene(TRAINING_SEED + index) for index in range(options.renders)]
-    blends, soft = half_formed(scenes[: options.renders // 8], options.seed)
-    pictures, answers = render_scenes(scenes), labels(scenes)
-    network, _ = train_judge(
-        torch.cat([pictures, blends]),
-        {question: torch.cat([answers[question], soft[question]]) for question in QUESTIONS},
-        options.steps,
-        seed=options.seed,
-    )
+    pictures, answers = training_set(scenes, weights, options.seed)
+    network, _ = train_judge(pictures, answers, options.steps, seed=options.seed)
     save_file({key: value.half() for key, value in network.state_dict().items()}, options.output)
 
     scenes = [sample_scene(HELD_OUT_SEED + index) for index in range(500)]
-    clean = render_scenes(scenes).float() / 255
-    blurred = gaussian_blur(clean.movedim(-1, 1), 1.2).movedim(1, -1)
-    for name, images in (("renders", clean), ("blurred", blurred)):
-        figures = accuracy(Judge(network), images, scenes)
-        logger.info("held-out %s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    renders = render_scenes(scenes)
+    blurred = gaussian_blur(renders.float().movedim(-1, 1), 1.2).movedim(1, -1)
+    for name, images in (
+        ("renders", renders),
+        ("blurred", blurred),
+        ("autoencoded", autoencoded(renders, weights, 0.0, 0)),
+        ("autoencoded with noise", autoencoded(renders, weights, 0.3, 0)),
+    ):
+        figures = accuracy(Judge(network), images.float() / 255, scenes)
+        logger.info("held-out, %s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 
 if __name__ == "__main__":

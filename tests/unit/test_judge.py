@@ -82,3 +82,15 @@ def test_missing_weights_are_an_error():
 def test_ships_small():
     assert WEIGHTS.stat().st_size <= 1.5e6
     assert isinstance(load_judge(), Judge)
+
+
+def test_training_pictures_are_half_autoencoded(scenes):
+    from pix2pix_zero.demo_model.autoencoder import LightAutoencoder
+
+    weights = LightAutoencoder().state_dict()
+    renders = render_scenes(scenes[:16])
+    pictures, answers = training.training_set(scenes[:16], weights, seed=0, renders=renders)
+    assert pictures.shape == (18, 128, 128, 3)
+    assert torch.equal(pictures[:8], renders[:8])
+    torch.testing.assert_close(pictures[8:16], training.autoencoded(renders[8:], weights, 0.2, seed=0))
+    assert {len(rows) for rows in answers.values()} == {18}
