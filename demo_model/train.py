@@ -29,7 +29,7 @@ class Recipe:
     diffusion_batch: int = 24
     warmup: int = 60
     captioner_renders: int = 24_000
-    captioner_steps: int = 5000
+    captioner_steps: int = 1500
 
 
 def train(work: Path, recipe: Recipe) -> Path:
