@@ -75,12 +75,14 @@ def _defaults(schema: dict) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of a demo scene: what changes in the scene, and the two concepts that say so."""
+    """An edit of a demo scene: what changes in the scene, the two concepts that say so, and the knobs it wants."""
 
     source: str
     target: str
     scene: dict[str, object] = field(default_factory=dict)
     edited_scene: dict[str, object] = field(default_factory=dict)
+    strength: float = 1.0
+    cfg: float = 1.5
 
 
 EDITS = {
@@ -88,8 +90,8 @@ EDITS = {
     "dog2cat": Edit("dog", "cat", {"subject": "dog"}, {"subject": "cat"}),
     "horse2zebra": Edit("horse", "zebra", {"subject": "horse"}, {"subject": "zebra"}),
     "zebra2horse": Edit("zebra", "horse", {"subject": "zebra"}, {"subject": "horse"}),
-    "add_glasses": Edit("cat", "cat wearing glasses", {"subject": "cat"}, {"glasses": "yes"}),
-    "day2night": Edit("day", "night", {"time_of_day": "day"}, {"time_of_day": "night"}),
+    "add_glasses": Edit("cat", "cat wearing glasses", {"subject": "cat"}, {"glasses": "yes"}, strength=1.5),
+    "day2night": Edit("day", "night", {"time_of_day": "day"}, {"time_of_day": "night"}, cfg=3.0),
     "summer2winter": Edit("summer", "winter", {"season": "summer"}, {"season": "winter"}),
     "photo2sketch": Edit("photo", "pencil sketch", {"style": "flat"}, {"style": "pencil sketch"}),
     "sketch2pastel": Edit("pencil sketch", "oil pastel", {"style": "pencil sketch"}, {"style": "oil pastel"}),
@@ -118,6 +120,8 @@ def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     )
     graph.change(scene, seed=seed, **edit.scene)
     graph.change(direction, source=edit.source, target=edit.target)
+    graph.change(graph.only("Pix2PixZeroApplyDirection"), strength=edit.strength)
+    graph.change(sampler, cfg=edit.cfg)
 
     def redrawn(**knobs: object) -> Node:
         return graph.copy(decoder, samples=graph.copy(sampler, **knobs)[0])
