@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,19 +61,14 @@ def prepare(version: str | None = None) -> Environment:
         if packages_missing:
             stamp.unlink(missing_ok=True)
         make_venv(environment)
-        with ExitStack() as jobs:
-            download = None
-            if tree_missing:
-                print(f"Downloading ComfyUI {comfyui.version} ...", flush=True)
-                download = jobs.enter_context(Download(environment.python, comfyui))
-                if comfyui.version != DEFAULT_VERSION:
-                    download.finish()  # its requirements decide which packages are installed
-                    download = None
-            if packages_missing:
-                print(f"Installing the Python packages into {name} (several GB the first time) ...", flush=True)
-                install_packages(environment)
-            if download:
+        if tree_missing:
+            # Not beside the installation: that replaces packages which pip is using.
+            print(f"Downloading ComfyUI {comfyui.version} ...", flush=True)
+            with Download(environment.python, comfyui) as download:
                 download.finish()
+        if packages_missing:
+            print(f"Installing the Python packages into {name} (several GB the first time) ...", flush=True)
+            install_packages(environment)
         stamp.write_text(_fingerprint(comfyui), encoding="utf-8")
     link_folder(environment.packages / "pix2pix_zero", ROOT)
     return environment
