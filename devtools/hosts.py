@@ -71,7 +71,7 @@ def choose(version: str | None) -> ComfyUI:
 
 
 class Download:
-    """The source distribution of a ComfyUI version, fetched beside other work by pip (it knows every mirror)."""
+    """The source distribution of a ComfyUI version, fetched by pip, which knows every mirror."""
 
     def __init__(self, python: Path, comfyui: ComfyUI) -> None:
         self.comfyui = comfyui
