@@ -6,11 +6,14 @@ the input's gradient. No module is touched, no resident weight is copied.
 """
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
+
+_active = contextvars.ContextVar("the weights' rules of the input_gradients in progress", default=None)
 
 
 @contextlib.contextmanager
@@ -20,7 +23,26 @@ def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     Tensors that enter the graph must be made ordinary ones first, see `ordinary`.
     """
     resident = frozenset(id(parameter) for parameter in model.parameters())
-    with torch.inference_mode(False), torch.enable_grad(), _ConstantWeights(resident):
+    constants = _ConstantWeights(resident)
+    token = _active.set(constants)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), constants:
+            yield
+    finally:
+        _active.reset(token)
+
+
+def recording_again() -> contextlib.AbstractContextManager:
+    """What `input_gradients` sets up at this point, to be entered where a forward is repeated in the backward pass.
+
+    A backward pass does not run under the function modes it was asked for in, and on CUDA in another thread.
+    """
+    return _again(_active.get() or contextlib.nullcontext())
+
+
+@contextlib.contextmanager
+def _again(constants: contextlib.AbstractContextManager) -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad(), constants:
         yield
 
 
@@ -127,8 +149,9 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _keep_weight(ctx, weight: torch.Tensor) -> None:
-    # Inference tensors cannot be saved for backward; ordinary ones should be, so that checkpointing can drop them.
-    if weight.is_inference():
+    # Copies are saved, so that checkpointing can drop them. A resident weight is only pointed at: it costs nothing,
+    # inference tensors cannot be saved, and without it a recomputation can end before this layer.
+    if isinstance(weight, torch.nn.Parameter):
         ctx.weight = weight
     else:
         ctx.save_for_backward(weight)

@@ -1,0 +1,141 @@
+"""Less memory for a gradient through the UNet: parts of it are computed again in the backward pass.
+
+The gradient is the same; only time is spent. "feed-forward" recomputes what costs least beside what it frees, "blocks"
+everything.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch.utils.checkpoint import checkpoint
+
+from ..attention_patches.sites import AttentionSite
+from .gradients import recording_again
+
+LEVELS = ("none", "feed-forward", "blocks")
+
+
+@contextlib.contextmanager
+def checkpointed(unet: torch.nn.Module, level: str, last_site: AttentionSite | None = None) -> Iterator[None]:
+    """While active, a graph through ComfyUI's UNetModel keeps only the inputs of some modules.
+
+    Take the gradient before leaving, for the modules run again then. Calls that record no graph go straight through.
+
+    `level`: "none"; "feed-forward", the feed-forward layers of the transformers and the layers of residual blocks
+    without their convolutions; "blocks", every residual block and transformer.
+    `last_site`: recording ends inside the transformer block of this cross-attention, so it keeps what it needs at
+    "blocks"; its backward is the first to run.
+
+    Raises:
+        ValueError: an unknown level.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in recomputed_modules(unet, level, last_site):
+            stack.enter_context(_recomputing(module))
+        yield
+
+
+def recomputed_modules(
+    unet: torch.nn.Module, level: str, last_site: AttentionSite | None = None
+) -> list[torch.nn.Module]:
+    """The modules whose forward is computed again at this level, see `checkpointed`."""
+    if level not in LEVELS:
+        raise ValueError(f"checkpointing: {level!r} is none of {', '.join(LEVELS)}.")
+    if level == "none":
+        return []
+    if level == "feed-forward":
+        return list(_cheap_modules(unet))
+    return list(_blocks(unet, last_site))
+
+
+def _cheap_modules(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for module in unet.modules():
+        if isinstance(module, FeedForward):
+            yield module
+        elif isinstance(module, ResBlock):
+            # Their convolutions keep nothing, so that the recomputation ends before them.
+            yield module.in_layers
+            yield module.out_layers
+
+
+def _blocks(unet: torch.nn.Module, last_site: AttentionSite | None) -> Iterator[torch.nn.Module]:
+    for name, number, layer in named_layers(unet):
+        if isinstance(layer, ResBlock):
+            yield layer
+        elif isinstance(layer, SpatialTransformer):
+            blocks = list(layer.transformer_blocks)
+            if last_site is not None and (name, number) == tuple(last_site[:2]):
+                yield from (block for index, block in enumerate(blocks) if index != last_site[2])
+            elif len(blocks) == 1:
+                yield layer
+            else:
+                # Only one of several blocks is alive at a time.
+                yield from blocks
+
+
+def named_layers(unet: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
+    """(block name, number, layer) of ComfyUI's UNetModel in the order of its forward pass."""
+    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    for name, blocks in groups:
+        for number, block in enumerate(blocks):
+            for layer in block if block is not None else ():
+                yield name, number, layer
+
+
+@contextlib.contextmanager
+def _recomputing(module: torch.nn.Module) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    forward = module.forward
+
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled() or not _needs_gradient((*args, *kwargs.values())):
+            return forward(*args, **kwargs)
+        return checkpoint(
+            _Repeatable(forward, args, kwargs),
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), recording_again()),
+            **kwargs,
+        )
+
+    module.__dict__["forward"] = recomputed
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+class _Repeatable:
+    """A forward that sees the same options each time.
+
+    The UNet's loop writes the current block into its transformer options: the first run gets the options themselves,
+    since others may read what is written there, each later run a copy of what they were.
+    """
+
+    def __init__(self, forward: Callable, args: tuple, kwargs: dict):
+        self.forward = forward
+        self.args = {i: value.copy() for i, value in enumerate(args) if isinstance(value, dict)}
+        self.kwargs = {name: value.copy() for name, value in kwargs.items() if isinstance(value, dict)}
+        self.repeats = False
+
+    def __call__(self, *args, **kwargs):
+        if self.repeats:
+            args = [self.args[i].copy() if i in self.args else value for i, value in enumerate(args)]
+            kwargs = {**kwargs, **{name: value.copy() for name, value in self.kwargs.items()}}
+        self.repeats = True
+        return self.forward(*args, **kwargs)
+
+
+def _needs_gradient(values) -> bool:
+    return any(
+        value.requires_grad if isinstance(value, torch.Tensor) else _needs_gradient(value)
+        for value in values
+        if isinstance(value, (torch.Tensor, list, tuple))
+    )

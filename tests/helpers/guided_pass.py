@@ -1,0 +1,170 @@
+"""A guidance gradient twice: with this pack's means through the real guider, and by ordinary autograd in float64."""
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.host.checkpointing import checkpointed
+from pix2pix_zero.host.gradients import differentiable_attention, input_gradients, ordinary, unshared_skips
+from small_unet import conditioning, small_model
+
+TIMESTEP = 500
+
+
+class LastSite(Exception):
+    pass
+
+
+def loaded_model(**options):
+    """A loaded MODEL whose weights are inference tensors, as in the executor. Soft maps: sharp ones amplify rounding."""
+    with torch.inference_mode():
+        model = small_model(**options)
+        for name, parameter in model.model.diffusion_model.named_parameters():
+            if ".attn2.to_q" in name or ".attn2.to_k" in name:
+                parameter.data *= 0.5
+        comfy.model_management.load_models_gpu([model])
+    return model
+
+
+def sigma_of(model) -> float:
+    return float(model.model.model_sampling.sigmas[TIMESTEP])
+
+
+def latents(model, batch=1, height=8, width=12):
+    """(source, edited) latents of the model's space."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, height, width, generator=generator)
+    scale = (1 + sigma_of(model) ** 2) ** 0.5
+    return scale * x, scale * (x + 0.3 * torch.randn(x.shape, generator=generator))
+
+
+def attention(q, k, v, heads):
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return maps, (maps @ v).transpose(1, 2).flatten(2)
+
+
+def tapped(options, sites, on_maps, stop=True):
+    """Transformer options with a tap at every site, on top of what is patched there."""
+    theirs = options.get("patches_replace", {}).get("attn2", {})
+
+    def tap(site):
+        def attend(q, k, v, extra):
+            maps, out = attention(q, k, v, extra["n_heads"])
+            on_maps(site, maps)
+            if stop and site == sites[-1]:
+                raise LastSite
+            previous = theirs.get(site, theirs.get(site[:2]))
+            return out if previous is None else previous(q, k, v, extra)
+
+        return attend
+
+    replace = {**options.get("patches_replace", {}), "attn2": {**theirs, **{site: tap(site) for site in sites}}}
+    return {**options, "patches_replace": replace}
+
+
+class Distance:
+    """Sum over the sites of mean over heads of squared differences to the first run's maps."""
+
+    def __init__(self):
+        self.reference = {}
+        self.terms = {}
+
+    def record(self, site, maps):
+        self.reference[site] = maps.detach().clone()
+
+    def match(self, site, maps):
+        # A recomputation comes here again: the term of the first time counts.
+        self.terms.setdefault(site, ((maps - self.reference[site].to(maps.dtype)) ** 2).sum((2, 3)).mean(1).sum())
+
+    def total(self):
+        return sum(self.terms.values())
+
+
+def pass_gradient(model, x_source, x, text, level="none", around=None):
+    """The gradient [B, C, H, W], taken in inference mode by `input_gradients` inside the guider's own UNet call.
+
+    `around`: called with (BaseModel, take) where `take()` runs the pass and returns the gradient.
+    """
+    found = []
+
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        unet = executor.class_obj.diffusion_model
+        sites = cross_attention_sites(unet)
+        distance = Distance()
+
+        def call(x, options, convert=lambda value: value):
+            try:
+                extra = {name: convert(value) for name, value in kwargs.items()}
+                executor(x, convert(t), convert(c_concat), convert(c_crossattn), convert(control), options, **extra)
+            except LastSite:
+                pass
+
+        def take():
+            with input_gradients(executor.class_obj), checkpointed(unet, level, sites[-1]):
+                variable = x.clone().requires_grad_(True)
+                options = unshared_skips(differentiable_attention(transformer_options))
+                call(variable, tapped(options, sites, distance.match), ordinary)
+                (gradient,) = torch.autograd.grad(distance.total(), variable)
+            return gradient
+
+        call(x_source.to(x), tapped(transformer_options, sites, distance.record))
+        found.append(take() if around is None else around(executor.class_obj, take))
+        return torch.zeros_like(x)
+
+    def walk(model_k, noise, sigmas, extra_args, callback, disable):
+        guider = model_k.inner_model
+        comfy.samplers.calc_cond_batch(
+            guider.inner_model,
+            [guider.conds["positive"]],
+            x.clone(),
+            x.new_full((len(x),), sigma_of(model)),
+            extra_args["model_options"],
+        )
+        return noise
+
+    with torch.inference_mode():
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "guided_pass", wrapper)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": text, "negative": conditioning(seed=9)})
+        empty = torch.zeros_like(x)
+        sigmas = torch.tensor([sigma_of(model), 0.0])
+        guider.sample(empty, empty, comfy.samplers.KSAMPLER(walk), sigmas, seed=0)
+    return found[0]
+
+
+def float64_gradient(model, x_source, x, text, weights=None, foreign=None):
+    """The same gradient by ordinary autograd through a float64 copy of the weights; nothing of this pack is used.
+
+    `weights`: {name: weight} to use instead of the model's own.
+    """
+    unet = small_model(weight_dtype=torch.float64).model.diffusion_model
+    stored = {**model.model.diffusion_model.state_dict(), **(weights or {})}
+    unet.load_state_dict({name: weight.clone().double() for name, weight in stored.items()})
+    unet.requires_grad_(False)
+    sites = cross_attention_sites(unet)
+    scale = (1 + sigma_of(model) ** 2) ** 0.5
+    distance = Distance()
+    context = text[0][0].double().expand(len(x), -1, -1)
+
+    def call(x, on_maps):
+        options = {
+            "patches_replace": {"attn2": foreign or {}},
+            "patches": {"input_block_patch_after_skip": [lambda h, _: h.clone()]},
+            "optimized_attention_override": lambda func, q, k, v, heads, **_: attention(q, k, v, heads)[1],
+        }
+        timestep = torch.full((len(x),), float(TIMESTEP), dtype=torch.float64)
+        unet(x / scale, timestep, context=context, transformer_options=tapped(options, sites, on_maps, stop=False))
+
+    x = x.double().requires_grad_(True)
+    with torch.no_grad():
+        call(x_source.double(), distance.record)
+    call(x, distance.match)
+    return torch.autograd.grad(distance.total(), x)[0]
+
+
+def relative_error(ours, expected) -> float:
+    assert expected.abs().max() > 0
+    return float((ours.double() - expected).norm() / expected.norm())

@@ -1,0 +1,117 @@
+"""The guided pass with parts of it computed again: the same gradient to the last bit, and no trace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from guided_pass import float64_gradient, latents, loaded_model, pass_gradient, relative_error
+from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.host.checkpointing import LEVELS, checkpointed
+from small_unet import conditioning
+
+RECOMPUTING = [level for level in LEVELS if level != "none"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded_model()
+
+
+def own_forwards(model):
+    return {name: m.__dict__["forward"] for name, m in model.model.named_modules() if "forward" in m.__dict__}
+
+
+@pytest.mark.parametrize("level", RECOMPUTING)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_gradient_is_the_same_to_the_last_bit(model, level, batch):
+    x_source, x = latents(model, batch)
+    text = conditioning(rows=batch, seed=1)
+    plain = pass_gradient(model, x_source, x, text)
+    assert torch.equal(pass_gradient(model, x_source, x, text, level), plain)
+    assert relative_error(plain, float64_gradient(model, x_source, x, text)) <= 5e-5
+
+
+class OtherPack:
+    """Patches with their own weights that look up where they are in the UNet's options."""
+
+    def __init__(self):
+        with torch.inference_mode():
+            self.weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)) / 8
+        self.seen = []
+
+    def attend(self, q, k, v, options):
+        self.seen.append((*options["block"], options["block_index"], tuple(options["activations_shape"])))
+        heads = options["n_heads"]
+        image = F.linear(v.unflatten(-1, (-1, 64)), self.weight).flatten(-2)
+        q, k, v, image = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v, image))
+        maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        # Each layer has its own strength, so that one which is mistaken for another shows in the gradient.
+        strength = {"input": 0.1, "middle": 0.3, "output": 0.5}[options["block"][0]] + 0.1 * options["block_index"]
+        return (maps @ v + strength * maps @ image).transpose(1, 2).flatten(2)
+
+    def scale_queries(self, q, k, v, options):
+        return q * (1 + 0.02 * options["block"][1]), k, v
+
+
+@pytest.mark.parametrize("level", RECOMPUTING)
+def test_patches_of_other_packs_see_the_same_layer_each_time(model, level):
+    other = OtherPack()
+    patched = model.clone()
+    for site in cross_attention_sites(model.model.diffusion_model):
+        patched.set_model_attn2_replace(other.attend, *site)
+    patched.set_model_attn1_patch(other.scale_queries)
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    plain = pass_gradient(patched, x_source, x, text)
+    places = set(other.seen)
+    assert torch.equal(pass_gradient(patched, x_source, x, text, level), plain)
+    assert set(other.seen) == places
+    assert not torch.equal(plain, pass_gradient(model, x_source, x, text))
+
+
+@pytest.mark.parametrize("level", RECOMPUTING)
+def test_modules_are_as_before_even_after_an_error(model, level):
+    unet = model.model.diffusion_model
+    theirs = {module: (lambda *args, _forward=module.forward: _forward(*args)) for module in modules_of(unet)[:7]}
+    for module, forward in theirs.items():
+        module.forward = forward
+    try:
+        before = own_forwards(model)
+        with pytest.raises(KeyError), checkpointed(unet, level):
+            assert own_forwards(model) != before
+            raise KeyError
+        assert own_forwards(model) == before
+        assert before
+    finally:
+        for module in theirs:
+            del module.forward
+    assert not own_forwards(model)
+
+
+def modules_of(unet):
+    return [module for module in unet.modules() if isinstance(module, (FeedForward, ResBlock, SpatialTransformer))]
+
+
+def test_calls_without_a_graph_go_straight_through(model, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("nothing is recorded, so nothing is to be computed again")
+
+    monkeypatch.setattr("pix2pix_zero.host.checkpointing.checkpoint", refuse)
+    unet = model.model.diffusion_model
+    x, context = torch.randn(1, 4, 8, 8), conditioning()[0][0]
+    with torch.inference_mode():
+        plain = unet(x, torch.tensor([500.0]), context=context)
+    with checkpointed(unet, "blocks"):
+        with torch.inference_mode():
+            assert torch.equal(unet(x, torch.tensor([500.0]), context=context), plain)
+        with torch.no_grad():
+            assert torch.equal(unet(x, torch.tensor([500.0]), context=context), plain)
+
+
+def test_an_unknown_level_is_refused(model):
+    with (
+        pytest.raises(ValueError, match="none, feed-forward, blocks"),
+        checkpointed(model.model.diffusion_model, "all"),
+    ):
+        pass
