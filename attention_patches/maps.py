@@ -1,27 +1,29 @@
-"""Read the cross-attention maps of one UNet call, beside whatever other packs have patched into it."""
+"""Reach the cross-attention maps of one UNet call, beside whatever other packs have patched into it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import optimized_attention
 
 from .sites import AttentionSite
+
+Visit = Callable[[AttentionSite, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class LastSiteReached(Exception):  # noqa: N818 - a signal, not an error
     """Raised out of the UNet once every map is read, so that the rest of the call is not computed."""
 
 
-class MapTap:
-    """Hands the maps of each site to `on_maps(site, maps)`, maps being fp32 [batch, heads, H*W, tokens].
+class AttentionTap:
+    """Calls `visit(site, q, k, heads)` ahead of each site's attention, which goes on with the q and k it returns.
 
     It is installed on the final transformer options of a single UNet call, not on the model: nothing stays behind, and
     a replace patch of another pack at the same site still computes the attention's output.
     """
 
-    def __init__(self, sites: list[AttentionSite], on_maps: Callable[[AttentionSite, torch.Tensor], None]):
+    def __init__(self, sites: Iterable[AttentionSite], visit: Visit):
         self.sites = sites
-        self.on_maps = on_maps
+        self.visit = visit
 
     def install(self, transformer_options: dict) -> dict:
         """A copy of `transformer_options` with the tap in it."""
@@ -35,12 +37,11 @@ class MapTap:
     def _tap(self, site: AttentionSite, previous):
         def attend(q, k, v, extra_options):
             heads = extra_options["n_heads"]
-            self.on_maps(site, attention_maps(q, k, heads))
-            if site == self.sites[-1]:
-                raise LastSiteReached
+            q, k = self.visit(site, q, k, heads)
             if previous is not None:
                 return previous(q, k, v, extra_options)
-            return attention_pytorch(q, k, v, heads)
+            precision = extra_options.get("attn_precision")
+            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
 
         return attend
 
@@ -50,5 +51,9 @@ def attention_maps(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor
 
     `q`: [B, pixels, heads*d], `k`: [B, tokens, heads*d].
     """
-    q, k = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+    q, k = (_by_head(t, heads) for t in (q, k))
+    return (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5).softmax(-1)
+
+
+def _by_head(t: torch.Tensor, heads: int) -> torch.Tensor:
+    return t.float().unflatten(-1, (heads, -1)).transpose(1, 2)

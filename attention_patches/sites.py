@@ -13,13 +13,18 @@ class AttentionSite(NamedTuple):
     index: int
 
 
+def is_unet(diffusion_model) -> bool:
+    """Whether it is built of input, middle and output blocks, as ComfyUI's UNetModel is."""
+    return hasattr(diffusion_model, "input_blocks")
+
+
 def cross_attention_sites(unet) -> list[AttentionSite]:
     """Every cross-attention layer of ComfyUI's UNetModel in the order of its forward pass.
 
     SD 1.5 has 16, SDXL has 70 (several per transformer, told apart by `index`). Raises ValueError for a model without
     any, such as a diffusion transformer.
     """
-    if not hasattr(unet, "input_blocks"):
+    if not is_unet(unet):
         raise ValueError(
             "model: it is not a UNet with cross-attention, so there are no maps to guide it by. "
             "Use an SD 1.x, SD 2.x or SDXL model."

@@ -42,6 +42,11 @@ class DenoisingPasses(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient of the attention distance with respect to `x`, and the distance per sample [B]."""
 
+    def denoise_and_match(
+        self, x: torch.Tensor, sigma: float, reference: Maps
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`denoise`, and in the same UNet call of the positive branch its `map_gradient`: (estimate, gradient, distance)."""
+
 
 @dataclass(frozen=True)
 class GuidanceWindow:
@@ -75,22 +80,29 @@ def sample_guided(
     window: GuidanceWindow,
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
     keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
+    reference_maps: Callable[[int], Maps | None] = lambda index: None,
 ) -> torch.Tensor:
     """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
 
-    The reference maps are recomputed at each step from the stored latent, so memory does not grow with the steps and
-    the reference does not drift. The inversion's residuals keep the unedited part of the picture exact.
-    `keep_outside(x, i)` restores the source outside an inpainting mask at level i.
+    Algorithm 1 evaluates the UNet twice a step, for the gradient and again at the shifted latent. Here the same
+    evaluation gives both, and the shift follows the DDIM step; for many steps the two are the same. `reference_maps(i)`
+    are the maps kept of level i; where there are none, they are recorded from the stored latent. The reference does not
+    drift, and the inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the
+    source outside an inpainting mask at level i.
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
         sigma, sigma_next = sigmas[index], sigmas[index - 1]
+        shift = 0.0
         if strength and window.contains(sigma):
-            reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
-            gradient, _ = passes.map_gradient("positive", x, sigma, reference)
-            x = x + guidance_shift(gradient, sigma, strength)
-        denoised = passes.denoise(x, sigma)
-        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
+            reference = reference_maps(index)
+            if reference is None:
+                reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
+            denoised, gradient, _ = passes.denoise_and_match(x, sigma, reference)
+            shift = guidance_shift(gradient, sigma, strength)
+        else:
+            denoised = passes.denoise(x, sigma)
+        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next) + shift
         if inversion.residuals is not None:
             x = x + inversion.residuals[index - 1].to(x)
         x = keep_outside(x, index - 1)

@@ -8,6 +8,7 @@ from weakref import ReferenceType
 import torch
 
 from . import ddim
+from .map_store import MapStore
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Inversion:
     `trajectory`: [N+1, B, C, H, W] fp32 latents in the model's space, `trajectory[0]` the clean picture and
     `trajectory[i]` its latent at `sigmas[i]`. `sigmas`: [N+1] ascending from 0. `source`: the conditioning that
     describes the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where the picture may
-    change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM.
+    change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM. `maps`: the
+    source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
     """
 
     trajectory: torch.Tensor
@@ -26,6 +28,7 @@ class Inversion:
     model: ReferenceType
     noise_mask: torch.Tensor | None = None
     residuals: torch.Tensor | None = None
+    maps: MapStore | None = None
 
     @property
     def steps(self) -> int:

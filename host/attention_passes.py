@@ -5,15 +5,17 @@ hooks, areas, ControlNets and masks of the conditioning, runs as in any other sa
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from comfy import samplers
 from comfy.model_patcher import create_model_options_clone
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 
-from ..attention_patches.maps import LastSiteReached, MapTap
-from ..attention_patches.sites import AttentionSite, cross_attention_sites
-from ..editing.guidance import Maps, attention_distance
+from ..attention_patches.maps import AttentionTap, LastSiteReached, attention_maps
+from ..attention_patches.matching import GradientScale, match_maps
+from ..attention_patches.sites import AttentionSite
+from ..editing.guidance import Maps
 from .gradients import differentiable_attention, input_gradients, ordinary, unshared_skips
 
 JOB = "pix2pix_zero_job"
@@ -26,80 +28,140 @@ def with_map_jobs(model):
     return model
 
 
+@dataclass
+class UNetCall:
+    """One call of ComfyUI's `apply_model`, held back by a wrapper."""
+
+    executor: Callable
+    x: torch.Tensor
+    arguments: dict
+    transformer_options: dict
+
+    @property
+    def model(self):
+        return self.executor.class_obj
+
+    @property
+    def uuids(self) -> list:
+        """Of the conditioning entries in the batch, in order."""
+        return self.transformer_options["uuids"]
+
+    def __call__(self, x: torch.Tensor, transformer_options: dict, convert=lambda value: value) -> torch.Tensor:
+        arguments = {name: convert(value) for name, value in self.arguments.items()}
+        c_concat, c_crossattn, control = (arguments.pop(name) for name in ("c_concat", "c_crossattn", "control"))
+        return self.executor(x, arguments.pop("t"), c_concat, c_crossattn, control, transformer_options, **arguments)
+
+
 def _run_job(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    arguments = {"t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
+    call = UNetCall(executor, x, arguments, transformer_options)
     job = transformer_options.get(JOB)
-    if job is None:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    def call(x, transformer_options, convert=lambda value: value):
-        try:
-            executor(
-                x,
-                convert(t),
-                convert(c_concat),
-                convert(c_crossattn),
-                convert(control),
-                transformer_options,
-                **convert(kwargs),
-            )
-        except LastSiteReached:
-            pass
-
-    job.run(call, executor.class_obj, x, transformer_options)
-    return torch.zeros_like(x)
+    return call(x, transformer_options) if job is None else job.run(call)
 
 
 class RecordMaps:
-    """Job: read the maps. `maps` afterwards: {(entry of the conditioning, site): [B, heads, H*W, tokens]}."""
+    """Job: hand the maps to `keep((entry of the conditioning, site), maps)`, fp32 [B, heads, H*W, tokens].
 
-    def __init__(self, sites: list[AttentionSite], entries: list):
+    `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call.
+    """
+
+    def __init__(self, sites: list[AttentionSite], entries: list, keep: Callable, stop: bool):
         self.sites = sites
         self.entries = entries
-        self.maps: Maps = {}
+        self.keep = keep
+        self.stop = stop
 
-    def run(self, call: Callable, model, x: torch.Tensor, transformer_options: dict) -> None:
-        entries = [self.entries.index(uuid) for uuid in transformer_options["uuids"]]
+    def run(self, call: UNetCall) -> torch.Tensor:
+        def visit(site, q, k, heads):
+            maps = attention_maps(q, k, heads).chunk(len(call.uuids))
+            for uuid, part in zip(call.uuids, maps):
+                self.keep((self.entries.index(uuid), site), part)
+            if self.stop and site == self.sites[-1]:
+                raise LastSiteReached
+            return q, k
 
-        def keep(site, maps):
-            for entry, part in zip(entries, maps.chunk(len(entries))):
-                self.maps[entry, site] = part
-
-        call(x, MapTap(self.sites, keep).install(transformer_options))
+        try:
+            return call(call.x, AttentionTap(self.sites, visit).install(call.transformer_options))
+        except LastSiteReached:
+            return torch.zeros_like(call.x)
 
 
 class MatchMaps:
-    """Job: the attention distance to `reference`, `distance` [B], and its `gradient` [B, C, H, W] afterwards."""
+    """Job: the attention distance to `reference`, `distance` [B], and its `gradient` [B, C, H, W] afterwards.
 
-    def __init__(self, sites: list[AttentionSite], entries: list, areas: list, reference: Maps, x: torch.Tensor):
+    `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call; no graph is
+    recorded past the last site.
+    """
+
+    def __init__(
+        self, sites: list[AttentionSite], entries: list, areas: list, reference: Maps, x: torch.Tensor, stop: bool
+    ):
         self.sites = sites
         self.entries = entries
         self.areas = areas
         self.reference = reference
+        self.stop = stop
         self.gradient = torch.zeros_like(x)
         self.distance = x.new_zeros(len(x))
 
-    def run(self, call: Callable, model, x: torch.Tensor, transformer_options: dict) -> None:
-        entries = [self.entries.index(uuid) for uuid in transformer_options["uuids"]]
-        with input_gradients(model):
-            x = x.clone().requires_grad_(True)
-            distance = x.new_zeros(len(x))
-
-            def compare(site, maps):
-                nonlocal distance
-                reference = torch.cat([ordinary(self.reference[entry, site]) for entry in entries])
-                if maps.shape != reference.shape:
-                    raise ValueError(
-                        "positive: its text is encoded to another number of tokens than the caption the picture was "
-                        "inverted with. Make it from the same caption, with Apply Edit Direction, or shorten the text."
-                    )
-                distance = distance + attention_distance(maps, reference)
-
-            options = unshared_skips(differentiable_attention(transformer_options))
-            call(x, MapTap(self.sites, compare).install(options), ordinary)
-            (gradient,) = torch.autograd.grad(distance.sum(), x)
-        for entry, part, amount in zip(entries, gradient.chunk(len(entries)), distance.detach().chunk(len(entries))):
+    def run(self, call: UNetCall) -> torch.Tensor:
+        entries = [self.entries.index(uuid) for uuid in call.uuids]
+        with input_gradients(call.model):
+            output, gradient, distances = self._differentiate(call, entries)
+        for entry, part, amount in zip(entries, gradient.chunk(len(entries)), distances.chunk(len(entries))):
             _narrow(self.gradient, self.areas[entry]).add_(part)
             self.distance += amount
+        return output
+
+    def _differentiate(self, call: UNetCall, entries: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = call.x.clone().requires_grad_(True)
+        scale = GradientScale()
+        distances = {}
+        last_q = None
+
+        def visit(site, q, k, heads):
+            nonlocal last_q
+            reference = torch.cat([self.reference[entry, site] for entry in entries])
+            if reference.shape != (len(q), heads, q.shape[1], k.shape[1]):
+                raise ValueError(
+                    "positive: its text is encoded to another number of tokens than the caption the picture was "
+                    "inverted with. Make it from the same caption, with Apply Edit Direction, or shorten the text."
+                )
+            q, k, distances[site] = match_maps(q, k, reference, heads, scale)
+            if site == self.sites[-1]:
+                last_q = q
+                if self.stop:
+                    raise LastSiteReached
+                torch.set_grad_enabled(False)  # until `input_gradients` ends
+            return q, k
+
+        options = differentiable_attention(call.transformer_options)
+        if call.arguments["control"] is not None:
+            options = unshared_skips(options)
+        try:
+            output = call(x, AttentionTap(self.sites, visit).install(options), ordinary)
+        except LastSiteReached:
+            output = torch.zeros_like(x)
+        return output.detach(), _gradient(last_q, x, scale), sum(distances.values())
+
+
+def _gradient(last_q: torch.Tensor, x: torch.Tensor, scale: GradientScale) -> torch.Tensor:
+    """Run the backward pass from the last site; the distance enters it at every site.
+
+    In fp16 the scale is the power of two that puts the largest injected gradient near 16, lowered while that overflows.
+    """
+    if scale.largest is None:
+        return torch.autograd.grad(last_q, x, torch.zeros_like(last_q))[0]
+    exponent = 4 - int(torch.frexp(scale.largest).exponent)
+    for _ in range(4):
+        scale.value = 2.0**exponent
+        (gradient,) = torch.autograd.grad(last_q, x, torch.zeros_like(last_q), retain_graph=True)
+        if gradient.isfinite().all():
+            return gradient / scale.value
+        exponent -= 6
+    raise ValueError(
+        "model: the gradient of its attention maps overflows in fp16. Load the model in bf16 or fp32 for guided sampling."
+    )
 
 
 def _narrow(tensor: torch.Tensor, area) -> torch.Tensor:
@@ -119,17 +181,17 @@ class UNetPasses:
     "source", "positive" and "negative" are the branches.
     """
 
-    def __init__(self, model_k, extra_args: dict):
+    def __init__(self, model_k, extra_args: dict, sites: list[AttentionSite]):
         self.model_k = model_k
         self.guider = model_k.inner_model
         self.extra_args = extra_args
-        self.sites = cross_attention_sites(self.guider.inner_model.diffusion_model)
+        self.sites = sites
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return self.model_k(x, _levels(x, sigma), **self.extra_args)
 
     def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return self._evaluate(branch, x, sigma, self.extra_args["model_options"])
+        return self._evaluate(branch, x, sigma)
 
     def mix_branches(
         self, positive: torch.Tensor, negative: torch.Tensor, x: torch.Tensor, sigma: float
@@ -154,32 +216,68 @@ class UNetPasses:
         sampling = self.guider.inner_model.model_sampling
         return denoised + sampling.calculate_denoised(_levels(x, sigma), torch.zeros_like(x), x_there - x)
 
+    def denoise_and_record(self, x: torch.Tensor, sigma: float, keep: Callable) -> torch.Tensor:
+        """`denoise`, with the maps of the positive branch handed to `keep((entry, site), maps)` on the way."""
+        job = RecordMaps(self.sites, self._entries("positive"), keep, stop=False)
+        options = _with_job(self.extra_args["model_options"], job)
+        return self.model_k(x, _levels(x, sigma), **{**self.extra_args, "model_options": options})
+
     def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
-        job = RecordMaps(self.sites, self._entries(branch))
-        self._evaluate(branch, x, sigma, self._with_job(job))
-        return job.maps
+        maps = {}
+        self._evaluate(branch, x, sigma, RecordMaps(self.sites, self._entries(branch), maps.__setitem__, stop=True))
+        return maps
 
     def map_gradient(
         self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        areas = [entry.get("area") for entry in self.guider.conds[branch]]
-        job = MatchMaps(self.sites, self._entries(branch), areas, reference, x)
-        self._evaluate(branch, x, sigma, self._with_job(job))
+        job = self._match(branch, x, reference, stop=True)
+        self._evaluate(branch, x, sigma, job)
         return job.gradient, job.distance
+
+    def denoise_and_match(
+        self, x: torch.Tensor, sigma: float, reference: Maps
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        job = self._match("positive", x, reference, stop=False)
+        theirs = self.extra_args["model_options"].get("sampler_calc_cond_batch_function")
+
+        def evaluate(args):
+            (positive, negative), options = args["conds"], args["model_options"]
+            rest = args["input"], args["sigma"]
+            (matched,) = samplers.calc_cond_batch(args["model"], [positive], *rest, _with_job(options, job))
+            if theirs is not None:
+                return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
+            return [matched, *samplers.calc_cond_batch(args["model"], [negative], *rest, options)]
+
+        options = {**self.extra_args["model_options"], "sampler_calc_cond_batch_function": evaluate}
+        denoised = self.model_k(x, _levels(x, sigma), **{**self.extra_args, "model_options": options})
+        return denoised, job.gradient, job.distance
+
+    def _match(self, branch: str, x: torch.Tensor, reference: Maps, stop: bool) -> MatchMaps:
+        areas = [entry.get("area") for entry in self.guider.conds[branch]]
+        return MatchMaps(self.sites, self._entries(branch), areas, reference, x, stop)
 
     def _entries(self, branch: str) -> list:
         return [entry["uuid"] for entry in self.guider.conds[branch]]
 
-    def _with_job(self, job) -> dict:
-        options = create_model_options_clone(self.extra_args["model_options"])
-        options["transformer_options"][JOB] = job
-        return options
-
-    def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, model_options: dict) -> torch.Tensor:
-        (denoised,) = samplers.calc_cond_batch(
-            self.guider.inner_model, [self.guider.conds[branch]], x, _levels(x, sigma), model_options
-        )
+    def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, job=None) -> torch.Tensor:
+        options = self.extra_args["model_options"]
+        if job is not None:
+            options = _with_job(options, job)
+        model, conds = self.guider.inner_model, [self.guider.conds[branch]]
+        (denoised,) = samplers.calc_cond_batch(model, conds, x, _levels(x, sigma), options)
         return denoised
+
+
+def attention_state(model) -> tuple:
+    """What decides the maps that a MODEL draws, beside its weights: equal for clones that are patched alike."""
+    patches = model.model_options["transformer_options"]
+    return model.patches_uuid, *(copy_nested_dicts(patches.get(name, {})) for name in ("patches", "patches_replace"))
+
+
+def _with_job(model_options: dict, job) -> dict:
+    options = create_model_options_clone(model_options)
+    options["transformer_options"][JOB] = job
+    return options
 
 
 def _levels(x: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -11,14 +11,16 @@ import latent_preview
 import torch
 from comfy import model_sampling as kinds
 
-from ..attention_patches.sites import cross_attention_sites
+from ..attention_patches.sites import cross_attention_sites, is_unet
 from ..editing import ddim
 from ..editing.guidance import GuidanceWindow, sample_guided, sample_official
 from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
+from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
-from .attention_passes import UNetPasses, with_map_jobs
+from .attention_passes import UNetPasses, attention_state, with_map_jobs
 
 INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
+MAP_MEMORY = 2048 * 2**20
 
 
 def ddim_grid(model, steps: int) -> torch.Tensor:
@@ -63,21 +65,36 @@ def invert_latent(
     seed: int,
     regularization: NoiseRegularization,
     method: str = "direct",
+    map_memory: int = MAP_MEMORY,
 ) -> Inversion:
-    """Invert a LATENT described by the CONDITIONING `positive`. Raises ValueError as `ddim_grid` and `clean_latent`."""
+    """Invert a LATENT described by the CONDITIONING `positive`. Raises ValueError as `ddim_grid` and `clean_latent`.
+
+    The cross-attention maps of its UNet calls are kept for `sample_edit`, up to `map_memory` bytes, where they are made
+    on the sampler's own levels: methods "direct" and "ddim".
+    """
     sigmas = ddim_grid(model, steps).flip(0)
     samples = clean_latent(model, latent_image)
     check_conditioning(positive, len(samples), "positive")
     transitions = _transitions(model, sigmas, method)
     generator = torch.Generator().manual_seed(seed)
     trajectory = residuals = None
+    unet = model.model.diffusion_model
+    keeps_maps = map_memory > 0 and method in ("direct", "ddim") and is_unet(unet)
+    sites = cross_attention_sites(unet) if keeps_maps else []
+    maps = MapStore(map_memory, attention_state(model)) if keeps_maps else None
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         nonlocal trajectory, residuals
+        passes = UNetPasses(model_k, extra_args, sites)
         estimates = []
 
         def denoise(x, sigma):
-            return model_k(x, x.new_full((len(x),), sigma), **extra_args)
+            level = len(estimates)
+            if maps is None or level == 0:  # the first call sees the clean picture, not a level of the grid
+                return passes.denoise(x, sigma)
+            denoised = passes.denoise_and_record(x, sigma, partial(maps.add, level))
+            maps.trim()
+            return denoised
 
         def on_step(index, denoised, x):
             estimates.append(denoised)
@@ -97,11 +114,11 @@ def invert_latent(
             residuals = direct_residuals(trajectory, sigmas, estimates.__getitem__)
         return x
 
-    guider = comfy.samplers.CFGGuider(model)
+    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
     guider.inner_set_conds({"positive": positive})
     _sample(guider, walk, samples, sigmas, seed)
     mask = latent_image.get("noise_mask")
-    return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), mask, residuals)
+    return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), mask, residuals, maps)
 
 
 def _transitions(model, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:
@@ -175,17 +192,23 @@ def sample_edit(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
             "Make it from the same conditioning, with Apply Edit Direction."
         )
-    cross_attention_sites(model.model.diffusion_model)
+    sites = cross_attention_sites(model.model.diffusion_model)
+    maps = inversion.maps
+    if maps is not None and maps.made_with != attention_state(model):
+        maps = None
     sampling = model.get_model_object("model_sampling")
     guidance_window = GuidanceWindow(*(sampling.percent_to_sigma(percent) for percent in window))
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
-        sample = sample_guided
         if preset == "official":
             sample = partial(sample_official, final_sigma=float(sampling.sigmas[0]))
+        elif maps is None:
+            sample = sample_guided
+        else:
+            sample = partial(sample_guided, reference_maps=lambda level: maps.get(level, x.device))
         return sample(
             inversion,
-            UNetPasses(model_k, extra_args),
+            UNetPasses(model_k, extra_args, sites),
             inversion.trajectory[-1].to(x),
             strength,
             guidance_window,

@@ -9,6 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 import torch.nn.functional as F
+from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.attention_passes import UNetPasses, with_map_jobs
 from pix2pix_zero.host.sampling import invert_latent, sample_edit
@@ -57,7 +58,7 @@ def guider_gradient(model, positive, x_source, x, source=None):
     found = []
 
     def walk(model_k, noise, sigmas, extra_args, callback, disable):
-        passes = UNetPasses(model_k, extra_args)
+        passes = UNetPasses(model_k, extra_args, cross_attention_sites(model.model.diffusion_model))
         reference = passes.record_maps("source", x_source.clone(), sigma)
         found.extend(passes.map_gradient("positive", x.clone(), sigma, reference))
         return noise
@@ -419,3 +420,20 @@ def test_an_edit_that_breaks_off_leaves_no_trace(model, act, error):
     traces.check(model)
     assert torch.equal(ordinary_sample(model), before)
     assert torch.equal(edit(model, inversion), expected)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["usual", "flat"])
+def test_gradients_of_a_model_that_computes_in_fp16_do_not_underflow(sharpness):
+    """Flat maps have gradients below fp16's smallest number."""
+    model = new_model(weight_dtype=torch.float16, compute_dtype=torch.float16)
+    with torch.inference_mode():
+        for name, parameter in model.model.diffusion_model.named_parameters():
+            if ".attn2.to_k" in name:
+                parameter *= sharpness
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    gradient, distance = guider_gradient(model, text, x_source, x)
+    expected, expected_distance = PlainUNet(model).gradient(text[0][0], x_source, x)
+    assert gradient.dtype == torch.float32
+    assert float((gradient - expected).norm() / expected.norm()) <= 0.01
+    torch.testing.assert_close(distance.double(), expected_distance, rtol=1e-3, atol=0)

@@ -127,10 +127,10 @@ def test_guidance_pulls_the_maps_towards_the_source(model):
     distances = []
 
     class Passes(sampling.UNetPasses):
-        def map_gradient(self, *args):
-            gradient, distance = super().map_gradient(*args)
+        def denoise_and_match(self, *args):
+            denoised, gradient, distance = super().denoise_and_match(*args)
             distances[-1].append(distance.item())
-            return gradient, distance
+            return denoised, gradient, distance
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "UNetPasses", Passes)

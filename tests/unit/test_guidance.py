@@ -67,6 +67,9 @@ class ToyPasses:
         distance = attention_distance(maps, reference["site"])
         return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
 
+    def denoise_and_match(self, x, sigma, reference):
+        return self.denoise(x, sigma), *self.map_gradient("positive", x, sigma, reference)
+
 
 def inversion(batch=1, steps=STEPS):
     generator = torch.Generator().manual_seed(4)
@@ -110,7 +113,7 @@ def test_shift_is_a_gradient_step_on_what_the_unet_sees(sigma):
     torch.testing.assert_close(ours / vp_scale(sigma), stepped)
 
 
-def test_default_loop_is_algorithm_1_on_the_conditional_branch():
+def test_default_loop_is_algorithm_1_on_the_conditional_branch_with_the_shift_after_the_step():
     strength = 2.0
     source = inversion()
     ours = run(sample_guided, source, ToyPasses(), strength)
@@ -122,11 +125,11 @@ def test_default_loop_is_algorithm_1_on_the_conditional_branch():
         leaf = x.clone().requires_grad_(True)
         _, maps = toy_unet(leaf, TEXTS["positive"], t)
         shifts.append(strength * torch.autograd.grad(their_distance(maps, reference), leaf)[0])
-        x = x - shifts[-1]
         negative, positive = (toy_unet(x, TEXTS[branch], t)[0] for branch in ("negative", "positive"))
         eps = negative + CFG * (positive - negative)
         there = torch.tensor(1.0, dtype=torch.float64) if level == 1 else ALPHA_BAR[t - 1000 // STEPS]
-        x = ddim_step(x, eps, ALPHA_BAR[t], there)
+        scale = (there / ALPHA_BAR[t]).sqrt()  # one size of shift in sigma space, where x = x_vp / sqrt(alpha_bar)
+        x = ddim_step(x, eps, ALPHA_BAR[t], there) - scale * shifts[-1]
 
     torch.testing.assert_close(ours[0], x, rtol=1e-9, atol=1e-9)
     assert min(shift.abs().max() for shift in shifts) > 1e-3, "guidance must matter for the comparison to mean anything"
