@@ -49,14 +49,24 @@ class DenoisingPasses(Protocol):
 
 
 @dataclass(frozen=True)
-class GuidanceWindow:
-    """Noise levels on which guidance acts: `last` <= sigma <= `first`."""
+class GuidanceSchedule:
+    """When guidance acts, and how strongly.
 
+    `strength`: size of a gradient step. `first`, `last`: it acts on noise levels `last` <= sigma <= `first`. `share`: part
+    of the steps in which it acts, from the noisiest on, in 0..1. `every`: it acts on every so many-th step, with as many
+    times the strength.
+    """
+
+    strength: float
     first: float = float("inf")
     last: float = 0.0
+    share: float = 1.0
+    every: int = 1
 
-    def contains(self, sigma: float) -> bool:
-        return self.last <= sigma <= self.first
+    def strength_at(self, sigma: float, step: int, steps: int) -> float:
+        """Size of the gradient step at `step`, counted from 0 at the noisiest of `steps`. 0: no gradient is needed."""
+        acts = self.last <= sigma <= self.first and step < self.share * steps and step % self.every == 0
+        return self.strength * self.every if acts else 0.0
 
 
 def attention_distance(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -76,8 +86,7 @@ def sample_guided(
     inversion: Inversion,
     passes: DenoisingPasses,
     x: torch.Tensor,
-    strength: float,
-    window: GuidanceWindow,
+    guidance: GuidanceSchedule,
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
     keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
     reference_maps: Callable[[int], Maps | None] = lambda index: None,
@@ -93,8 +102,9 @@ def sample_guided(
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
         sigma, sigma_next = sigmas[index], sigmas[index - 1]
+        strength = guidance.strength_at(sigma, inversion.steps - index, inversion.steps)
         shift = 0.0
-        if strength and window.contains(sigma):
+        if strength:
             reference = reference_maps(index)
             if reference is None:
                 reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
@@ -114,8 +124,7 @@ def sample_official(
     inversion: Inversion,
     passes: DenoisingPasses,
     x: torch.Tensor,
-    strength: float,
-    window: GuidanceWindow,
+    guidance: GuidanceSchedule,
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
     keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
     final_sigma: float,
@@ -131,15 +140,16 @@ def sample_official(
     reference_x = x
     for index in range(inversion.steps, 0, -1):
         sigma, sigma_next = sigmas[index], sigmas[index - 1]
+        strength = guidance.strength_at(sigma, inversion.steps - index, inversion.steps)
         negative_x = positive_x = x
-        if strength and window.contains(sigma):
+        if strength:
             shifted = {}
             for branch, source_branch in (("negative", "negative"), ("positive", "source")):
                 reference = passes.record_maps(source_branch, reference_x, sigma)
                 gradient, _ = passes.map_gradient(branch, x, sigma, reference)
                 shifted[branch] = x + guidance_shift(gradient / 2, sigma, strength)
             negative_x, positive_x = shifted["negative"], shifted["positive"]
-        if strength:
+        if guidance.strength:
             reference_denoised = passes.mix_branches(
                 passes.denoise_branch("source", reference_x, sigma),
                 passes.denoise_branch("negative", reference_x, sigma),

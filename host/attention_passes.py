@@ -4,11 +4,13 @@ A job travels in `transformer_options`; a wrapper around `apply_model` carries i
 hooks, areas, ControlNets and masks of the conditioning, runs as in any other sampler and stays in inference mode.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from comfy import samplers
+from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 
@@ -16,7 +18,9 @@ from ..attention_patches.maps import AttentionTap, LastSiteReached, attention_ma
 from ..attention_patches.matching import GradientScale, match_maps
 from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
+from .checkpointing import LEVELS, checkpointed
 from .gradients import differentiable_attention, input_gradients, ordinary, unshared_skips
+from .memory import is_out_of_memory
 
 JOB = "pix2pix_zero_job"
 
@@ -26,6 +30,24 @@ def with_map_jobs(model):
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, JOB, _run_job)
     return model
+
+
+class Checkpointing:
+    """The checkpointing level of an edit's guided passes; it rises when memory runs out, and stays there."""
+
+    def __init__(self, level: str):
+        self.level = level
+
+    def tighten(self) -> bool:
+        """Go to the level that needs the least memory. False if it is that already."""
+        if self.level == LEVELS[-1]:
+            return False
+        logging.warning(
+            "Pix2Pix-Zero: out of memory in a guided step. The edit goes on with less memory and more time, as in the "
+            "preset 'low memory'."
+        )
+        self.level = LEVELS[-1]
+        return True
 
 
 @dataclass
@@ -53,6 +75,8 @@ class UNetCall:
 
 
 def _run_job(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    if x.device.type == "cpu":  # faster and leaner there than the host's choice, sub-quadratic attention
+        transformer_options = differentiable_attention(transformer_options)
     arguments = {"t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
     call = UNetCall(executor, x, arguments, transformer_options)
     job = transformer_options.get(JOB)
@@ -94,24 +118,45 @@ class MatchMaps:
     """
 
     def __init__(
-        self, sites: list[AttentionSite], entries: list, areas: list, reference: Maps, x: torch.Tensor, stop: bool
+        self,
+        sites: list[AttentionSite],
+        entries: list,
+        areas: list,
+        reference: Maps,
+        x: torch.Tensor,
+        checkpointing: Checkpointing,
+        stop: bool,
     ):
         self.sites = sites
         self.entries = entries
         self.areas = areas
         self.reference = reference
+        self.checkpointing = checkpointing
         self.stop = stop
         self.gradient = torch.zeros_like(x)
         self.distance = x.new_zeros(len(x))
 
     def run(self, call: UNetCall) -> torch.Tensor:
         entries = [self.entries.index(uuid) for uuid in call.uuids]
-        with input_gradients(call.model):
-            output, gradient, distances = self._differentiate(call, entries)
+        output, gradient, distances = self._within_memory(call, entries)
         for entry, part, amount in zip(entries, gradient.chunk(len(entries)), distances.chunk(len(entries))):
             _narrow(self.gradient, self.areas[entry]).add_(part)
             self.distance += amount
         return output
+
+    def _within_memory(self, call: UNetCall, entries: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        while True:
+            try:
+                with (
+                    input_gradients(call.model),
+                    checkpointed(call.model.diffusion_model, self.checkpointing.level, self.sites[-1]),
+                ):
+                    return self._differentiate(call, entries)
+            except Exception as error:
+                if not (is_out_of_memory(error) and self.checkpointing.tighten()):
+                    raise
+            # Here the exception and the tensors of its frames are gone.
+            soft_empty_cache()
 
     def _differentiate(self, call: UNetCall, entries: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.x.clone().requires_grad_(True)
@@ -181,11 +226,12 @@ class UNetPasses:
     "source", "positive" and "negative" are the branches.
     """
 
-    def __init__(self, model_k, extra_args: dict, sites: list[AttentionSite]):
+    def __init__(self, model_k, extra_args: dict, sites: list[AttentionSite], checkpointing: str = "none"):
         self.model_k = model_k
         self.guider = model_k.inner_model
         self.extra_args = extra_args
         self.sites = sites
+        self.checkpointing = Checkpointing(checkpointing)
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return self.model_k(x, _levels(x, sigma), **self.extra_args)
@@ -254,7 +300,7 @@ class UNetPasses:
 
     def _match(self, branch: str, x: torch.Tensor, reference: Maps, stop: bool) -> MatchMaps:
         areas = [entry.get("area") for entry in self.guider.conds[branch]]
-        return MatchMaps(self.sites, self._entries(branch), areas, reference, x, stop)
+        return MatchMaps(self.sites, self._entries(branch), areas, reference, x, self.checkpointing, stop)
 
     def _entries(self, branch: str) -> list:
         return [entry["uuid"] for entry in self.guider.conds[branch]]

@@ -13,11 +13,12 @@ from comfy import model_sampling as kinds
 
 from ..attention_patches.sites import cross_attention_sites, is_unet
 from ..editing import ddim
-from ..editing.guidance import GuidanceWindow, sample_guided, sample_official
+from ..editing.guidance import GuidanceSchedule, sample_guided, sample_official
 from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
 from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
 from .attention_passes import UNetPasses, attention_state, with_map_jobs
+from .presets import PRESETS
 
 INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
 MAP_MEMORY = 2048 * 2**20
@@ -177,8 +178,8 @@ def sample_edit(
 ) -> torch.Tensor:
     """Redraw an inverted picture along the edited CONDITIONING `positive`: LATENT samples [B, C, H, W].
 
-    `window`: part of the sampling, as (start, end) percents in 0..1, in which cross-attention guidance acts. Raises
-    ValueError if the inversion was made with another model or a conditioning does not fit the batch.
+    `window`: part of the sampling, as (start, end) percents in 0..1, in which cross-attention guidance acts. `preset`: a
+    name in `presets.PRESETS`. Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
     """
     if inversion.model() is not model.model:
         raise ValueError(
@@ -192,12 +193,14 @@ def sample_edit(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
             "Make it from the same conditioning, with Apply Edit Direction."
         )
-    sites = cross_attention_sites(model.model.diffusion_model)
+    chosen = PRESETS[preset]
+    sites = [site for site in cross_attention_sites(model.model.diffusion_model) if site.block in chosen.blocks]
     maps = inversion.maps
     if maps is not None and maps.made_with != attention_state(model):
         maps = None
     sampling = model.get_model_object("model_sampling")
-    guidance_window = GuidanceWindow(*(sampling.percent_to_sigma(percent) for percent in window))
+    levels = (sampling.percent_to_sigma(percent) for percent in window)
+    guidance = GuidanceSchedule(strength, *levels, chosen.share, chosen.every)
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         if preset == "official":
@@ -208,10 +211,9 @@ def sample_edit(
             sample = partial(sample_guided, reference_maps=lambda level: maps.get(level, x.device))
         return sample(
             inversion,
-            UNetPasses(model_k, extra_args, sites),
+            UNetPasses(model_k, extra_args, sites, chosen.checkpointing),
             inversion.trajectory[-1].to(x),
-            strength,
-            guidance_window,
+            guidance,
             partial(_report, callback, sigmas),
             partial(_keep_outside, inversion),
         )

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
 from ..host.batching import run_per_picture
-from ..host.sampling import INVERSION_METHODS, invert_latent, inverted_noise
+from ..host.sampling import INVERSION_METHODS, MAP_MEMORY, invert_latent, inverted_noise
 from .types import CATEGORY, Inversion
 
 
@@ -92,6 +92,18 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     "back exactly. ddim: the paper's inversion. official: the authors' code, which skips two steps. "
                     "diffusers: that library's version of it.",
                 ),
+                io.Int.Input(
+                    "map_memory",
+                    default=MAP_MEMORY // 2**20,
+                    min=0,
+                    max=2**20,
+                    step=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="MB of RAM for the picture's attention maps, so that edits need not compute them again. "
+                    "50 steps at 512x512 fill 1700 MB; what does not fit is computed for each edit. Lower it if RAM is "
+                    "short; 0 keeps none.",
+                ),
             ],
             outputs=[
                 Inversion.Output(display_name="inversion", is_output_list=True),
@@ -103,6 +115,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
         batches = [len(latent["samples"]) for latent in inputs["latent_image"]]
+        inputs["map_memory"] = [size / len(batches) for size in inputs.get("map_memory", [MAP_MEMORY // 2**20])]
         return io.NodeOutput(*run_per_picture(cls.invert, inputs, batches, texts=("positive",)))
 
     @classmethod
@@ -118,11 +131,14 @@ class Pix2PixZeroInversion(io.ComfyNode):
         regularization_steps,
         autocorrelation_rolls,
         method,
+        map_memory,
     ) -> tuple:
         regularization = NoiseRegularization(
             autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls
         )
-        inversion = invert_latent(model, positive, latent_image, steps, seed, regularization, method)
+        inversion = invert_latent(
+            model, positive, latent_image, steps, seed, regularization, method, int(map_memory * 2**20)
+        )
         return inversion, {"samples": inverted_noise(inversion, model)}, inversion.sigmas.flip(0)
 
 

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.batching import run_per_picture
+from ..host.presets import PRESETS
 from ..host.sampling import sample_edit
 from .types import CATEGORY, Inversion
 
@@ -69,11 +70,13 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=["default", "official"],
+                    options=list(PRESETS),
                     default="default",
                     advanced=True,
-                    tooltip="default: guides the edited branch by the inversion's own maps. official: the authors' "
-                    "update, step for step, to compare with their results; about twice the time.",
+                    tooltip="default: the best edit. fast: guides only the steps that fix the layout, so fine detail "
+                    "follows less closely. low memory: the same edit as default in about a quarter of its memory, and "
+                    "slower; set map_memory of Invert Picture to 0 as well. official: the authors' update, step for "
+                    "step, to compare with their results; the slowest.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", is_output_list=True)],

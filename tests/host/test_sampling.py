@@ -211,3 +211,106 @@ def test_v_prediction_inverts_and_reconstructs():
     again = edit(model, inversion, conditioning(), strength=0.0)
     source = latent()["samples"]
     assert (again - source).norm() / source.norm() < 0.1
+
+
+def counted_edits(model, inversion, **options):
+    """(the edit, how often its reference maps had to be recorded)."""
+    recorded = 0
+
+    class Passes(sampling.UNetPasses):
+        def record_maps(self, *args):
+            nonlocal recorded
+            recorded += 1
+            return super().record_maps(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "UNetPasses", Passes)
+        return edit(model, inversion, **options), recorded
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 6, 10)])
+def test_maps_kept_from_the_inversion_give_the_edit_of_maps_recorded_anew(model, shape):
+    without = invert(model, picture=latent(*shape), map_memory=0)
+    expected, recorded = counted_edits(model, without)
+    assert recorded == without.steps
+    kept = invert(model, picture=latent(*shape))
+    assert torch.equal(kept.trajectory, without.trajectory)
+    edited, recorded = counted_edits(model, kept)
+    assert recorded == 0
+    assert (edited - expected).abs().max() <= 1e-4 * expected.std()
+    assert (edit(model, kept, strength=0.0) - edited).abs().max() > 0.01 * expected.std(), "guidance must matter"
+
+
+def test_a_small_map_memory_keeps_the_noisiest_levels_and_the_edit(model):
+    everything = invert(model)
+    per_level = everything.maps.size // everything.steps
+    some = invert(model, map_memory=int(1.5 * per_level))
+    assert some.maps.size <= 1.5 * per_level
+    cpu = torch.device("cpu")
+    assert [some.maps.get(level, cpu) is not None for level in range(1, some.steps + 1)] == [False, False, True]
+    edited, recorded = counted_edits(model, some)
+    assert recorded == some.steps - 1
+    assert (edited - edit(model, everything)).abs().max() <= 1e-4 * edited.std()
+
+
+def test_plain_ddim_inversion_keeps_the_maps_of_all_levels_but_the_last(model):
+    inversion = invert(model, method="ddim")
+    edited, recorded = counted_edits(model, inversion)
+    assert recorded == 1
+    expected = edit(model, invert(model, method="ddim", map_memory=0))
+    assert (edited - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("method", ["official", "diffusers"])
+def test_inversions_that_call_the_unet_off_the_grid_keep_no_maps(model, method):
+    assert invert(model, method=method).maps is None
+
+
+def test_maps_of_a_model_patched_differently_are_not_used(model):
+    """A patch that came after the inversion would otherwise be taken for a part of the edit, and undone."""
+    inversion = invert(model)
+    assert counted_edits(model.clone(), inversion)[1] == 0
+    patched = model.clone()
+    patched.set_model_attn2_patch(lambda q, k, v, options: (q * 1.1, k, v))
+    assert counted_edits(patched, inversion)[1] == inversion.steps
+    name = next(name for name in model.model.state_dict() if "attn2.to_q" in name)
+    with_lora = model.clone()
+    with_lora.add_patches({name: ("diff", (torch.zeros_like(model.model.state_dict()[name]),))})
+    assert counted_edits(with_lora, inversion)[1] == inversion.steps
+
+
+@pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official"])
+def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, caplog):
+    """Another pack's patch fails as the allocator would, in the first guided pass."""
+    inversion = invert(model)
+    expected = edit(model, inversion, preset=preset)
+    failures = 0
+
+    def allocate(q, k, v, options):
+        nonlocal failures
+        if torch.is_grad_enabled() and failures < 1 and options["block"] == ("middle", 0):
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. (test)")
+        return q, k, v
+
+    short = model.clone()
+    short.set_model_attn1_patch(allocate)
+    if preset == "low memory":  # which has nothing left to give up
+        with pytest.raises(torch.OutOfMemoryError):
+            edit(short, inversion, preset=preset)
+        return
+    edited = edit(short, inversion, preset=preset)
+    assert failures == 1
+    assert (edited - expected).abs().max() <= 1e-4 * expected.std()
+    assert [record.levelname for record in caplog.records if "out of memory" in record.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize("preset", ["low memory", "fast"])
+def test_presets_against_the_default(model, preset):
+    inversion = invert(model)
+    default, other = edit(model, inversion), edit(model, inversion, preset=preset)
+    difference = (other - default).abs().max() / default.std()
+    if preset == "low memory":
+        assert difference <= 1e-4, "it is the same edit"
+    else:
+        assert 1e-3 < difference < 1

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from pix2pix_zero.editing.guidance import (
-    GuidanceWindow,
+    GuidanceSchedule,
     attention_distance,
     guidance_shift,
     sample_guided,
@@ -17,7 +17,6 @@ from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, sigmas, timestep_of, time
 
 STEPS = 5
 CFG = 3.0
-EVERYWHERE = GuidanceWindow()
 TEXTS = {"source": 0.2, "positive": 0.9, "negative": -0.4}
 
 
@@ -80,10 +79,10 @@ def inversion(batch=1, steps=STEPS):
     return Inversion(trajectory, levels, [], weakref.ref(ToyPasses))
 
 
-def run(loop, source, passes, strength=2.0, window=EVERYWHERE, keep=lambda x, level: x, on_step=lambda *step: None):
+def run(loop, source, passes, strength=2.0, keep=lambda x, level: x, on_step=lambda *step: None, **schedule):
     if loop is sample_official:
         loop = partial(loop, final_sigma=float(SIGMA[0]))
-    return loop(source, passes, source.trajectory[-1], strength, window, on_step, keep)
+    return loop(source, passes, source.trajectory[-1], GuidanceSchedule(strength, **schedule), on_step, keep)
 
 
 def their_distance(maps, reference):
@@ -199,17 +198,29 @@ def test_strength_zero_is_plain_ddim():
 @pytest.mark.parametrize("loop", [sample_guided, sample_official])
 def test_guidance_acts_on_the_levels_of_its_window_only(loop):
     passes, levels = ToyPasses(), sigmas(STEPS).tolist()
-    run(loop, inversion(), passes, window=GuidanceWindow(first=levels[4], last=levels[3]))
+    run(loop, inversion(), passes, first=levels[4], last=levels[3])
     for kind in ("record", "gradient"):
         assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[3:5]
 
 
 @pytest.mark.parametrize("loop", [sample_guided, sample_official])
 def test_a_window_without_levels_is_strength_zero(loop):
-    window = GuidanceWindow(first=1e-9, last=0.0)
     torch.testing.assert_close(
-        run(loop, inversion(), ToyPasses(), window=window), run(loop, inversion(), ToyPasses(), strength=0.0)
+        run(loop, inversion(), ToyPasses(), first=1e-9), run(loop, inversion(), ToyPasses(), strength=0.0)
     )
+
+
+def test_guidance_of_every_other_step_of_a_share_has_the_same_total_strength():
+    schedule = GuidanceSchedule(0.1, share=0.6, every=2)
+    assert [schedule.strength_at(1.0, step, 10) for step in range(10)] == [0.2, 0, 0.2, 0, 0.2, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_guidance_acts_on_the_noisiest_share_of_the_steps_only(loop):
+    passes, levels = ToyPasses(), sigmas(STEPS).tolist()
+    run(loop, inversion(), passes, share=0.4)
+    for kind in ("record", "gradient"):
+        assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[4:6]
 
 
 def test_default_loop_matches_the_edited_branch_with_the_source_at_every_level():
