@@ -1,0 +1,146 @@
+"""The measurements. `run_job` carries one out in this process and returns what goes into the report."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from safetensors.torch import load_file, save_file
+
+from .counting import Gradient, Watch, flop_counter
+from .memory import Peak
+from .reference import plain_gradient
+from .unets import FULL, QUICK, float64_unet
+from .variants import Edit, load_variant, runs_in_executor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WARM_UP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement of one variant. `steps`: one run for each number. `gradients`: the file they are kept in."""
+
+    kind: str
+    variant: str
+    dtype: str
+    size: int
+    steps: tuple[int, ...]
+    quick: bool
+    gradients: str
+
+    @property
+    def shape(self):
+        return QUICK if self.quick else FULL
+
+
+def run_job(job: Job) -> dict:
+    if job.kind == "gradient":
+        return compare_gradient(job)
+    with torch.inference_mode(runs_in_executor(job.variant)):
+        return {"count": count, "time": measure_time, "growth": measure_growth}[job.kind](job)
+
+
+class Run:
+    """A loaded variant and its edit. `base` is the memory in use after loading."""
+
+    def __init__(self, job: Job):
+        self.variant = load_variant(job.variant, job.shape, DTYPES[job.dtype])
+        self.edit = Edit.draw(job.shape, job.size)
+        self.device = comfy.model_management.get_torch_device()
+        self.variant.one_forward(self.edit)
+        self.peak = Peak(self.device)
+
+    def warm_up(self, job: Job) -> None:
+        # GPUs choose their kernels by size; on a CPU a small picture will do.
+        size = job.size if self.device.type == "cuda" else min(job.size, WARM_UP_SIZE)
+        self.whole(Edit.draw(job.shape, size), 1)
+
+    def whole(self, edit: Edit, steps: int) -> torch.Tensor:
+        return self.variant.redraw(edit, self.variant.invert(edit, steps), steps)
+
+    def clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, function: Callable, *args) -> tuple:
+        start = self.clock()
+        result = function(*args)
+        return result, self.clock() - start
+
+
+def count(job: Job) -> dict:
+    """Passes and operations for each number of steps, and the peak of memory of the last; keeps the first gradient.
+
+    Operations are in FE: those of one forward pass of the same UNet for one picture.
+    """
+    run = Run(job)
+    with flop_counter() as counter:
+        run.variant.one_forward(run.edit)
+    forward = counter.get_total_flops()
+    counts = []
+    for steps in job.steps:
+        watch = Watch(run.edit.positive)
+        run.peak.reset()
+        with watch.over(run.variant.unet):
+            samples = run.whole(run.edit, steps)
+        counts.append({"steps": steps, **asdict(watch.passes), "fe": watch.passes.flops / forward})
+    if watch.first is not None:
+        gradient = watch.first.gradient * run.variant.texts_per_gradient
+        save_file({**asdict(watch.first), "gradient": gradient}, job.gradients)
+    return {
+        "gflop_per_forward": forward / 1e9,
+        "counts": counts,
+        "peak_bytes": run.peak.above_base(),
+        "finite": bool(samples.isfinite().all()),
+    }
+
+
+def measure_time(job: Job) -> dict:
+    """Seconds of inverting and editing, and of editing again with the same inversion."""
+    run = Run(job)
+    run.warm_up(job)
+    (steps,) = job.steps
+    run.peak.reset()
+    inverted, inversion = run.timed(run.variant.invert, run.edit, steps)
+    samples, edit = run.timed(run.variant.redraw, run.edit, inverted, steps)
+    again = edit
+    if run.variant.uses_inversion_again:
+        _, again = run.timed(run.variant.redraw, run.edit, inverted, steps)
+    return {
+        "inversion": inversion,
+        "edit": edit,
+        "whole": inversion + edit,
+        "edit_again": again,
+        "peak_bytes": run.peak.above_base() if run.peak.on_gpu else None,
+        "finite": bool(samples.isfinite().all()),
+    }
+
+
+def measure_growth(job: Job) -> dict:
+    """The peak of memory for each number of steps."""
+    run = Run(job)
+    run.warm_up(job)
+    peaks = {}
+    for steps in job.steps:
+        run.peak.reset()
+        run.whole(run.edit, steps)
+        peaks[str(steps)] = run.peak.above_base()
+    return {"peak_bytes": peaks}
+
+
+def compare_gradient(job: Job) -> dict:
+    """The relative error of the kept gradient."""
+    if not Path(job.gradients).exists():
+        return {"relative_error": None}
+    found = Gradient(**load_file(job.gradients))
+    expected = plain_gradient(float64_unet(job.shape), found, Edit.draw(job.shape, job.size).source)
+    gradient = found.gradient.double()
+    if job.dtype == "fp16":
+        # A loss may have been scaled by a power of two against underflow.
+        gradient = gradient / 2 ** round(math.log2(float((gradient * expected).sum() / expected.square().sum())))
+    return {"relative_error": float((gradient - expected).norm() / expected.norm())}

@@ -1,0 +1,128 @@
+"""From the results of the jobs to figures per variant, and their tables."""
+
+import statistics
+from dataclasses import dataclass, field
+
+BASE, SCALE = "diffusers", "ksampler"
+PHASES = ("whole", "inversion", "edit", "edit_again")
+
+
+@dataclass
+class Results:
+    """What the jobs of one variant returned. `rounds`: its times. `failure`: why it has no more of them."""
+
+    count: dict | None = None
+    gradient: dict | None = None
+    growth: dict | None = None
+    rounds: list[dict] = field(default_factory=list)
+    failure: str | None = None
+
+
+def summarize(variants: dict[str, Results]) -> dict[str, dict]:
+    """The figures of each variant. Ratios are to diffusers and to the plain KSampler in the same round."""
+    return {
+        name: _figures(results, *(variants.get(other, Results()).rounds for other in (BASE, SCALE)))
+        for name, results in variants.items()
+    }
+
+
+def _figures(results: Results, base: list[dict], scale: list[dict]) -> dict:
+    count, rounds = results.count, results.rounds
+    return {
+        "failure": results.failure,
+        "finite": all(result["finite"] for result in [count, *rounds] if result),
+        "per_step": count and _per_step(count["counts"]),
+        "count": count,
+        "gradient_error": results.gradient and results.gradient["relative_error"],
+        "growth": results.growth and results.growth["peak_bytes"],
+        "seconds": {phase: _spread([times[phase] for times in rounds]) for phase in PHASES},
+        "ratio_to_diffusers": {phase: _ratios(rounds, base, phase) for phase in PHASES},
+        "ratio_to_ksampler": {phase: _ratios(rounds, scale, "whole", phase) for phase in PHASES},
+        "rounds": rounds,
+    }
+
+
+def _ratios(rounds: list[dict], others: list[dict], phase: str, ours: str | None = None) -> dict | None:
+    # With an inversion at hand we edit again; diffusers then still runs its whole edit, so a new one is the measure.
+    theirs = "whole" if phase == "edit_again" else phase
+    return _spread([times[ours or phase] / other[theirs] for times, other in zip(rounds, others) if other[theirs] > 1e-3])
+
+
+def _spread(values: list[float]) -> dict | None:
+    if not values:
+        return None
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _per_step(counts: list[dict]) -> dict:
+    """What each further step costs, and of operations what comes once."""
+    few, many = counts[0], counts[-1]
+    steps = many["steps"] - few["steps"]
+    names = ("fe", "forward_calls", "forward_rows", "backward_calls", "backward_rows")
+    slopes = {name: (many[name] - few[name]) / steps for name in names}
+    return {**slopes, "fe_once": many["fe"] - many["steps"] * slopes["fe"]}
+
+
+def tables(variants: dict[str, dict]) -> str:
+    """What was counted, then what was timed, one row for each variant."""
+    return "\n".join([_counted(variants), "", _timed(variants), *_failures(variants)])
+
+
+def _counted(variants: dict[str, dict]) -> str:
+    peer = variants.get(BASE, {}).get("count")
+    head = ("FE/step", "FE once", "forward rows (calls)/step", "backward", "peak MB", "/diffusers", "growth MB", "gradient")
+    rows = []
+    for name, figures in variants.items():
+        count, step, growth = figures["count"], figures["per_step"], figures["growth"]
+        if count is None:
+            continue
+        rows.append(
+            (
+                name,
+                f"{step['fe']:.2f}",
+                f"{step['fe_once']:.2f}",
+                f"{step['forward_rows']:g} ({step['forward_calls']:g})",
+                f"{step['backward_rows']:g} ({step['backward_calls']:g})",
+                f"{count['peak_bytes'] / 1e6:.0f}",
+                f"{count['peak_bytes'] / peer['peak_bytes']:.3f}" if peer else "",
+                " -> ".join(f"{peak / 1e6:.0f}" for peak in growth.values()) if growth else "",
+                f"{figures['gradient_error']:.1e}" if figures["gradient_error"] is not None else "",
+            )
+        )
+    return _aligned(("counted", *head), rows)
+
+
+def _timed(variants: dict[str, dict]) -> str:
+    head = ("seconds", "inversion", "edit", "again", "/diffusers", "inversion", "edit", "again*", "/ksampler")
+    rows = []
+    for name, figures in variants.items():
+        if not figures["rounds"]:
+            continue
+        seconds, ratios = figures["seconds"], figures["ratio_to_diffusers"]
+        rows.append(
+            (
+                name,
+                *(f"{seconds[phase]['median']:.2f}" for phase in PHASES),
+                *(_shown(ratios[phase]) for phase in PHASES),
+                _shown(figures["ratio_to_ksampler"]["whole"]),
+            )
+        )
+    table = _aligned(("timed", *head), rows)
+    return f"{table}\nMedian (lowest-highest) of the rounds. * editing again, to diffusers' inversion and edit"
+
+
+def _shown(spread: dict | None) -> str:
+    return "{median:.2f} ({min:.2f}-{max:.2f})".format(**spread) if spread else ""
+
+
+def _failures(variants: dict[str, dict]) -> list[str]:
+    lines = [f"{name}: {figures['failure']}" for name, figures in variants.items() if figures["failure"]]
+    return lines + [f"{name}: the result is not finite" for name, figures in variants.items() if not figures["finite"]]
+
+
+def _aligned(head: tuple, rows: list[tuple]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in (head, *rows)
+    )

@@ -1,0 +1,216 @@
+"""The implementations that are compared: the same edit of the same picture, by the same number of steps."""
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.sample
+import torch
+from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler
+from diffusers.pipelines.deprecated.stable_diffusion_variants import pipeline_stable_diffusion_pix2pix_zero as theirs
+from diffusers.utils import logging
+
+from ...editing.regularization import NoiseRegularization
+from ...host.sampling import invert_latent, sample_edit
+from ...nodes.sampler import Pix2PixZeroKSampler
+from .unets import Shape, comfyui_model, diffusers_unet
+
+CFG = 7.5
+STRENGTH = 0.1
+LATENT_SCALE = 0.18215
+logging.set_verbosity_error()
+SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is edited: `latent` [1, 4, h, w] in the UNet's space and texts [1, tokens, channels]."""
+
+    latent: torch.Tensor
+    source: torch.Tensor
+    direction: torch.Tensor
+    negative: torch.Tensor
+
+    @property
+    def positive(self) -> torch.Tensor:
+        return self.source + self.direction
+
+    @classmethod
+    def draw(cls, shape: Shape, size: int) -> "Edit":
+        """A random one for pictures of size x size pixels; the edited text differs by half a standard deviation."""
+        generator = torch.Generator().manual_seed(0)
+        latent = 0.8 * torch.randn(1, 4, size // 8, size // 8, generator=generator)
+        texts = [torch.randn(1, shape.tokens, shape.context_dim, generator=generator) for _ in range(3)]
+        return cls(latent, texts[0], 0.5 * texts[1], texts[2])
+
+
+class DecodesNothing(AutoencoderKL):
+    """In place of a VAE: the pipeline's inversion decodes what it inverted, which nobody asked for here."""
+
+    def decode(self, latents, *args, **kwargs):
+        return (latents.new_zeros(1, 3, 8, 8),)
+
+
+class Diffusers:
+    """diffusers' pipeline as it is."""
+
+    texts_per_gradient = 2  # its distance is averaged over the heads of both branches
+    uses_inversion_again = False
+
+    def __init__(self, shape: Shape, dtype: torch.dtype):
+        self.device, self.dtype = comfy.model_management.get_torch_device(), dtype
+        self.unet = self.prepare(diffusers_unet(shape, dtype, self.device))
+        self.pipe = theirs.StableDiffusionPix2PixZeroPipeline(
+            vae=DecodesNothing(block_out_channels=(8,) * 4, norm_num_groups=8).to(self.device, dtype),
+            text_encoder=None,
+            tokenizer=None,
+            unet=self.unet,
+            scheduler=DDIMScheduler(**SCHEDULE),
+            feature_extractor=None,
+            safety_checker=None,
+            inverse_scheduler=DDIMInverseScheduler(**SCHEDULE),
+            caption_generator=None,
+            caption_processor=None,
+            requires_safety_checker=False,
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def prepare(self, unet):
+        return unet
+
+    @torch.no_grad()
+    def one_forward(self, edit: Edit) -> None:
+        self.unet(self._here(edit.latent), 500, encoder_hidden_states=self._here(edit.source))
+
+    def invert(self, edit: Edit, steps: int) -> torch.Tensor:
+        return self.pipe.invert(
+            image=self._here(edit.latent),
+            prompt_embeds=self._here(edit.source),
+            num_inference_steps=steps,
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        ).latents
+
+    def redraw(self, edit: Edit, inverted: torch.Tensor, steps: int) -> torch.Tensor:
+        return self.pipe(
+            source_embeds=torch.zeros_like(self._here(edit.direction)),
+            target_embeds=self._here(edit.direction),
+            prompt_embeds=self._here(edit.source),
+            negative_prompt_embeds=self._here(edit.negative),
+            latents=inverted.clone(),
+            num_inference_steps=steps,
+            height=edit.latent.shape[-2] * 8,
+            width=edit.latent.shape[-1] * 8,
+            guidance_scale=CFG,
+            cross_attention_guidance_amount=STRENGTH,
+            output_type="latent",
+        ).images
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
+class Authors(Diffusers):
+    """The authors' update: the same passes, but of the weights only those of cross-attention get gradients."""
+
+    def prepare(self, unet):
+        # The pipeline sets cross-attention to require gradients and self-attention not to; the rest it leaves alone.
+        return unet.requires_grad_(False)
+
+
+class Pack:
+    """This pack through ComfyUI's guider. To be used in inference mode, as in the executor."""
+
+    texts_per_gradient = 1
+    uses_inversion_again = True
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, preset: str):
+        self.preset = preset
+        self.model = comfyui_model(shape, dtype)
+        self.unet = self.model.model.diffusion_model
+
+    def one_forward(self, edit: Edit) -> None:
+        device, dtype = comfy.model_management.get_torch_device(), self.model.model.get_dtype_inference()
+        x, text = (tensor.to(device, dtype) for tensor in (edit.latent, edit.source))
+        self.unet(x, torch.full((1,), 500.0, device=device), context=text, transformer_options={})
+
+    def invert(self, edit: Edit, steps: int):
+        options = {"map_memory": 0} if self.preset == "low memory" else {}
+        return invert_latent(
+            self.model, _conditioning(edit.source), _latent(edit), steps, 0, NoiseRegularization(), **options
+        )
+
+    def redraw(self, edit: Edit, inverted, steps: int) -> torch.Tensor:
+        texts = _conditioning(edit.positive), _conditioning(edit.negative)
+        return sample_edit(self.model, inverted, *texts, CFG, STRENGTH, preset=self.preset)
+
+
+class Unguided(Pack):
+    """The floor of any edit by inversion: neither regularization nor guidance."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype):
+        super().__init__(shape, dtype, "default")
+
+    def invert(self, edit: Edit, steps: int):
+        unregularized = NoiseRegularization(steps=0)
+        return invert_latent(
+            self.model, _conditioning(edit.source), _latent(edit), steps, 0, unregularized, method="ddim"
+        )
+
+    def redraw(self, edit: Edit, inverted, steps: int) -> torch.Tensor:
+        texts = _conditioning(edit.positive), _conditioning(edit.negative)
+        return sample_edit(self.model, inverted, *texts, CFG, 0.0)
+
+
+class KSampler(Unguided):
+    """ComfyUI's own sampling of a new picture, nothing inverted."""
+
+    def invert(self, edit: Edit, steps: int) -> None:
+        return None
+
+    def redraw(self, edit: Edit, inverted: None, steps: int) -> torch.Tensor:
+        latent = _latent(edit)["samples"]
+        noise = comfy.sample.prepare_noise(latent, 0)
+        texts = _conditioning(edit.positive), _conditioning(edit.negative)
+        return comfy.sample.sample(
+            self.model, noise, steps, CFG, "ddim", "ddim_uniform", *texts, latent, disable_pbar=True, seed=0
+        )
+
+
+def presets() -> list[str]:
+    """What the sampler node offers."""
+    return next(item.options for item in Pix2PixZeroKSampler.define_schema().inputs if item.id == "preset")
+
+
+PEERS = {"diffusers": Diffusers, "authors": Authors}
+SCALE = {"unguided": Unguided, "ksampler": KSampler}
+
+
+def variant_names() -> list[str]:
+    return [*PEERS, *presets(), *SCALE]
+
+
+def runs_in_executor(name: str) -> bool:
+    """Whether it is to be loaded and used in inference mode."""
+    return name not in PEERS
+
+
+def load_variant(name: str, shape: Shape, dtype: torch.dtype) -> Diffusers | Pack:
+    kinds = PEERS | SCALE
+    if name in kinds:
+        return kinds[name](shape, dtype)
+    return Pack(shape, dtype, name)
+
+
+def _latent(edit: Edit) -> dict:
+    return {"samples": edit.latent / LATENT_SCALE}
+
+
+def _conditioning(text: torch.Tensor) -> list:
+    return [[text, {}]]

@@ -1,0 +1,63 @@
+"""What `python dev.py bench cost --quick` counts, held to what the algorithm needs. Times are never part of a test."""
+
+import json
+
+import pytest
+from pix2pix_zero.benchmarks.cost import main
+from pix2pix_zero.benchmarks.cost_parts.variants import presets
+
+PEERS = {"diffusers", "authors"}
+# A forward pass is 1 FE. A backward pass to the input alone is two products for each product of attention maps, which
+# the kernel first repeats, and one for each of a weight: little more than 1 FE.
+BACKWARD = 1.25
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    output = tmp_path_factory.mktemp("cost") / "bench_cost.json"
+    ours = [preset for preset in presets() if preset != "official"]
+    main(["--quick", "--rounds", "0", "--output", str(output), "--variants", *PEERS, *ours, "unguided"])
+    return json.loads(output.read_text(encoding="utf-8"))["results"]["fp32"]
+
+
+def step(variants, name):
+    assert variants[name]["failure"] is None
+    assert variants[name]["finite"]
+    return variants[name]["per_step"]
+
+
+def test_every_preset_of_the_node_is_measured(variants):
+    assert set(presets()) - {"official"} < set(variants)
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_peers_take_the_passes_of_their_loops(variants, name):
+    """One picture inverted, then a reference, a guided and a final pass, each of two branches."""
+    per_step = step(variants, name)
+    assert (per_step["forward_rows"], per_step["forward_calls"]) == (7, 4)
+    assert (per_step["backward_rows"], per_step["backward_calls"]) == (2, 1)
+    assert per_step["fe_once"] == pytest.approx(0, abs=0.01)
+
+
+def test_gradients_of_all_weights_cost_diffusers_more_than_the_authors(variants):
+    # Backward, 2 rows: to the inputs and to nearly every weight, or to the inputs and those of cross-attention.
+    assert step(variants, "diffusers")["fe"] == pytest.approx(7 + 2 * 2, abs=0.5)
+    assert step(variants, "authors")["fe"] == pytest.approx(7 + 2 * 1.1, abs=0.3)
+
+
+def test_unguided_edits_are_three_forward_passes_per_step(variants):
+    per_step = step(variants, "unguided")
+    assert per_step["fe"] == pytest.approx(3, abs=0.01)
+    assert (per_step["forward_rows"], per_step["backward_rows"]) == (3, 0)
+
+
+def test_default_adds_one_backward_pass_to_the_unguided_edit(variants):
+    per_step = step(variants, "default")
+    assert (per_step["forward_rows"], per_step["backward_rows"]) == (3, 1)
+    assert per_step["fe"] <= 3 + BACKWARD
+    assert per_step["fe_once"] <= 1.01, "the estimate at the noise end, once"
+
+
+@pytest.mark.parametrize("preset", sorted({*presets()} & {"default", "low memory"}))
+def test_guidance_gradients_are_those_of_float64(variants, preset):
+    assert 0 < variants[preset]["gradient_error"] <= 5e-5
