@@ -46,6 +46,22 @@ def _again(constants: contextlib.AbstractContextManager) -> Iterator[None]:
         yield
 
 
+def has_constant_weights(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether every weight is used as it lies in the model: on `device`, in the computation's dtype, unpatched.
+
+    Any other is copied for each layer, and a graph holds the copies: take checkpointing "blocks" for such a model, so
+    that only one block's are alive at a time. `model`: the host's BaseModel.
+    """
+    dtype = model.get_dtype_inference()
+    return all(
+        type(parameter) is torch.nn.Parameter and parameter.device == device and parameter.dtype == dtype
+        for parameter in model.diffusion_model.parameters()
+    ) and not any(
+        getattr(module, "weight_function", None) or getattr(module, "bias_function", None) or hasattr(module, "_v")
+        for module in model.diffusion_model.modules()
+    )
+
+
 def ordinary(value):
     """An inference tensor as an ordinary one (cloned), through lists and dicts; anything else as it is."""
     if isinstance(value, torch.Tensor):

@@ -1,0 +1,161 @@
+"""What a guided pass needs beside an ordinary one, asked of the host before it loads the model."""
+
+import math
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+from comfy.patcher_extension import WrappersMP
+
+from ..attention_patches.sites import AttentionSite, cross_attention_sites
+from .checkpointing import named_layers
+
+MEMORY = "pix2pix_zero_memory"
+TOKENS = 77  # of one chunk of a CLIP text; maps are computed in fp32
+
+
+def graph_memory(
+    unet: torch.nn.Module,
+    latent_shape: tuple[int, ...],
+    level: str,
+    dtype: torch.dtype,
+    last_site: AttentionSite | None = None,
+    constant_weights: bool = True,
+) -> int:
+    """Bytes that one guided pass of ComfyUI's UNetModel needs at its peak, activations of an ordinary pass included.
+
+    `latent_shape`: [B, C, H, W] of the latent. `level`: see `checkpointing.checkpointed`. `dtype`: of the computation.
+    `last_site`: where recording ends, the last cross-attention if None. `constant_weights`: False where weights are
+    cast or moved for each layer, so that the pass holds copies of them.
+    """
+    item = dtype.itemsize
+    sites = cross_attention_sites(unet)
+    last_site = last_site or sites[-1]
+    kept = working = weights = heaviest = 0
+    for name, number, layer, pixels in _sized_layers(unet, latent_shape):
+        cost = _cost(layer, pixels, level, item, last_site if (name, number) == last_site[:2] else None)
+        kept += cost.kept
+        working = max(working, cost.working)
+        held = sum(p.numel() for p in layer.parameters() if p.ndim > 1) * item
+        if level == "blocks" and isinstance(layer, (ResBlock, SpatialTransformer)):
+            heaviest = max(heaviest, held)
+        else:
+            weights += held
+        if cost.ends:
+            break
+    return kept + working + (0 if constant_weights else weights + heaviest)
+
+
+@dataclass
+class _Cost:
+    """Bytes a layer keeps for the backward pass, those at work in its own backward, and whether recording ends in it."""
+
+    kept: int = 0
+    working: int = 0
+    ends: bool = False
+
+
+def _sized_layers(unet: torch.nn.Module, latent_shape: tuple[int, ...]):
+    """(block name, number, layer, B*H*W of its input) in the order of the forward pass."""
+    batch, (height, width) = latent_shape[0], latent_shape[-2:]
+    skips, place = [], None
+    for name, number, layer in named_layers(unet):
+        if place is not None and place[0] == "input" and (name, number) != place:
+            skips.append((height, width))
+        if name == "output" and (name, number) != place:
+            skips.pop()
+        place = (name, number)
+        yield name, number, layer, batch * height * width
+        if isinstance(layer, Downsample) or getattr(layer, "updown", False) and _is_down(layer):
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        elif isinstance(layer, Upsample) or getattr(layer, "updown", False):
+            height, width = skips[-1] if skips else (height * 2, width * 2)
+
+
+def _is_down(block: ResBlock) -> bool:
+    return isinstance(block.h_upd, Downsample)
+
+
+def _cost(layer: torch.nn.Module, pixels: int, level: str, item: int, last_site: AttentionSite | None) -> _Cost:
+    if isinstance(layer, ResBlock):
+        return _residual_cost(layer, pixels * item, level)
+    if isinstance(layer, SpatialTransformer):
+        return _transformer_cost(layer, pixels, level, item, last_site)
+    return _Cost()
+
+
+def _residual_cost(block: ResBlock, size: int, level: str) -> _Cost:
+    # Each of its two halves keeps the input of the norm and that of the activation; convolutions keep nothing.
+    inside = 2 * (block.channels + block.out_channels) * size
+    if level == "none":
+        return _Cost(inside, inside // 2)
+    if level == "feed-forward":
+        return _Cost(inside // 2, inside)
+    return _Cost(block.channels * size, inside + inside // 2)
+
+
+def _transformer_cost(
+    layer: SpatialTransformer, pixels: int, level: str, item: int, last_site: AttentionSite | None
+) -> _Cost:
+    blocks = list(layer.transformer_blocks)
+    cost = _Cost(layer.in_channels * pixels * item, ends=last_site is not None)
+    whole = level == "blocks" and len(blocks) == 1 and last_site is None
+    for index, block in enumerate(blocks):
+        ends = last_site is not None and index == last_site.index
+        attention, feed_forward, width = _block_sizes(block, pixels, item)
+        if ends:
+            feed_forward = 0
+        inside = attention + feed_forward
+        maps = 3 * block.n_heads * pixels * TOKENS * 4
+        if level == "none" or ends:
+            cost.kept += inside
+            cost.working = max(cost.working, feed_forward, maps)
+        elif level == "feed-forward":
+            cost.kept += attention + width
+            cost.working = max(cost.working, 2 * feed_forward, maps)
+        else:
+            cost.kept += 0 if whole else width
+            cost.working = max(cost.working, inside + feed_forward, inside + maps)
+        if ends:
+            break
+    return cost
+
+
+def _block_sizes(block: BasicTransformerBlock, pixels: int, item: int) -> tuple[int, int, int]:
+    """Bytes kept by the attentions of a transformer block, by its feed-forward layer, and of its input."""
+    dim = block.norm1.normalized_shape[0]
+    width = dim * pixels * item
+    # Inputs of the three norms; query, key, value, output of self-attention; query, output and the distance's gradient
+    # of cross-attention; the attentions' normalizers.
+    attention = 10 * width + 2 * block.n_heads * pixels * 4
+    inner = block.ff.net[-1].in_features * pixels * item
+    return attention, 3 * inner if isinstance(block.ff.net[0], GEGLU) else inner, width
+
+
+def announce_memory(model, amount: int):
+    """A clone of the MODEL for whose sampling the host keeps `amount` bytes more free."""
+    model = model.clone()
+
+    def prepare(executor, patcher, noise_shape, *args, **kwargs):
+        # The host's estimate is proportional to the batch, and the batch is all it reads of the shape's first entry.
+        one, two = (patcher.model.memory_required([rows, *noise_shape[1:]]) for rows in (1, 2))
+        rows = math.ceil(amount / max(two - one, 1))
+        return executor(patcher, [noise_shape[0] + rows, *noise_shape[1:]], *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, MEMORY, prepare)
+    return model
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, the device's or the computer's, ran out."""
+    host = comfy.model_management
+    kinds = [MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)]
+    if host.OOM_EXCEPTION is not Exception:  # the host's stand-in where PyTorch has no such class
+        kinds.append(host.OOM_EXCEPTION)
+        if hasattr(host, "is_oom") and host.is_oom(error):
+            return True
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    said = isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
+    return said or isinstance(error, tuple(kinds))

@@ -1,0 +1,96 @@
+"""What a guided pass is said to need, against what it holds, and how the host hears of it."""
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import torch
+from guided_pass import latents, loaded_model, pass_gradient
+from live_memory import LiveMemory
+from pix2pix_zero.host.checkpointing import LEVELS
+from pix2pix_zero.host.memory import announce_memory, graph_memory, is_out_of_memory
+from small_unet import conditioning
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded_model()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 32, 24), (1, 23, 33)])
+def test_the_estimate_is_what_the_pass_holds_or_a_little_more(model, level, batch, height, width):
+    x_source, x = latents(model, batch, height, width)
+    memory = LiveMemory()
+
+    def measured(base_model, take):
+        with memory:
+            return take()
+
+    pass_gradient(model, x_source, x, conditioning(rows=batch, seed=1), level, measured)
+    estimate = graph_memory(model.model.diffusion_model, x.shape, level, torch.float32)
+    assert 1.0 <= estimate / memory.peak <= 1.3
+
+
+def test_less_is_asked_for_with_every_level_and_in_half_precision(model):
+    unet = model.model.diffusion_model
+    none, feed_forward, blocks = (graph_memory(unet, (1, 4, 32, 32), level, torch.float32) for level in LEVELS)
+    assert none > 1.3 * feed_forward > 1.3 * 1.3 * blocks
+    assert graph_memory(unet, (1, 4, 32, 32), "none", torch.float16) < 0.7 * none
+    assert graph_memory(unet, (3, 4, 32, 32), "none", torch.float32) == pytest.approx(3 * none, rel=0.01)
+
+
+def asked_of_the_host(model, monkeypatch):
+    asked = {}
+
+    def load(models, **amounts):
+        asked.update(amounts)
+        return host_load(models, **amounts)
+
+    host_load = comfy.model_management.load_models_gpu
+    with monkeypatch.context() as patch, torch.inference_mode():
+        patch.setattr(comfy.model_management, "load_models_gpu", load)
+        noise = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+        texts = conditioning(seed=1), conditioning()
+        empty = torch.zeros_like(noise)
+        comfy.sample.sample(model, noise, 1, 2.0, "euler", "normal", *texts, empty, disable_pbar=True, seed=1)
+    return asked
+
+
+def test_the_host_is_asked_for_that_much_more(model, monkeypatch):
+    before = asked_of_the_host(model, monkeypatch)
+    amount = 3 * 2**30
+    after = asked_of_the_host(announce_memory(model, amount), monkeypatch)
+    more = after["minimum_memory_required"] - before["minimum_memory_required"]
+    assert amount <= more <= 1.02 * amount
+    assert after["memory_required"] - before["memory_required"] >= amount
+    assert asked_of_the_host(model, monkeypatch) == before, "the user's MODEL asks for what it did"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_recognized(error):
+    assert is_out_of_memory(error)
+
+
+def test_a_real_allocation_that_fails_is_recognized():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("x")])
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)
+
+
+def test_other_errors_are_not_taken_for_it_where_the_host_knows_no_such_class(monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "OOM_EXCEPTION", Exception)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(RuntimeError("device: out of memory"))
