@@ -23,10 +23,9 @@ choose_device()
 from pix2pix_zero.benchmarks.cost_parts.jobs import DTYPES, Job, run_job  # noqa: E402
 from pix2pix_zero.benchmarks.cost_parts.report import Results, summarize, tables  # noqa: E402
 from pix2pix_zero.benchmarks.cost_parts.unets import FULL, QUICK, make_weights  # noqa: E402
-from pix2pix_zero.benchmarks.cost_parts.variants import variant_names  # noqa: E402
+from pix2pix_zero.benchmarks.cost_parts.variants import counted_steps, variant_names  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "bench_cost.json"
-COUNTED_STEPS = (2, 4)  # the slope between them is the cost of a step, also where only half of the steps are guided
 GROWTH_STEPS = [10, 50]
 QUICK_SIZE = 64
 
@@ -62,24 +61,24 @@ def measure(dtype: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     """Run all jobs of one data type, the timed ones in alternation."""
     results = {name: Results() for name in options.variants}
 
-    def run(kind: str, steps: tuple[int, ...], keep: Callable[[Results, dict], None]) -> None:
+    def run(kind: str, steps: Callable[[str], tuple[int, ...]], keep: Callable[[Results, dict], None]) -> None:
         for name, result in results.items():
             if result.failure:
                 continue
             gradients = folder / f"{dtype} {name}.safetensors"
-            job = Job(kind, name, dtype, options.size, steps, options.quick, str(gradients))
+            job = Job(kind, name, dtype, options.size, steps(name), options.quick, str(gradients))
             print(f"{dtype} {name}: {kind}", file=sys.stderr, flush=True)
             try:
                 keep(result, run_job(job) if options.quick else run_in_child(job, options.threads))
             except JobError as failure:
                 result.failure = f"{kind} {failure}"
 
-    run("count", COUNTED_STEPS, lambda result, counted: setattr(result, "count", counted))
-    run("gradient", (), lambda result, compared: setattr(result, "gradient", compared))
+    run("count", counted_steps, lambda result, counted: setattr(result, "count", counted))
+    run("gradient", lambda name: (), lambda result, compared: setattr(result, "gradient", compared))
     if options.growth:
-        run("growth", tuple(options.growth), lambda result, grown: setattr(result, "growth", grown))
+        run("growth", lambda name: tuple(options.growth), lambda result, grown: setattr(result, "growth", grown))
     for _ in range(options.rounds):
-        run("time", (options.steps,), lambda result, timed: result.rounds.append(timed))
+        run("time", lambda name: (options.steps,), lambda result, timed: result.rounds.append(timed))
     return results
 
 

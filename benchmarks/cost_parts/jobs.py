@@ -74,7 +74,7 @@ class Run:
 
 
 def count(job: Job) -> dict:
-    """Passes and operations for each number of steps, and the peak of memory of the last; keeps the first gradient.
+    """Passes and operations for each number of steps; the peak of memory and the first gradient of the last.
 
     Operations are in FE: those of one forward pass of the same UNet for one picture.
     """

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 BASE, SCALE = "diffusers", "ksampler"
 PHASES = ("whole", "inversion", "edit", "edit_again")
+AGAINST = {"edit_again": "whole"}
 
 
 @dataclass
@@ -36,16 +37,15 @@ def _figures(results: Results, base: list[dict], scale: list[dict]) -> dict:
         "gradient_error": results.gradient and results.gradient["relative_error"],
         "growth": results.growth and results.growth["peak_bytes"],
         "seconds": {phase: _spread([times[phase] for times in rounds]) for phase in PHASES},
-        "ratio_to_diffusers": {phase: _ratios(rounds, base, phase) for phase in PHASES},
-        "ratio_to_ksampler": {phase: _ratios(rounds, scale, "whole", phase) for phase in PHASES},
+        # With an inversion at hand diffusers still runs its whole edit, so editing again is held against a new one.
+        "ratio_to_diffusers": {phase: _ratios(rounds, base, phase, AGAINST.get(phase, phase)) for phase in PHASES},
+        "ratio_to_ksampler": {phase: _ratios(rounds, scale, phase, "whole") for phase in PHASES},
         "rounds": rounds,
     }
 
 
-def _ratios(rounds: list[dict], others: list[dict], phase: str, ours: str | None = None) -> dict | None:
-    # With an inversion at hand we edit again; diffusers then still runs its whole edit, so a new one is the measure.
-    theirs = "whole" if phase == "edit_again" else phase
-    return _spread([times[ours or phase] / other[theirs] for times, other in zip(rounds, others) if other[theirs] > 1e-3])
+def _ratios(rounds: list[dict], others: list[dict], phase: str, to: str) -> dict | None:
+    return _spread([times[phase] / other[to] for times, other in zip(rounds, others)])
 
 
 def _spread(values: list[float]) -> dict | None:

@@ -10,8 +10,8 @@ from diffusers.pipelines.deprecated.stable_diffusion_variants import pipeline_st
 from diffusers.utils import logging
 
 from ...editing.regularization import NoiseRegularization
+from ...host.presets import PRESETS
 from ...host.sampling import invert_latent, sample_edit
-from ...nodes.sampler import Pix2PixZeroKSampler
 from .unets import Shape, comfyui_model, diffusers_unet
 
 CFG = 7.5
@@ -183,17 +183,18 @@ class KSampler(Unguided):
         )
 
 
-def presets() -> list[str]:
-    """What the sampler node offers."""
-    return next(item.options for item in Pix2PixZeroKSampler.define_schema().inputs if item.id == "preset")
-
-
 PEERS = {"diffusers": Diffusers, "authors": Authors}
 SCALE = {"unguided": Unguided, "ksampler": KSampler}
 
 
 def variant_names() -> list[str]:
-    return [*PEERS, *presets(), *SCALE]
+    return [*PEERS, *PRESETS, *SCALE]
+
+
+def counted_steps(name: str) -> tuple[int, int]:
+    """Two numbers of steps, as small as the slope between them can be that of many steps."""
+    period = round(PRESETS[name].every / PRESETS[name].share) if name in PRESETS else 1
+    return period, 2 * period
 
 
 def runs_in_executor(name: str) -> bool:
