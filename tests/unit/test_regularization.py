@@ -1,16 +1,20 @@
 """Noise regularization against the paper's losses, restated loop by loop in float64 and differentiated by autograd."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pix2pix_zero.editing.regularization import (
     NoiseRegularization,
     autocorrelation_gradient,
+    draw_rolls,
     draw_shifts,
     kl_gradient,
     pyramid_sizes,
     regularize_noise,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = [(64, 64), (24, 40), (40, 24), (17, 33), (9, 64), (8, 8), (5, 7), (3, 20), (2, 2), (1, 12), (12, 1), (1, 1)]
 
@@ -66,6 +70,43 @@ def regularize_by_autograd(noise, settings, seed):
     return noise
 
 
+def regularize_by_rolls(noise, settings, seed):
+    """The gradients of eq. 3 written out with torch.roll, a sample, channel, level and axis at a time."""
+    noise, draws = noise.clone(), generator(seed)
+    for _ in range(settings.steps):
+        for _ in range(settings.rolls):
+            shifts = [
+                torch.randint(1, min(size) // 2 + 1, (noise.shape[1],), generator=draws).tolist()
+                for size in pyramid_sizes(*noise.shape[-2:])
+            ]
+            gradient = torch.zeros_like(noise)
+            for sample, channel in itertools.product(range(len(noise)), range(noise.shape[1])):
+                level, size = noise[sample, channel], 1
+                for column in shifts:
+                    shift, area = column[channel], level.numel()
+                    own = torch.zeros_like(level)
+                    for axis in (0, 1):
+                        ahead, behind = level.roll(shift, axis), level.roll(-shift, axis)
+                        own += 2 / area * (level * ahead).mean() * (ahead + behind)
+                    own = own.repeat_interleave(size, 0).repeat_interleave(size, 1) / size**2
+                    gradient[sample, channel, : own.shape[0], : own.shape[1]] += own
+                    level, size = F.avg_pool2d(level[None], 2)[0], 2 * size
+            noise = noise - settings.autocorrelation_weight / settings.rolls * gradient
+        for sample in noise:
+            mean, variance, count = sample.mean(), sample.var(), sample.numel()
+            slope = 2 * (sample - mean) / (count - 1)
+            sample -= settings.kl_weight * (slope - slope / (variance + 1e-7) + 2 * mean / count)
+    return noise
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def autocorrelation(noise, reach=8):
     """Mean square of the correlation with the neighbours 1 to `reach` pixels away along both axes."""
     noise = (noise - noise.mean()) / noise.std()
@@ -110,6 +151,23 @@ def test_whole_regularization_follows_the_loops_of_the_paper(height, width):
     assert (theirs - noise).abs().max() >= 1e-3
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 32), (40, 24), (37, 51), (8, 8), (5, 7)])
+def test_default_regularization_equals_its_gradients_written_out(height, width):
+    noise = correlated_noise(2)[..., :height, :width]
+    theirs = regularize_by_rolls(noise, NoiseRegularization(), seed=3)
+    ours = regularize_noise(noise.float(), NoiseRegularization(), generator(3))
+    assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+    assert (theirs - noise).abs().max() >= 1e-3
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_default_regularization_takes_few_operations(context):
+    noise = correlated_noise().float()
+    with context(), Operations() as operations:
+        regularize_noise(noise, NoiseRegularization(), generator())
+    assert 0 < operations.count <= 2000
+
+
 def test_pyramid_halves_until_the_smaller_side_is_at_most_eight():
     assert pyramid_sizes(64, 64) == [(64, 64), (32, 32), (16, 16), (8, 8)]
     assert pyramid_sizes(96, 33) == [(96, 33), (48, 16), (24, 8)]
@@ -124,6 +182,19 @@ def test_shifts_cover_one_to_half_the_smaller_side_and_are_never_zero(height, wi
     for (level_height, level_width), column in zip(pyramid_sizes(height, width), shifts.unbind(1)):
         half = min(level_height, level_width) // 2
         assert column.unique().tolist() == list(range(1, half + 1))
+
+
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (100, 90), (125, 200), (254, 254)])
+def test_shifts_of_all_rolls_are_those_drawn_one_by_one(height, width):
+    ours, theirs = generator(7), generator(7)
+    rolls = draw_rolls(6, 3, height, width, ours)
+    for roll in rolls:
+        columns = [
+            torch.randint(1, min(size) // 2 + 1, (3,), generator=theirs) if min(size) > 1 else torch.zeros(3).long()
+            for size in pyramid_sizes(height, width)
+        ]
+        assert torch.equal(roll, torch.stack(columns, 1))
+    assert torch.equal(ours.get_state(), theirs.get_state()), "whatever is drawn next must stay the same too"
 
 
 def test_a_side_of_one_pixel_keeps_its_values_apart_from_their_mean_and_variance():
