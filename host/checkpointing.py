@@ -16,6 +16,8 @@ from ..attention_patches.sites import AttentionSite
 from .gradients import recording_again
 
 LEVELS = ("none", "feed-forward", "blocks")
+# Elements of a feed-forward layer's input that are worked on at once at "blocks"; the layer widens them 24 times.
+PIECE = 2**19
 
 
 @contextlib.contextmanager
@@ -24,8 +26,8 @@ def checkpointed(unet: torch.nn.Module, level: str, last_site: AttentionSite | N
 
     Take the gradient before leaving, for the modules run again then. Calls that record no graph go straight through.
 
-    `level`: "none"; "feed-forward", the feed-forward layers of the transformers and the layers of residual blocks
-    without their convolutions; "blocks", every residual block and transformer.
+    `level`: "none"; "feed-forward", the feed-forward layers of the transformers and, of residual blocks, all but the
+    convolutions; "blocks", every residual block and transformer, and within them the same once more.
     `last_site`: recording ends inside the transformer block of this cross-attention, so it keeps what it needs at
     "blocks"; its backward is the first to run.
 
@@ -34,7 +36,8 @@ def checkpointed(unet: torch.nn.Module, level: str, last_site: AttentionSite | N
     """
     with contextlib.ExitStack() as stack:
         for module in recomputed_modules(unet, level, last_site):
-            stack.enter_context(_recomputing(module))
+            in_pieces = level == "blocks" and isinstance(module, FeedForward)
+            stack.enter_context(_recomputing(module, PIECE if in_pieces else None))
         yield
 
 
@@ -46,9 +49,9 @@ def recomputed_modules(
         raise ValueError(f"checkpointing: {level!r} is none of {', '.join(LEVELS)}.")
     if level == "none":
         return []
-    if level == "feed-forward":
-        return list(_cheap_modules(unet))
-    return list(_blocks(unet, last_site))
+    # Within a block, too: its repetition ends before its feed-forward layer, so that this costs nothing more.
+    cheap = list(_cheap_modules(unet))
+    return cheap if level == "feed-forward" else [*cheap, *_blocks(unet, last_site)]
 
 
 def _cheap_modules(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -86,21 +89,18 @@ def named_layers(unet: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Mod
 
 
 @contextlib.contextmanager
-def _recomputing(module: torch.nn.Module) -> Iterator[None]:
+def _recomputing(module: torch.nn.Module, piece: int | None) -> Iterator[None]:
     own = module.__dict__.get("forward")
     forward = module.forward
 
     def recomputed(*args, **kwargs):
         if not torch.is_grad_enabled() or not _needs_gradient((*args, *kwargs.values())):
             return forward(*args, **kwargs)
-        return checkpoint(
-            _Repeatable(forward, args, kwargs),
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (contextlib.nullcontext(), recording_again()),
-            **kwargs,
-        )
+        if piece is not None and not kwargs and len(args) == 1 and args[0].ndim == 3:
+            # Such a layer knows no neighbours: tokens [B, tokens, dim] may pass in any portions.
+            tokens = max(1, piece // (args[0].shape[0] * args[0].shape[2]))
+            return torch.cat([_checkpoint(forward, part) for part in args[0].split(tokens, dim=1)], dim=1)
+        return _checkpoint(forward, *args, **kwargs)
 
     module.__dict__["forward"] = recomputed
     try:
@@ -110,6 +110,17 @@ def _recomputing(module: torch.nn.Module) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
+
+
+def _checkpoint(forward: Callable, *args, **kwargs):
+    return checkpoint(
+        _Repeatable(forward, args, kwargs),
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (contextlib.nullcontext(), recording_again()),
+        **kwargs,
+    )
 
 
 class _Repeatable:

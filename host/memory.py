@@ -10,7 +10,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock,
 from comfy.patcher_extension import WrappersMP
 
 from ..attention_patches.sites import AttentionSite, cross_attention_sites
-from .checkpointing import named_layers
+from .checkpointing import PIECE, named_layers
 
 MEMORY = "pix2pix_zero_memory"
 TOKENS = 77  # of one chunk of a CLIP text; maps are computed in fp32
@@ -117,7 +117,8 @@ def _transformer_cost(
             cost.working = max(cost.working, 2 * feed_forward, maps)
         else:
             cost.kept += 0 if whole else width
-            cost.working = max(cost.working, inside + feed_forward, inside + maps)
+            piece = min(2 * feed_forward, 24 * PIECE * item)
+            cost.working = max(cost.working, attention + max(piece, maps, 6 * width))
         if ends:
             break
     return cost
