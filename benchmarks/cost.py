@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,16 +25,16 @@ from pix2pix_zero.benchmarks.cost_parts.jobs import DTYPES, Job, run_job  # noqa
 from pix2pix_zero.benchmarks.cost_parts.report import Results, summarize, tables  # noqa: E402
 from pix2pix_zero.benchmarks.cost_parts.unets import FULL, QUICK, make_weights  # noqa: E402
 from pix2pix_zero.benchmarks.cost_parts.variants import counted_steps, variant_names  # noqa: E402
+from pix2pix_zero.devtools.process import orderly_end  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "bench_cost.json"
 GROWTH_STEPS = [10, 50]
-QUICK_SIZE = 64
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="dev.py bench cost", description=__doc__)
-    parser.add_argument("--size", type=int, help="pixels of a side (default: 256; 64 with --quick)")
+    parser.add_argument("--size", type=int, help="pixels of a side (default: 512 on a GPU, else 256; 64 with --quick)")
     parser.add_argument("--steps", type=int, default=50 if on_gpu else 3, help="of the timed edits (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of timing (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: all cores; 1 with --quick")
@@ -50,7 +51,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: demo_output/bench_cost.json")
     options = parser.parse_args(arguments)
-    options.size = options.size or (QUICK_SIZE if options.quick else 256)
+    options.size = options.size or (64 if options.quick else 512 if on_gpu else 256)
     options.threads = options.threads or (1 if options.quick else os.cpu_count())
     if options.growth == []:
         options.growth = GROWTH_STEPS
@@ -67,11 +68,12 @@ def measure(dtype: str, options: argparse.Namespace, folder: Path) -> dict[str, 
                 continue
             gradients = folder / f"{dtype} {name}.safetensors"
             job = Job(kind, name, dtype, options.size, steps(name), options.quick, str(gradients))
-            print(f"{dtype} {name}: {kind}", file=sys.stderr, flush=True)
+            start = time.perf_counter()
             try:
                 keep(result, run_job(job) if options.quick else run_in_child(job, options.threads))
             except JobError as failure:
                 result.failure = f"{kind} {failure}"
+            print(f"{dtype} {name}: {kind}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
     run("count", counted_steps, lambda result, counted: setattr(result, "count", counted))
     run("gradient", lambda name: (), lambda result, compared: setattr(result, "gradient", compared))
@@ -106,4 +108,5 @@ def machine() -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with orderly_end():  # and with it the job that is running
+        main()

@@ -1,15 +1,19 @@
 """What `python dev.py bench cost --quick` counts, held to what the algorithm needs. Times are never part of a test."""
 
 import json
+import sys
 
 import pytest
 from pix2pix_zero.benchmarks.cost import main
+from pix2pix_zero.benchmarks.cost_parts import child
+from pix2pix_zero.benchmarks.cost_parts.jobs import Job
 from pix2pix_zero.host.presets import PRESETS
 
 PEERS = {"diffusers", "authors"}
-# A forward pass is 1 FE. A backward pass to the input alone is two products for each product of attention maps, which
-# the kernel first repeats, and one for each of a weight: little more than 1 FE.
-BACKWARD = 1.25
+UNGUIDED = 3  # one picture inverted, then both branches
+# A forward pass is 1 FE. A backward pass to the input alone has one product for each product with weights, and two for
+# each of attention, which is first repeated; the feed-forward layers are computed once more.
+GUIDANCE = 1.25
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +54,46 @@ def test_unguided_edits_are_three_forward_passes_per_step(variants):
 def test_default_adds_one_backward_pass_to_the_unguided_edit(variants):
     per_step = step(variants, "default")
     assert (per_step["forward_rows"], per_step["backward_rows"]) == (3, 1)
-    assert per_step["fe"] <= 3 + BACKWARD
+    assert per_step["fe"] <= UNGUIDED + GUIDANCE
     assert per_step["fe_once"] <= 1.01, "the estimate at the noise end, once"
+
+
+def test_fast_guides_only_some_of_the_steps(variants):
+    per_step = step(variants, "fast")
+    part = PRESETS["fast"].share / PRESETS["fast"].every
+    assert (per_step["forward_rows"], per_step["backward_rows"]) == (3, part)
+    assert per_step["fe"] <= UNGUIDED + part * GUIDANCE
+    assert per_step["fe_once"] <= 1.01
+
+
+def test_low_memory_draws_the_maps_again_and_repeats_the_blocks(variants):
+    per_step = step(variants, "low memory")
+    assert (per_step["forward_rows"], per_step["backward_rows"]) == (4, 1)
+    assert per_step["fe"] <= UNGUIDED + 1 + 1 + GUIDANCE
+    assert per_step["fe_once"] <= 1.01
 
 
 @pytest.mark.parametrize("preset", ["default", "fast", "low memory"])
 def test_guidance_gradients_are_those_of_float64(variants, preset):
     assert 0 < variants[preset]["gradient_error"] <= 5e-5
+
+
+@pytest.fixture
+def job():
+    return Job("count", "default", "fp32", 64, (1, 2), True, "gradient.safetensors")
+
+
+def test_a_job_runs_in_a_process_with_the_same_modules(job, monkeypatch):
+    repeat = "import json, os, sys; json.dump([json.loads(sys.argv[1]), sys.path, dict(os.environ)], open(sys.argv[2], 'w'))"
+    monkeypatch.setattr(child, "ENTRY", repeat)
+    asked, path, environment = child.run_in_child(job, threads=3)
+    assert Job(**{**asked, "steps": tuple(asked["steps"])}) == job
+    assert {entry for entry in sys.path if entry} <= set(path)
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert "MALLOC_TRIM_THRESHOLD_" in environment
+
+
+def test_a_job_that_fails_says_why(job, monkeypatch):
+    monkeypatch.setattr(child, "ENTRY", "raise MemoryError('that was too much')")
+    with pytest.raises(child.JobError, match="too much"):
+        child.run_in_child(job, threads=1)
