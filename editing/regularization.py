@@ -5,7 +5,6 @@ come from a seeded generator and are never 0 (a shift of 0 penalizes the varianc
 than over the batch, and gradients are closed-form, vectorized over samples and channels, without autograd.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -50,9 +49,8 @@ def draw_rolls(rolls: int, channels: int, height: int, width: int, generator: to
     halves = [min(size) // 2 for size in pyramid_sizes(height, width)]
     if halves == [0]:
         return torch.zeros(rolls, channels, 1, dtype=torch.int64)
-    # randint is a random word modulo its range, so drawn modulo a common multiple one call serves every level.
-    words = torch.randint(math.lcm(*halves), (rolls, len(halves), channels), generator=generator)
-    return (words % torch.tensor(halves)[:, None] + 1).mT
+    draws = [torch.randint(1, half + 1, (channels,), generator=generator) for _ in range(rolls) for half in halves]
+    return torch.stack(draws).view(rolls, len(halves), channels).mT
 
 
 def autocorrelation_gradient(noise: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
@@ -101,7 +99,9 @@ class _Level:
 
     def __init__(self, noise: torch.Tensor, height: int, width: int):
         planes = noise.shape[0] * noise.shape[1]
+        # 1 / (H W) of the mean, and 2 / (H W) of the derivative of its square, are left to the step size.
         self.scale = 2 / (height * width) ** 2
+        # Two copies side by side: rolled along x, a row is W successive elements, read without index arithmetic.
         self.doubled = noise.new_empty(planes, 1, height, 2 * width)
         self.stretches = self.doubled.view(-1).unfold(0, width, 1)
         self.rows = noise.new_empty(planes * 4 * height, width)
@@ -136,7 +136,7 @@ class _Level:
 def _row_starts(shift: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
     """Where the rows of a level's four neighbours start: int64 [rolls, B * C * 4 * H]. `shift`: int64 [rolls, C].
 
-    Counted in the level laid twice side by side, [B * C, H, 2 W]: there a row rolled along x is W successive elements.
+    They count the elements of `_Level.doubled`.
     """
     shift = shift[:, None, :, None, None]
     down, right = (shift * torch.tensor(signs)[:, None] for signs in ((1, -1, 0, 0), (0, 0, 1, -1)))
