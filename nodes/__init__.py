@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import caption, demo, direction_files, directions, inversion, reference, sampler, sentences
+from . import caption, demo, direction_files, directions, inversion, prompt_to_prompt, reference, sampler, sentences
 
 NODES = [
     *caption.NODES,
@@ -10,6 +10,7 @@ NODES = [
     *direction_files.NODES,
     *directions.NODES,
     *inversion.NODES,
+    *prompt_to_prompt.NODES,
     *reference.NODES,
     *sampler.NODES,
     *sentences.NODES,

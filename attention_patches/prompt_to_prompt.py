@@ -1,0 +1,158 @@
+"""Put the source picture's attention into the UNet calls of an edit (Prompt-to-Prompt, Hertz et al., ICLR 2023).
+
+Both halves work on the final transformer options of one UNet call, as `AttentionTap` does: nothing stays on the model,
+and replace patches of other packs at the same place still compute the attention's output.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+
+from ..editing.token_alignment import TokenMap
+from .maps import LastSiteReached, attention_maps
+from .sites import AttentionSite
+
+Place = tuple[str, AttentionSite]
+"""("attn1" for self-attention or "attn2" for cross-attention, site)."""
+
+
+def install(transformer_options: dict, places: list[Place], attend: Callable) -> dict:
+    """A copy of `transformer_options` in which `attend(place, q, k, v, extra_options, attention)` draws these places.
+
+    `attention(q, k, v)` is what would have drawn it otherwise.
+    """
+    options = transformer_options.copy()
+    options["patches_replace"] = options.get("patches_replace", {}).copy()
+    for kind in {kind for kind, _ in places}:
+        theirs = options["patches_replace"].get(kind, {})
+        ours = {
+            site: _patch((kind, site), theirs.get(site, theirs.get(site[:2])), attend)
+            for other, site in places
+            if other == kind
+        }
+        options["patches_replace"][kind] = theirs | ours
+    return options
+
+
+def _patch(place: Place, previous: Callable | None, attend: Callable) -> Callable:
+    def patch(q, k, v, extra_options):
+        def attention(q, k, v):
+            if previous is not None:
+                return previous(q, k, v, extra_options)
+            heads, precision = extra_options["n_heads"], extra_options.get("attn_precision")
+            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+
+        return attend(place, q, k, v, extra_options["n_heads"], attention)
+
+    return patch
+
+
+class SourceAttention:
+    """The queries and keys of one UNet call on the source picture. `places`: where to keep them."""
+
+    def __init__(self, places: list[Place]):
+        self.places = places
+        self.kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def install(self, transformer_options: dict) -> dict:
+        """Transformer options whose call fills `kept`, and ends in `LastSiteReached` when it holds everything."""
+        return install(transformer_options, self.places, self._keep)
+
+    def _keep(self, place, q, k, v, heads, attention):
+        self.kept[place] = q, k
+        if len(self.kept) == len(self.places):
+            raise LastSiteReached
+        return attention(q, k, v)
+
+    def maps(self, place: Place, heads: int) -> torch.Tensor:
+        """The maps drawn there, fp32 [B, heads, pixels, tokens]."""
+        return attention_maps(*self.kept[place], heads)
+
+
+@dataclass
+class AttentionEdit:
+    """What one UNet call of the edit takes from the source.
+
+    `entries`: the conditioning entries (uuids) of the edited prompt; the rows of others stay as they are. `token_map`:
+    carries the source's cross-attention maps over, or None to keep the edit's own. `factors`: [T] for the columns of the
+    maps, or None. `self_attention`: whether its self-attention maps are the source's, where `source` has them. `watch`:
+    is given (place, maps of the source, maps of the edit) at places in `watched`.
+    """
+
+    source: SourceAttention
+    entries: set
+    tokens: int
+    token_map: TokenMap | None
+    factors: torch.Tensor | None
+    watched: list[Place] = field(default_factory=list)
+    watch: Callable | None = None
+
+    def install(self, transformer_options: dict, cross: list[Place]) -> dict:
+        """Transformer options whose call is edited. `cross`: all cross-attention places of the UNet."""
+        uuids = transformer_options["uuids"]
+        edited = cross if self.token_map is not None or self.factors is not None else self.watched
+        places = list(edited) + [place for place in self.source.kept if place[0] == "attn1"]
+
+        def attend(place, q, k, v, heads, attention):
+            size = len(q) // len(uuids)
+            rows = [slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids) if uuid in self.entries]
+            if place[0] == "attn1":
+                return self._attend_to_itself(place, q, k, v, rows, attention)
+            out = attention(q, k, v)
+            for part in rows:
+                change = self._change(place, q[part], k[part], v[part], heads)
+                if change is not None:
+                    out[part] += change.to(out.dtype)
+            return out
+
+        return install(transformer_options, places, attend)
+
+    def _attend_to_itself(self, place, q, k, v, rows, attention):
+        """M_t := source's maps, with the edit's values (section 3.2, eq. 3 and the self-attention of its code)."""
+        source_q, source_k = self.source.kept[place]
+        q, k = q.clone(), k.clone()
+        for part in rows:
+            if q[part].shape != source_q.shape or k[part].shape != source_k.shape:
+                raise ValueError(
+                    "model: another patch (HyperTile?) changes the shape of its self-attention from call to call. "
+                    "Remove it, or set self_until to 0."
+                )
+            q[part], k[part] = source_q, source_k
+        return attention(q, k, v)
+
+    def _change(self, place, q, k, v, heads) -> torch.Tensor | None:
+        """What the edited maps add to the attention's output: [B, pixels, heads*d].
+
+        Added to the output rather than put in its place, so that what other patches add there stays.
+        """
+        # ComfyUI repeats texts to batch them with longer ones; the repeats share one map's attention.
+        k, v = k[:, : self.tokens], v[:, : self.tokens]
+        own = attention_maps(q, k, heads)
+        edited = own
+        if self.token_map is not None:
+            edited = self.token_map.edit(self.source.maps(place, heads), own)
+        if self.factors is not None:
+            edited = edited * self.factors.to(edited)
+        if place in self.watched:
+            self.watch(place, self.source.maps(place, heads), edited)
+        if edited is own:
+            return None
+        values = v.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        return ((edited - own) @ values).transpose(1, 2).flatten(2)
+
+
+def site_levels(unet) -> dict[AttentionSite, int]:
+    """How often the picture was halved on the way to each attention site of ComfyUI's UNetModel."""
+    levels = {}
+    level = 0
+    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    for name, blocks in groups:
+        for number, block in enumerate(blocks):
+            for layer in block or ():
+                level += isinstance(layer, Downsample) - isinstance(layer, Upsample)
+                for index in range(len(getattr(layer, "transformer_blocks", ()))):
+                    levels[AttentionSite(name, number, index)] = level
+    return levels

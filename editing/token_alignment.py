@@ -1,0 +1,192 @@
+"""Which token of an edited prompt takes its attention from which token of the source prompt.
+
+Prompt-to-Prompt (Hertz et al., ICLR 2023) section 3.2: word swap, prompt refinement and attention re-weighting, decided
+word by word.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a prompt: its tokens, and their positions among all tokens of the encoded prompt."""
+
+    tokens: tuple[Hashable, ...]
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions of the tokens around the words in one piece of a prompt; padding is counted from the chunk's start."""
+
+    offset: int
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    padding: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt. `length`: all tokens of all chunks."""
+
+    words: tuple[Word, ...]
+    chunks: tuple[Chunk, ...]
+    length: int
+
+    def find(self, phrase: Sequence[Word]) -> list[Word]:
+        """The words of every occurrence of a phrase, in order; empty if it does not occur."""
+        wanted = [word.tokens for word in phrase]
+        own = [word.tokens for word in self.words]
+        starts = range(len(own) - len(wanted) + 1) if wanted else ()
+        inside = {i + n for i in starts if own[i : i + len(wanted)] == wanted for n in range(len(wanted))}
+        return [self.words[i] for i in sorted(inside)]
+
+
+def read_prompt(chunks: Sequence[Sequence[tuple[Hashable, int]]], ends_word: Callable[[Hashable], bool]) -> Prompt:
+    """Group the (token, segment) pairs of each chunk into words.
+
+    A word ends after a token for which `ends_word` is true, and where the segment changes; it may go on in the next
+    chunk. Segment 0 marks what surrounds the words: start, end and padding.
+    """
+    words: list[tuple[list, list]] = []
+    frames = []
+    open_segment = None
+    offset = 0
+    for chunk in chunks:
+        inside = [i for i, (_, segment) in enumerate(chunk) if segment]
+        first = inside[0] if inside else min(1, len(chunk))
+        last = inside[-1] + 1 if inside else first
+        frames.append(
+            Chunk(
+                offset,
+                tuple(range(offset, offset + first)),
+                tuple(range(offset + last, offset + min(last + 1, len(chunk)))),
+                frozenset(range(last + 1, len(chunk))),
+            )
+        )
+        for i in inside:
+            token, segment = chunk[i]
+            if segment != open_segment:
+                words.append(([], []))
+            words[-1][0].append(token)
+            words[-1][1].append(offset + i)
+            open_segment = None if ends_word(token) else segment
+        offset += len(chunk)
+    return Prompt(tuple(Word(tuple(t), tuple(p)) for t, p in words), tuple(frames), offset)
+
+
+def align(source: Sequence[Hashable], target: Sequence[Hashable]) -> list[tuple[int | None, int | None]]:
+    """Needleman-Wunsch alignment of two sequences: (source index, target index) pairs, None where one has no partner.
+
+    As many equal items as possible are paired, then as many unequal ones as possible, then the earliest.
+    """
+    m, n = len(source), len(target)
+    gap = (0, 0)
+    best = [[gap] * (n + 1) for _ in range(m + 1)]
+
+    def paired(i: int, j: int) -> tuple[int, int]:
+        equal = source[i] == target[j]
+        matches, swaps = best[i + 1][j + 1]
+        return matches + equal, swaps + (not equal)
+
+    for i in range(m - 1, -1, -1):
+        for j in range(n - 1, -1, -1):
+            best[i][j] = max(paired(i, j), best[i + 1][j], best[i][j + 1])
+    i = j = 0
+    pairs: list[tuple[int | None, int | None]] = []
+    while i < m and j < n:
+        if best[i][j] == paired(i, j):
+            pairs.append((i, j))
+            i, j = i + 1, j + 1
+        elif best[i][j] == best[i + 1][j]:
+            pairs.append((i, None))
+            i += 1
+        else:
+            pairs.append((None, j))
+            j += 1
+    pairs += [(i, None) for i in range(i, m)]
+    return pairs + [(None, j) for j in range(j, n)]
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """How the maps of the edited prompt follow from those of the source: `source @ mapper + own * target`.
+
+    `mapper`: [S, T], column j the weights of the source tokens in target token j. `own`: [T], 1 for tokens that keep
+    their own map. `removed`, `added`: the source's and the target's words that differ.
+    """
+
+    mapper: torch.Tensor
+    own: torch.Tensor
+    removed: tuple[Word, ...]
+    added: tuple[Word, ...]
+
+    def edit(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Maps of the edited prompt [..., T] from those of the source [..., S] and its own (section 3.2)."""
+        return source @ self.mapper.to(source) + target * self.own.to(target)
+
+
+def map_tokens(source: Prompt, target: Prompt) -> TokenMap:
+    """Map the tokens of `source` to those of `target`.
+
+    A word that became another passes on its map: token by token if both have as many, else its sum in equal shares.
+    Added words keep their own maps. Start, end and padding follow their counterparts; where the prompts have different
+    numbers of chunks, the attention of those is shared out or summed.
+    """
+    mapper = torch.zeros(source.length, target.length)
+    own = torch.zeros(target.length)
+    removed, added = [], []
+    for i, j in align([w.tokens for w in source.words], [w.tokens for w in target.words]):
+        before = None if i is None else source.words[i]
+        after = None if j is None else target.words[j]
+        if before is not None and after is not None:
+            _pass_on(mapper, before.positions, after.positions)
+        elif after is not None:
+            own[list(after.positions)] = 1.0
+        if before is None or after is None or before.tokens != after.tokens:
+            removed += [before] if before else []
+            added += [after] if after else []
+    for before, after, share in _counterparts(source.chunks, target.chunks):
+        for old, new in zip(before.start + before.end, after.start + after.end):
+            mapper[old, new] = share
+        for i in before.padding & after.padding:
+            mapper[before.offset + i, after.offset + i] = share
+    frame = [p for c in target.chunks for p in (*c.start, *c.end, *(c.offset + i for i in c.padding))]
+    alone = [p for p in frame if not mapper[:, p].any()]
+    own[alone] = 1.0
+    return TokenMap(mapper, own, tuple(removed), tuple(added))
+
+
+def column_factors(length: int, factors: Iterable[tuple[Sequence[Word], float]]) -> torch.Tensor:
+    """[length] factors of the maps' columns, 1 but at the given words (attention re-weighting, section 3.2)."""
+    columns = torch.ones(length)
+    for words, factor in factors:
+        columns[positions(words)] *= factor
+    return columns
+
+
+def positions(words: Iterable[Word]) -> list[int]:
+    """Of all tokens of some words."""
+    return [p for word in words for p in word.positions]
+
+
+def _pass_on(mapper: torch.Tensor, before: Sequence[int], after: Sequence[int]) -> None:
+    if len(before) == len(after):
+        mapper[list(before), list(after)] = 1.0
+    else:
+        for p in after:
+            mapper[list(before), p] = 1.0 / len(after)
+
+
+def _counterparts(source: Sequence[Chunk], target: Sequence[Chunk]) -> Iterator[tuple[Chunk, Chunk, float]]:
+    """(source chunk, target chunk, share of the source's attention that the target gets)."""
+    if len(target) < len(source):
+        for i, before in enumerate(source):
+            yield before, target[i * len(target) // len(source)], 1.0
+        return
+    partners = [j * len(source) // len(target) for j in range(len(target))]
+    for after, i in zip(target, partners):
+        yield source[i], after, 1.0 / partners.count(i)

@@ -1,0 +1,34 @@
+"""Where in a picture some words are drawn: a mask from their cross-attention maps.
+
+Prompt-to-Prompt (Hertz et al., ICLR 2023), local editing, as in its authors' `LocalBlend`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class WordMask:
+    """Sums the attention that words of one prompt draw, over steps and layers, and thresholds it.
+
+    `tokens`: positions of the words' tokens. `shape`: (height, width) of the maps.
+    """
+
+    def __init__(self, tokens: list[int], shape: tuple[int, int]):
+        self.tokens = tokens
+        self.shape = shape
+        self.total = 0.0
+
+    def add(self, maps: torch.Tensor) -> None:
+        """Count one layer's maps [B, heads, pixels, tokens] in one step."""
+        self.total = self.total + maps[..., self.tokens].sum(-1).mean(1).unflatten(-1, self.shape)
+
+    def area(self, threshold: float) -> torch.Tensor:
+        """[B, 1, height, width] bool: where the words' attention, grown by a pixel, exceeds a share of its maximum."""
+        grown = F.max_pool2d(self.total[:, None], 3, 1, 1)
+        return grown > threshold * grown.amax((2, 3), keepdim=True)
+
+
+def soft_mask(areas: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """The union of areas [B, 1, h, w] at another size, in 0..1: edges are as soft as a pixel of the maps is wide."""
+    union = torch.stack(areas).any(0).float()
+    return F.interpolate(union, size, mode="bilinear", align_corners=False)

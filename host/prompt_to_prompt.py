@@ -1,0 +1,383 @@
+"""Prompt-to-Prompt on any sampler of ComfyUI: the source picture's attention in the UNet calls of an edit.
+
+Hertz et al., ICLR 2023. The source branch is the inversion's stored trajectory, so it neither drifts nor has to be
+sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet call on the stored latent gives its attention.
+"""
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import comfy.sampler_helpers
+import comfy.utils
+import torch
+from comfy import samplers
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from ..attention_patches.maps import LastSiteReached
+from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention, site_levels
+from ..attention_patches.sites import cross_attention_sites
+from ..editing.inversion import Inversion
+from ..editing.token_alignment import Prompt, TokenMap, Word, column_factors, map_tokens, positions, read_prompt
+from ..editing.word_masks import WordMask, soft_mask
+from .attention_passes import JOB
+from .gradients import differentiable_attention
+
+KEY = "pix2pix_zero_prompt_to_prompt"
+BLEND_FROM = 0.2
+"""Share of the steps before local blending starts, as in the authors' code: earlier, the maps say little."""
+
+BLEND_LEVEL = 2
+"""Local blending reads the maps at a quarter of the latent's side: 16x16 for Stable Diffusion at 512x512."""
+
+LITTLE_WORDS = frozenset("a an the of in on at by to for from with without and or is are its his her".split())
+
+
+@dataclass(frozen=True)
+class PromptEdit:
+    """An edit of an inverted picture by its prompt.
+
+    `cross_steps`, `self_steps`: how many steps of the inversion, from the noisiest on, take the source's cross- and
+    self-attention. `factors`: [T] for the columns of the edited maps, or None. `blend`: threshold in 0..1 of the mask
+    outside which the picture stays, or 0 for none, and the tokens it is drawn from in the source and in the target.
+    """
+
+    inversion: Inversion
+    token_map: TokenMap
+    cross_steps: int
+    self_steps: int
+    factors: torch.Tensor | None
+    blend: float
+    blend_tokens: tuple[list[int], list[int]]
+
+
+def edit_by_prompt(
+    model,
+    inversion: Inversion,
+    clip,
+    source: str,
+    target: str,
+    cross_until: float = 0.4,
+    self_until: float = 0.6,
+    reweight: str = "",
+    local_blend: float = 0.0,
+    blend_words: str = "",
+) -> tuple:
+    """(a clone of the MODEL that samples the edit, the encoded `target` as CONDITIONING).
+
+    `cross_until`, `self_until`: shares of the inversion's steps in 0..1. `reweight`: "word: factor" in lines or between
+    commas. `local_blend`: threshold in 0..1. `blend_words`: in lines or between commas; empty for the words that differ.
+    Raises ValueError, naming the socket, for texts, words or an inversion that do not fit.
+    """
+    if inversion.model() is not model.model:
+        raise ValueError(
+            "inversion: it was made with another model. Connect the same model to Inversion and to Prompt-to-Prompt."
+        )
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        raise ValueError("model: it has a Prompt-to-Prompt edit already. Connect the model from before it.")
+    cross_attention_sites(model.model.diffusion_model)  # refuses models without any
+    if len(inversion.source) != 1:
+        raise ValueError(
+            f"inversion: its caption has {len(inversion.source)} parts (Conditioning Combine?). Invert the picture with a "
+            "single encoded text."
+        )
+    before, after = (tokenize(clip, text, socket) for text, socket in ((source, "source"), (target, "target")))
+    _check_source(clip, source, before, inversion)
+    positive = _encode_target(clip, target, after, inversion)
+    token_map = map_tokens(before, after)
+    weights = [(_find(clip, word, "reweight", after), factor) for word, factor in read_factors(reweight)]
+    blend_tokens = _blend_tokens(clip, blend_words, before, after, token_map, weights) if local_blend else ([], [])
+    edit = PromptEdit(
+        inversion,
+        token_map,
+        round(cross_until * inversion.steps),
+        round(self_until * inversion.steps),
+        column_factors(after.length, weights) if weights else None,
+        local_blend,
+        blend_tokens,
+    )
+    return _with_edit(model, edit), positive
+
+
+def tokenize(clip, text: str, socket: str) -> Prompt:
+    """The words of a text as this CLIP tokenizes it. Raises ValueError if it has none, or for an unknown tokenizer."""
+    tokens = clip.tokenize(text, return_word_ids=True)
+    layouts = {tuple(tuple(token[2] for token in row) for row in rows) for rows in tokens.values()}
+    if len(layouts) != 1:
+        raise ValueError(
+            "clip: its encoders split the text differently, so words cannot be matched to attention maps. "
+            "Use the CLIP of an SD 1.x, SD 2.x or SDXL model."
+        )
+    rows = tokens.get("l") or next(iter(tokens.values()))
+
+    def ends_word(token) -> bool:
+        return not isinstance(token, int) or clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith("</w>")
+
+    prompt = read_prompt([[(_identity(token), segment) for token, _, segment in row] for row in rows], ends_word)
+    if not prompt.words:
+        raise ValueError(f"{socket}: it is empty. Write the {'edited ' if socket == 'target' else ''}caption.")
+    return prompt
+
+
+def _identity(token):
+    """Tokens that compare equal where they mean the same; embeddings are tensors."""
+    if torch.is_tensor(token):
+        return hashlib.sha256(token.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
+    return token
+
+
+def read_factors(text: str) -> list[tuple[str, float]]:
+    """(word, factor) of each "word: factor" in lines or between commas. Raises ValueError naming the faulty one."""
+    factors = []
+    for entry in _entries(text):
+        word, _, number = entry.rpartition(":")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not word.strip() or not math.isfinite(factor):
+            raise ValueError(f"reweight: {entry!r} is not of the form 'word: factor'. Write for example 'fluffy: 2'.")
+        factors.append((word.strip(), factor))
+    return factors
+
+
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
+
+
+def _find(clip, phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
+    words = tokenize(clip, phrase, socket).words
+    found = [word for prompt in prompts for word in prompt.find(words)]
+    if not found:
+        where = "target" if len(prompts) == 1 else "source or target"
+        raise ValueError(f"{socket}: {phrase!r} does not occur in {where}. Write it as it stands there.")
+    return found
+
+
+def _blend_tokens(clip, phrases: str, before: Prompt, after: Prompt, token_map: TokenMap, weights) -> tuple:
+    if _entries(phrases):
+        named = [(phrase, tokenize(clip, phrase, "blend_words").words) for phrase in _entries(phrases)]
+        for phrase, _ in named:
+            _find(clip, phrase, "blend_words", before, after)
+        return tuple(positions(word for _, words in named for word in p.find(words)) for p in (before, after))
+    removed, added = (_telling(clip, words) for words in (token_map.removed, token_map.added))
+    if not removed and not added:
+        added = [word for words, _ in weights for word in words]
+    if not removed and not added:
+        raise ValueError(
+            "local_blend: source and target are the same text, so there is no word to draw the mask from. "
+            "Name the words in blend_words, or set local_blend to 0."
+        )
+    return positions(removed), positions(added)
+
+
+def _telling(clip, words: Iterable[Word]) -> list[Word]:
+    """The words without those like "a" and "with", whose attention is everywhere, unless there are no others."""
+    words = list(words)
+    little = {tokenize(clip, word, "").words[0].tokens for word in LITTLE_WORDS}
+    return [word for word in words if word.tokens not in little] or words
+
+
+def _check_source(clip, source: str, prompt: Prompt, inversion: Inversion) -> None:
+    encoded = inversion.source[0][0]
+    if encoded is None or encoded.shape[1] != prompt.length:
+        raise ValueError(
+            f"source: it is {prompt.length} tokens long, but the text of the inversion "
+            f"{0 if encoded is None else encoded.shape[1]}. Write the caption that the picture was inverted with."
+        )
+    own = clip.encode_from_tokens(clip.tokenize(source))
+    if own.shape[-1] != encoded.shape[-1]:
+        raise ValueError("clip: it does not belong to this model. Connect the CLIP that encoded the caption.")
+    own = own.to(encoded)
+    if any((row - own[0]).norm() > 0.1 * own[0].norm() for row in encoded):
+        logging.warning(
+            "Pix2Pix-Zero: the source text is not the one that the picture was inverted with, or was encoded otherwise. "
+            "Words may be matched to the wrong parts of the picture."
+        )
+
+
+def _encode_target(clip, target: str, prompt: Prompt, inversion: Inversion) -> list:
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(target))
+    if any(cond.shape[1] != prompt.length for cond, _ in encoded):
+        raise ValueError("clip: its encoding is not one vector for each token. Use the CLIP of an SD or SDXL model.")
+    return [[cond, {**inversion.source[0][1], **options}] for cond, options in encoded]
+
+
+def _with_edit(model, edit: PromptEdit):
+    model = model.clone()
+
+    def outer_sample(executor, noise, *args, **kwargs):
+        guider = executor.class_obj
+        options = guider.model_options["transformer_options"]  # of this sampling alone
+        _check_sampling(options, guider, noise, edit)
+        guider.conds[KEY] = comfy.sampler_helpers.convert_cond(edit.inversion.source)
+        options[KEY] = Sampling(edit, guider)
+        return executor(noise, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
+    return model
+
+
+def _check_sampling(options: dict, guider, noise: torch.Tensor, edit: PromptEdit) -> None:
+    if JOB in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+        raise ValueError(
+            "model: a Prompt-to-Prompt edit is sampled with the stock KSampler or SamplerCustomAdvanced. Connect the model "
+            "from before Prompt-to-Prompt to the nodes of Pix2Pix-Zero."
+        )
+    expected = edit.inversion.trajectory.shape[1:]
+    if noise.shape != expected:
+        raise ValueError(
+            f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(expected)}. Connect the "
+            "noise output of Invert Picture."
+        )
+    if "positive" not in guider.conds:
+        raise ValueError("guider: it has no positive text. Use the CFG guider or the basic guider.")
+    tokens = len(edit.token_map.own)
+    for entry in guider.conds["positive"]:
+        if entry.get("area") is not None:
+            raise ValueError("positive: Prompt-to-Prompt cannot limit a text to an area. Use a noise mask instead.")
+        text = entry.get("cross_attn")
+        if text is None or text.shape[1] != tokens:
+            raise ValueError(
+                f"positive: it is not the target text, which has {tokens} tokens. Connect the positive output of "
+                "Prompt-to-Prompt."
+            )
+
+
+def _predict_noise(executor, x, timestep, model_options={}, seed=None):
+    sampling = model_options["transformer_options"][KEY]
+    return sampling.predict_noise(executor, x, timestep, model_options, seed)
+
+
+def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    call = transformer_options.get(KEY)
+    if not isinstance(call, _Call):
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    if x.device.type == "cpu":  # faster there than the host's choice, sub-quadratic attention
+        transformer_options = differentiable_attention(transformer_options)
+    try:
+        return executor(x, t, c_concat, c_crossattn, control, call.install(transformer_options), **kwargs)
+    except LastSiteReached:
+        return torch.zeros_like(x)
+
+
+class _Call:
+    """What `_apply_model` does in the UNet calls of one evaluation."""
+
+    def __init__(self, install):
+        self.install = install
+
+
+class Sampling:
+    """One run of a sampler: the source branch in lockstep, and the masks of local blending."""
+
+    def __init__(self, edit: PromptEdit, guider):
+        self.edit = edit
+        self.guider = guider
+        inversion = edit.inversion
+        self.grid = [float(sigma) for sigma in inversion.sigmas]
+        levels = site_levels(guider.model_patcher.model.diffusion_model)
+        self.cross = [("attn2", site) for site in levels]
+        self.self_attention = [("attn1", site) for site, level in levels.items() if level > 0]
+        level = min(levels.values(), key=lambda level: abs(level - BLEND_LEVEL))
+        self.watched = [place for place in self.cross if levels[place[1]] == level] if edit.blend else []
+        height, width = (math.ceil(side / 2**level) for side in inversion.trajectory.shape[-2:])
+        self.masks = [WordMask(tokens, (height, width)) for tokens in edit.blend_tokens]
+
+    def predict_noise(self, executor, x, timestep, model_options, seed):
+        sigma = float(timestep[0])
+        place = self._place(sigma)
+        step = len(self.grid) - 1 - place
+        cross, to_itself = step < self.edit.cross_steps, step < self.edit.self_steps
+        taken = self.cross if cross else self.watched
+        if to_itself:
+            taken = taken + self.self_attention
+        attention = SourceAttention(taken)
+        if taken:
+            self._attend_to_source(attention, x, timestep, model_options, place)
+        seen = {}
+        edit = AttentionEdit(
+            attention,
+            {entry["uuid"] for entry in self.guider.conds["positive"]},
+            len(self.edit.token_map.own),
+            self.edit.token_map if cross else None,
+            self.edit.factors,
+            self.watched,
+            lambda place, *maps: seen.__setitem__(place, maps),
+        )
+        call = _Call(lambda options: edit.install(options, self.cross))
+        denoised = executor(x, timestep, _with_call(model_options, call), seed)
+        for maps in seen.values():
+            for mask, part in zip(self.masks, maps):
+                if mask.tokens:
+                    mask.add(part)
+        return self._land(denoised, x, sigma, place, step, model_options)
+
+    def _attend_to_source(self, attention, x, timestep, model_options, place) -> None:
+        options = _with_call(model_options, _Call(attention.install))
+        conds = [self.guider.conds[KEY]]
+        samplers.calc_cond_batch(self.guider.inner_model, conds, self._source(place).to(x), timestep, options)
+
+    def _place(self, sigma: float) -> float:
+        """The place of a noise level on the inversion's grid, a whole number if it is one of its levels."""
+        for level, there in enumerate(self.grid):
+            if abs(sigma - there) <= 1e-4 * there:
+                return float(level)
+            if sigma < there:
+                below = self.grid[level - 1]
+                return level - 1 + (sigma - below) / (there - below)
+        raise ValueError(
+            f"sigmas: sampling starts at noise level {sigma:.2f}, but the inversion ends at {self.grid[-1]:.2f}. Connect "
+            f"the sigmas of Invert Picture, or choose the scheduler ddim_uniform with {self.edit.inversion.steps} steps."
+        )
+
+    def _source(self, place: float) -> torch.Tensor:
+        """The source picture at a place on the grid; between two levels on the line that DDIM draws."""
+        level = math.floor(place)
+        trajectory = self.edit.inversion.trajectory
+        if level == place:
+            return trajectory[level]
+        return trajectory[level].lerp(trajectory[level + 1], place - level)
+
+    def _land(self, denoised, x, sigma, place, step, model_options) -> torch.Tensor:
+        """Change the estimate so that a DDIM step along it lands where the edit wants the latent.
+
+        A step from sigma to sigma' takes `x` to `r * x + (1 - r) * denoised` with `r = sigma' / sigma`. The inversion's
+        residual is added to that, and outside the mask the source's own latent takes its place.
+        """
+        lower = [float(s) for s in model_options["transformer_options"]["sample_sigmas"] if s < sigma * (1 - 1e-4)]
+        if not lower:
+            return denoised
+        ratio = max(lower) / sigma
+        landing = self._place(max(lower))
+        residuals = self.edit.inversion.residuals
+        if residuals is not None and place == landing + 1:
+            denoised = denoised + residuals[int(landing)].to(x) / (1 - ratio)
+        mask = self._mask(x, step)
+        if mask is None:
+            return denoised
+        there = (self._source(landing).to(x) - ratio * x) / (1 - ratio)
+        return mask * denoised + (1 - mask) * there
+
+    def _mask(self, x, step) -> torch.Tensor | None:
+        """[B, 1, H, W] or [B, C, H, W], 1 where the picture may change; None where it may everywhere."""
+        mask = None
+        if self.edit.inversion.noise_mask is not None:
+            mask = comfy.utils.reshape_mask(self.edit.inversion.noise_mask, x.shape).to(x)
+        if self.edit.blend and step >= BLEND_FROM * self.edit.inversion.steps:
+            areas = [words.area(self.edit.blend) for words in self.masks if words.tokens]
+            blend = soft_mask(areas, x.shape[-2:]).to(x)
+            mask = blend if mask is None else mask * blend
+        return mask
+
+
+def _with_call(model_options: dict, call: _Call) -> dict:
+    options = create_model_options_clone(model_options)
+    options["transformer_options"][KEY] = call
+    return options
