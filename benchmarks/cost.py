@@ -6,6 +6,7 @@ a process of its own, the timed ones in alternation. Writes tables and demo_outp
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,26 +61,19 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 def measure(dtype: str, options: argparse.Namespace, folder: Path) -> dict[str, Results]:
     """Run all jobs of one data type, the timed ones in alternation."""
     results = {name: Results() for name in options.variants}
-
-    def run(kind: str, steps: Callable[[str], tuple[int, ...]], keep: Callable[[Results, dict], None]) -> None:
-        for name, result in results.items():
-            if result.failure:
-                continue
-            gradients = folder / f"{dtype} {name}.safetensors"
-            job = Job(kind, name, dtype, options.size, steps(name), options.quick, str(gradients))
-            start = time.perf_counter()
-            try:
-                keep(result, run_job(job) if options.quick else run_in_child(job, options.threads))
-            except JobError as failure:
-                result.failure = f"{kind} {failure}"
-            print(f"{dtype} {name}: {kind}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-    run("count", counted_steps, lambda result, counted: setattr(result, "count", counted))
-    run("gradient", lambda name: (), lambda result, compared: setattr(result, "gradient", compared))
-    if options.growth:
-        run("growth", lambda name: tuple(options.growth), lambda result, grown: setattr(result, "growth", grown))
-    for _ in range(options.rounds):
-        run("time", lambda name: (options.steps,), lambda result, timed: result.rounds.append(timed))
+    kinds = ["count", "gradient", *(["growth"] if options.growth else []), *["time"] * options.rounds]
+    for kind, (name, result) in itertools.product(kinds, results.items()):
+        if kind in result.failures:
+            continue
+        steps = {"count": counted_steps(name), "growth": tuple(options.growth or ()), "time": (options.steps,)}
+        gradients = folder / f"{name}.safetensors"
+        job = Job(kind, name, dtype, options.size, steps.get(kind, ()), options.quick, str(gradients))
+        start = time.perf_counter()
+        try:
+            result.done[kind].append(run_job(job) if options.quick else run_in_child(job, options.threads))
+        except JobError as failure:
+            result.failures[kind] = str(failure)
+        print(f"{dtype} {name}: {kind}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -90,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         torch.set_num_threads(options.threads)
     make_weights(QUICK if options.quick else FULL)
-    report = {"settings": {**vars(options), "output": options.output.name}, "machine": machine(), "results": {}}
+    report = {"settings": settings(options), "machine": machine(), "results": {}}
     for dtype in options.dtype:
         with tempfile.TemporaryDirectory() as folder:
             results = measure(dtype, options, Path(folder))
@@ -100,6 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
         options.output.parent.mkdir(exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {options.output.name}")
+
+
+def settings(options: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(options).items() if name != "output"}
 
 
 def machine() -> dict:

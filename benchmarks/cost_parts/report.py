@@ -1,6 +1,7 @@
 """From the results of the jobs to figures per variant, and their tables."""
 
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 BASE, SCALE = "diffusers", "ksampler"
@@ -10,32 +11,31 @@ AGAINST = {"edit_again": "whole"}
 
 @dataclass
 class Results:
-    """What the jobs of one variant returned. `rounds`: its times. `failure`: why it has no more of them."""
+    """What the jobs of one variant returned, by their kind, and why those of a kind were given up."""
 
-    count: dict | None = None
-    gradient: dict | None = None
-    growth: dict | None = None
-    rounds: list[dict] = field(default_factory=list)
-    failure: str | None = None
+    done: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def of(self, kind: str) -> dict:
+        """The result of the only job of a kind; empty if there is none."""
+        return self.done[kind][0] if self.done[kind] else {}
 
 
 def summarize(variants: dict[str, Results]) -> dict[str, dict]:
     """The figures of each variant. Ratios are to diffusers and to the plain KSampler in the same round."""
-    return {
-        name: _figures(results, *(variants.get(other, Results()).rounds for other in (BASE, SCALE)))
-        for name, results in variants.items()
-    }
+    base, scale = (variants[name].done["time"] if name in variants else [] for name in (BASE, SCALE))
+    return {name: _figures(results, base, scale) for name, results in variants.items()}
 
 
 def _figures(results: Results, base: list[dict], scale: list[dict]) -> dict:
-    count, rounds = results.count, results.rounds
+    count, rounds = results.of("count"), results.done["time"]
     return {
-        "failure": results.failure,
+        "failures": results.failures,
         "finite": all(result["finite"] for result in [count, *rounds] if result),
-        "per_step": count and _per_step(count["counts"]),
+        "per_step": _per_step(count["counts"]) if count else None,
         "count": count,
-        "gradient_error": results.gradient and results.gradient["relative_error"],
-        "growth": results.growth and results.growth["peak_bytes"],
+        "gradient_error": results.of("gradient").get("relative_error"),
+        "growth": results.of("growth").get("peak_bytes"),
         "seconds": {phase: _spread([times[phase] for times in rounds]) for phase in PHASES},
         # With an inversion at hand diffusers still runs its whole edit, so editing again is held against a new one.
         "ratio_to_diffusers": {phase: _ratios(rounds, base, phase, AGAINST.get(phase, phase)) for phase in PHASES},
@@ -65,7 +65,8 @@ def _per_step(counts: list[dict]) -> dict:
 
 def tables(variants: dict[str, dict]) -> str:
     """What was counted, then what was timed, one row for each variant."""
-    return "\n".join([_counted(variants), "", _timed(variants), *_failures(variants)])
+    timed = [_timed(variants), ""] if any(figures["rounds"] for figures in variants.values()) else []
+    return "\n".join([_counted(variants), "", *timed, *_failures(variants)])
 
 
 def _counted(variants: dict[str, dict]) -> str:
@@ -74,7 +75,7 @@ def _counted(variants: dict[str, dict]) -> str:
     rows = []
     for name, figures in variants.items():
         count, step, growth = figures["count"], figures["per_step"], figures["growth"]
-        if count is None:
+        if not count:
             continue
         rows.append(
             (
@@ -116,8 +117,11 @@ def _shown(spread: dict | None) -> str:
 
 
 def _failures(variants: dict[str, dict]) -> list[str]:
-    lines = [f"{name}: {figures['failure']}" for name, figures in variants.items() if figures["failure"]]
-    return lines + [f"{name}: the result is not finite" for name, figures in variants.items() if not figures["finite"]]
+    lines = []
+    for name, figures in variants.items():
+        lines += [f"{name}: {kind} {reason}" for kind, reason in figures["failures"].items()]
+        lines += [] if figures["finite"] else [f"{name}: the result is not finite"]
+    return lines
 
 
 def _aligned(head: tuple, rows: list[tuple]) -> str:

@@ -25,7 +25,7 @@ def variants(tmp_path_factory):
 
 
 def step(variants, name):
-    assert variants[name]["failure"] is None
+    assert variants[name]["failures"] == {}
     assert variants[name]["finite"]
     return variants[name]["per_step"]
 
