@@ -13,7 +13,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.utils.checkpoint import checkpoint
 
 from ..attention_patches.sites import AttentionSite
-from .gradients import recording_again
+from .gradients import own_attribute, recording_again
 
 LEVELS = ("none", "feed-forward", "blocks")
 # Elements of a feed-forward layer's input that are worked on at once at "blocks"; the layer widens them 24 times.
@@ -88,9 +88,7 @@ def named_layers(unet: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Mod
                 yield name, number, layer
 
 
-@contextlib.contextmanager
-def _recomputing(module: torch.nn.Module, piece: int | None) -> Iterator[None]:
-    own = module.__dict__.get("forward")
+def _recomputing(module: torch.nn.Module, piece: int | None) -> contextlib.AbstractContextManager:
     forward = module.forward
 
     def recomputed(*args, **kwargs):
@@ -102,51 +100,59 @@ def _recomputing(module: torch.nn.Module, piece: int | None) -> Iterator[None]:
             return torch.cat([_checkpoint(forward, part) for part in args[0].split(tokens, dim=1)], dim=1)
         return _checkpoint(forward, *args, **kwargs)
 
-    module.__dict__["forward"] = recomputed
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+    return own_attribute(module, "forward", recomputed)
 
 
 def _checkpoint(forward: Callable, *args, **kwargs):
+    call = _Repeatable(forward, args, kwargs)
     return checkpoint(
-        _Repeatable(forward, args, kwargs),
-        *args,
+        call,
+        *call.graph_tensors(),
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (contextlib.nullcontext(), recording_again()),
-        **kwargs,
     )
 
 
 class _Repeatable:
-    """A forward that sees the same options each time.
+    """A call of a forward with the same arguments each time, given its tensors of the graph.
 
+    Only those are handed to autograd, which drops them within an outer repetition and is strict about them: others,
+    such as the text, are touched up in place by fp8 layers.
     The UNet's loop writes the current block into its transformer options: the first run gets the options themselves,
     since others may read what is written there, each later run a copy of what they were.
     """
 
     def __init__(self, forward: Callable, args: tuple, kwargs: dict):
         self.forward = forward
-        self.args = {i: value.copy() for i, value in enumerate(args) if isinstance(value, dict)}
-        self.kwargs = {name: value.copy() for name, value in kwargs.items() if isinstance(value, dict)}
+        self.names = list(kwargs)
+        self.values = [*args, *kwargs.values()]
+        self.options = {i: value.copy() for i, value in enumerate(self.values) if isinstance(value, dict)}
+        self.in_graph = [i for i, value in enumerate(self.values) if _in_graph(value)]
         self.repeats = False
 
-    def __call__(self, *args, **kwargs):
+    def graph_tensors(self) -> list[torch.Tensor]:
+        """The tensors to call this with. They are given away: asked for once."""
+        tensors = [self.values[i] for i in self.in_graph]
+        for i in self.in_graph:
+            self.values[i] = None
+        return tensors
+
+    def __call__(self, *tensors: torch.Tensor):
+        values = self.values.copy()
+        for i, tensor in zip(self.in_graph, tensors):
+            values[i] = tensor
         if self.repeats:
-            args = [self.args[i].copy() if i in self.args else value for i, value in enumerate(args)]
-            kwargs = {**kwargs, **{name: value.copy() for name, value in self.kwargs.items()}}
+            for i, options in self.options.items():
+                values[i] = options.copy()
         self.repeats = True
-        return self.forward(*args, **kwargs)
+        positional = len(values) - len(self.names)
+        return self.forward(*values[:positional], **dict(zip(self.names, values[positional:])))
+
+
+def _in_graph(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _needs_gradient(values) -> bool:
-    return any(
-        value.requires_grad if isinstance(value, torch.Tensor) else _needs_gradient(value)
-        for value in values
-        if isinstance(value, (torch.Tensor, list, tuple))
-    )
+    return any(_needs_gradient(value) if isinstance(value, (list, tuple)) else _in_graph(value) for value in values)

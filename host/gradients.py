@@ -7,6 +7,7 @@ the input's gradient. No module is touched, no resident weight is copied.
 
 import contextlib
 import contextvars
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -20,14 +21,18 @@ _active = contextvars.ContextVar("the weights' rules of the input_gradients in p
 def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     """Record a graph through `model` with respect to its inputs only; its parameters are constants.
 
-    Tensors that enter the graph must be made ordinary ones first, see `ordinary`.
+    Tensors that enter the graph must be made ordinary ones first, see `ordinary`. Quantized layers multiply in the
+    precision of their input meanwhile, and compiled modules run as they were written.
+
+    Raises:
+        ValueError: also while it is active, in the user's words: a layer of the model has no derivative.
     """
-    resident = frozenset(id(parameter) for parameter in model.parameters())
-    constants = _ConstantWeights(resident)
+    constants = _ConstantWeights(model)
     token = _active.set(constants)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), constants:
-            yield
+        with uncompiled(model), _dequantized(model), _every_layer_counts():
+            with torch.inference_mode(False), torch.enable_grad(), constants:
+                yield
     finally:
         _active.reset(token)
 
@@ -44,6 +49,23 @@ def recording_again() -> contextlib.AbstractContextManager:
 def _again(constants: contextlib.AbstractContextManager) -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad(), constants:
         yield
+
+
+def uncompiled(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    """While active, compiled modules run as they were written.
+
+    Every call with a tap of ours in its transformer options needs it: hosts and packs compile with guards that do not
+    look at those, so that compiled code would go on calling an earlier tap, and no compiler traces the exception that
+    ends a pass. ValueError where PyTorch is too old for it.
+    """
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError(
+            "model: it is compiled, and this version of PyTorch cannot run it uncompiled where a gradient is needed. "
+            "Take out the node that compiles it, or update PyTorch to 2.6 or newer."
+        )
+    return contextlib.nullcontext()
 
 
 def has_constant_weights(model: torch.nn.Module, device: torch.device) -> bool:
@@ -63,29 +85,59 @@ def has_constant_weights(model: torch.nn.Module, device: torch.device) -> bool:
 
 
 def ordinary(value):
-    """An inference tensor as an ordinary one (cloned), through lists and dicts; anything else as it is."""
+    """An inference tensor as an ordinary one (cloned), through lists, tuples and dicts; anything else as it is."""
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, dict):
         return {key: ordinary(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [ordinary(item) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(ordinary(item) for item in value)
     return value
 
 
 def differentiable_attention(transformer_options: dict) -> dict:
     """Transformer options under which every attention runs on PyTorch's kernel, which has a derivative.
 
-    sage and flash attention have none. An override that is already there still decides, with that kernel as its base.
+    sage and flash attention have none. An override that is already there still decides, with that kernel as its base,
+    unless its result has no derivative. A replaced attention whose result has none is refused: ValueError.
     """
     previous = transformer_options.get("optimized_attention_override")
 
     def override(func, *args, **kwargs):
         if previous is not None:
-            return previous(attention_pytorch, *args, **kwargs)
+            out = previous(attention_pytorch, *args, **kwargs)
+            if not _severed(args, out):
+                return out
         return attention_pytorch(*args, **kwargs)
 
-    return {**transformer_options, "optimized_attention_override": override}
+    replace = {
+        name: {place: _checked_replacement(patch) for place, patch in patches.items()} if "attn" in name else patches
+        for name, patches in transformer_options.get("patches_replace", {}).items()
+    }
+    return {**transformer_options, "optimized_attention_override": override, "patches_replace": replace}
+
+
+def _checked_replacement(patch):
+    def replaced(*args, **kwargs):
+        out = patch(*args, **kwargs)
+        if _severed(args, out):
+            raise ValueError(
+                "model: the attention that another node put into it has no derivative, so the picture cannot be guided "
+                "through it. Take out that node, or start ComfyUI with --use-pytorch-cross-attention."
+            )
+        return out
+
+    return replaced
+
+
+def _severed(inputs, output) -> bool:
+    """Whether a result does not depend on its inputs, as far as autograd knows, though it should."""
+    return (
+        torch.is_grad_enabled()
+        and isinstance(output, torch.Tensor)
+        and not output.requires_grad
+        and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
+    )
 
 
 def unshared_skips(transformer_options: dict) -> dict:
@@ -95,35 +147,129 @@ def unshared_skips(transformer_options: dict) -> dict:
     return {**transformer_options, "patches": {**patches, "input_block_patch_after_skip": ours}}
 
 
-class _ConstantWeights(torch.overrides.TorchFunctionMode):
-    """Linear, convolution and norm layers differentiate with respect to their input only.
+@contextlib.contextmanager
+def own_attribute(module: torch.nn.Module, name: str, value) -> Iterator[None]:
+    """While active, `module` itself has this attribute; afterwards what it had, be it its own or its class's."""
+    had, before = name in module.__dict__, module.__dict__.get(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            module.__dict__[name] = before
+        else:
+            del module.__dict__[name]
 
-    `resident`: ids of the model's own parameters, whose storage stays put until the backward pass. Any other weight
-    comes out of a cast buffer that the next layer reuses, so it is cloned; without that the gradient would be silently
-    wrong.
+
+@contextlib.contextmanager
+def _dequantized(model: torch.nn.Module) -> Iterator[None]:
+    # Quantizing the input has no derivative. This is the host's own switch for layers that are to multiply unquantized.
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if module.__dict__.get("layout_type") is not None:
+                stack.enter_context(own_attribute(module, "comfy_force_cast_weights", True))
+        yield
+
+
+@contextlib.contextmanager
+def _every_layer_counts() -> Iterator[None]:
+    # A kernel that autograd does not know cuts the graph without a word, and the gradient would be silently wrong.
+    def check(module, inputs, output):
+        if hasattr(module, "weight") and _severed(inputs, output):
+            raise ValueError(
+                f"model: its layers of the kind {type(module).__name__} have no derivative, so the picture cannot be "
+                "guided through them. Load the model in another format, or start ComfyUI without --fast."
+            )
+
+    handle = torch.nn.modules.module.register_module_forward_hook(check)
+    try:
+        with warnings.catch_warnings():
+            # A compiled module says that the hook sees it too, which does no harm.
+            warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
+            yield
+    finally:
+        handle.remove()
+
+
+class _ConstantWeights(torch.overrides.TorchFunctionMode):
+    """Layers differentiate with respect to their input only.
+
+    The model's own parameters stay put until the backward pass. Any other weight comes out of a cast buffer that the
+    next layer reuses, so it is cloned; without that the gradient would be silently wrong.
     """
 
-    NORMS = {F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm}
     CONVOLUTIONS = {F.conv2d, torch.conv2d}
+    # They keep copies of their weights: few in norms, and in the others met only in patches of other packs.
+    OTHERS = {
+        F.group_norm,
+        torch.group_norm,
+        F.layer_norm,
+        torch.layer_norm,
+        F.batch_norm,
+        torch.batch_norm,
+        F.instance_norm,
+        torch.instance_norm,
+        *(getattr(place, "rms_norm") for place in (F, torch) if hasattr(place, "rms_norm")),
+        F.conv1d,
+        torch.conv1d,
+        F.conv3d,
+        torch.conv3d,
+        F.conv_transpose1d,
+        torch.conv_transpose1d,
+        F.conv_transpose2d,
+        torch.conv_transpose2d,
+        F.conv_transpose3d,
+        torch.conv_transpose3d,
+    }
+    LAYERS = {F.linear} | CONVOLUTIONS | OTHERS
 
-    def __init__(self, resident: frozenset[int]):
+    def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.resident = resident
+        # The parameters themselves, so that none of these ids can pass to another tensor.
+        self.resident = {id(parameter): parameter for parameter in model.parameters()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or not (func is F.linear or func in self.CONVOLUTIONS or func in self.NORMS):
-            return func(*args, **kwargs)
-        if not args[0].requires_grad or func in self.NORMS:
-            # Norms keep copies of their few gains and offsets; without a graph through x nothing is kept.
-            constant = _copied if args[0].requires_grad else _detached
-            return func(args[0], *map(constant, args[1:]), **{name: constant(value) for name, value in kwargs.items()})
-        if func is F.linear:
+        if not torch.is_grad_enabled() or func not in self.LAYERS:
+            return _call(func, args, kwargs)
+        x, *weights = args if args else (kwargs["input"],)
+        named = {name: value for name, value in kwargs.items() if name != "input"}
+        if any(self._from_graph(value) for value in (*weights, *named.values())):
+            return _call(func, args, kwargs)
+        if not x.requires_grad:
+            with torch.no_grad():  # Up to ComfyUI 0.27 the parameters themselves ask for gradients.
+                return _call(func, args, kwargs)
+        if func is F.linear and args:
             return self._linear(*args, **kwargs)
-        return self._conv2d(*args, **kwargs)
+        if (
+            func in self.CONVOLUTIONS
+            and args
+            and not any(isinstance(value, str) for value in (*args, *kwargs.values()))
+        ):
+            return self._conv2d(*args, **kwargs)
+        copies = {name: value if value is x else _copied(value) for name, value in kwargs.items()}
+        return _call(func, (*args[:1], *map(_copied, weights)), copies)
+
+    def _from_graph(self, value) -> bool:
+        """Whether a gradient passes through this weight to anything but the model's parameters."""
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return False
+        if value.grad_fn is None:
+            return id(value) not in self.resident
+        # Up to ComfyUI 0.27 the parameters ask for gradients, so that what is cast from them has a short graph.
+        nodes, seen = [value.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if hasattr(node, "variable") and id(node.variable) not in self.resident:
+                return True
+            nodes += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+            seen.update(nodes)
+        return False
 
     def _stable(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight if id(weight) in self.resident else weight.detach().clone()
+        if id(weight) in self.resident:
+            return weight
+        return _dense(weight) if _is_quantized(weight) else weight.detach().clone()
 
     def _linear(self, x, weight, bias=None):
         return _Linear.apply(x, self._stable(weight), bias)
@@ -132,23 +278,50 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
         return _Conv2d.apply(x, self._stable(weight), bias, stride, padding, dilation, groups)
 
 
-def _detached(value):
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def _call(func, args, kwargs):
+    """func(*args, **kwargs) outside inference mode, though some arguments were made in it."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved" in str(error):
+            retry = contextlib.nullcontext()
+            args, kwargs = ordinary(args), ordinary(kwargs)
+        elif "Inplace update to inference tensor" in str(error) and not _any_requires_grad((*args, *kwargs.values())):
+            # The host fills a cast buffer that it made in an ordinary call.
+            retry = torch.inference_mode()
+        else:
+            raise
+    with retry:
+        return func(*args, **kwargs)
+
+
+def _any_requires_grad(values) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _copied(value):
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return _dense(value) if _is_quantized(value) else value.detach().clone()
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    return type(weight).dequantize is not torch.Tensor.dequantize
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    return weight.dequantize() if _is_quantized(weight) else weight
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         _keep_weight(ctx, weight)
-        return F.linear(x, weight, bias)
+        return F.linear(x, _dense(weight), bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient @ _kept_weight(ctx).to(gradient.dtype), None, None
+        return gradient @ _dense(_kept_weight(ctx)).to(gradient.dtype), None, None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -156,11 +329,11 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         _keep_weight(ctx, weight)
         ctx.input_shape, ctx.geometry = x.shape, (stride, padding, dilation, groups)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return F.conv2d(x, _dense(weight), bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx, gradient):
-        weight = _kept_weight(ctx)
+        weight = _dense(_kept_weight(ctx))
         return torch.nn.grad.conv2d_input(ctx.input_shape, weight, gradient, *ctx.geometry), *([None] * 6)
 
 

@@ -6,7 +6,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.host.checkpointing import checkpointed
-from pix2pix_zero.host.gradients import differentiable_attention, input_gradients, ordinary, unshared_skips
+from pix2pix_zero.host.gradients import differentiable_attention, input_gradients, ordinary, uncompiled, unshared_skips
 from small_unet import conditioning, small_model
 
 TIMESTEP = 500
@@ -22,7 +22,7 @@ def loaded_model(**options):
         model = small_model(**options)
         for name, parameter in model.model.diffusion_model.named_parameters():
             if ".attn2.to_q" in name or ".attn2.to_k" in name:
-                parameter.data *= 0.5
+                parameter.data = (parameter.data.float() * 0.5).to(parameter.dtype)
         comfy.model_management.load_models_gpu([model])
     return model
 
@@ -109,7 +109,8 @@ def pass_gradient(model, x_source, x, text, level="none", around=None):
                 (gradient,) = torch.autograd.grad(distance.total(), variable)
             return gradient
 
-        call(x_source.to(x), tapped(transformer_options, sites, distance.record))
+        with uncompiled(executor.class_obj):
+            call(x_source.to(x), tapped(transformer_options, sites, distance.record))
         found.append(take() if around is None else around(executor.class_obj, take))
         return torch.zeros_like(x)
 
