@@ -14,6 +14,9 @@ from .inversion import Inversion
 
 Maps = dict[Any, torch.Tensor]
 
+# Gradient steps of one size add up over an edit: strengths are given for the paper's number of steps.
+REFERENCE_STEPS = 50
+
 
 class DenoisingPasses(Protocol):
     """The UNet evaluations that the samplers below are written in. `x`: [B, C, H, W] at noise level `sigma`."""
@@ -52,20 +55,18 @@ class DenoisingPasses(Protocol):
 class GuidanceSchedule:
     """When guidance acts, and how strongly.
 
-    `strength`: size of a gradient step. `first`, `last`: it acts on noise levels `last` <= sigma <= `first`. `share`: part
-    of the steps in which it acts, from the noisiest on, in 0..1. `every`: it acts on every so many-th step, with as many
-    times the strength.
+    `strength`: size of a gradient step. `first`, `last`: it acts on noise levels `last` <= sigma <= `first`. `every`: it
+    acts on each so many-th step, with as many times the strength.
     """
 
     strength: float
     first: float = float("inf")
     last: float = 0.0
-    share: float = 1.0
     every: int = 1
 
-    def strength_at(self, sigma: float, step: int, steps: int) -> float:
-        """Size of the gradient step at `step`, counted from 0 at the noisiest of `steps`. 0: no gradient is needed."""
-        acts = self.last <= sigma <= self.first and step < self.share * steps and step % self.every == 0
+    def strength_at(self, sigma: float, step: int) -> float:
+        """Size of the gradient step at `step`, counted from 0 at the noisiest. 0: no gradient is needed."""
+        acts = self.last <= sigma <= self.first and step % self.every == 0
         return self.strength * self.every if acts else 0.0
 
 
@@ -94,22 +95,23 @@ def sample_guided(
     """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
 
     Algorithm 1 evaluates the UNet twice a step, for the gradient and again at the shifted latent. Here the same
-    evaluation gives both, and the shift follows the DDIM step; for many steps the two are the same. `reference_maps(i)`
-    are the maps kept of level i; where there are none, they are recorded from the stored latent. The reference does not
-    drift, and the inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the
-    source outside an inpainting mask at level i.
+    evaluation gives both, and the shift follows the DDIM step; for many steps the two are the same. Fewer steps take
+    larger shifts, so that a strength means the same for any number of them. `reference_maps(i)` are the maps kept of
+    level i; where there are none, they are recorded from the stored latent. The reference does not drift, and the
+    inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the source outside
+    an inpainting mask at level i.
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
         sigma, sigma_next = sigmas[index], sigmas[index - 1]
-        strength = guidance.strength_at(sigma, inversion.steps - index, inversion.steps)
+        strength = guidance.strength_at(sigma, inversion.steps - index)
         shift = 0.0
         if strength:
             reference = reference_maps(index)
             if reference is None:
                 reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
             denoised, gradient, _ = passes.denoise_and_match(x, sigma, reference)
-            shift = guidance_shift(gradient, sigma, strength)
+            shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
         else:
             denoised = passes.denoise(x, sigma)
         x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next) + shift
@@ -140,7 +142,7 @@ def sample_official(
     reference_x = x
     for index in range(inversion.steps, 0, -1):
         sigma, sigma_next = sigmas[index], sigmas[index - 1]
-        strength = guidance.strength_at(sigma, inversion.steps - index, inversion.steps)
+        strength = guidance.strength_at(sigma, inversion.steps - index)
         negative_x = positive_x = x
         if strength:
             shifted = {}

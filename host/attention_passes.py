@@ -19,7 +19,7 @@ from ..attention_patches.matching import GradientScale, match_maps
 from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
 from .checkpointing import LEVELS, checkpointed
-from .gradients import differentiable_attention, input_gradients, ordinary, unshared_skips
+from .gradients import differentiable_attention, input_gradients, ordinary, uncompiled, unshared_skips
 from .memory import is_out_of_memory
 
 JOB = "pix2pix_zero_job"
@@ -105,7 +105,8 @@ class RecordMaps:
             return q, k
 
         try:
-            return call(call.x, AttentionTap(self.sites, visit).install(call.transformer_options))
+            with uncompiled(call.model):
+                return call(call.x, AttentionTap(self.sites, visit).install(call.transformer_options))
         except LastSiteReached:
             return torch.zeros_like(call.x)
 

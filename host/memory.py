@@ -10,7 +10,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock,
 from comfy.patcher_extension import WrappersMP
 
 from ..attention_patches.sites import AttentionSite, cross_attention_sites
-from .checkpointing import PIECE, named_layers
+from .checkpointing import LEVELS, PIECE, named_layers
+from .gradients import has_constant_weights
 
 MEMORY = "pix2pix_zero_memory"
 TOKENS = 77  # of one chunk of a CLIP text; maps are computed in fp32
@@ -133,6 +134,28 @@ def _block_sizes(block: BasicTransformerBlock, pixels: int, item: int) -> tuple[
     attention = 10 * width + 2 * block.n_heads * pixels * 4
     inner = block.ff.net[-1].in_features * pixels * item
     return attention, 3 * inner if isinstance(block.ff.net[0], GEGLU) else inner, width
+
+
+def guided_pass_memory(model, latent_shape: tuple[int, ...], level: str) -> int:
+    """`graph_memory` of a MODEL as it is loaded now. `latent_shape`: [B, C, H, W]."""
+    base = model.model
+    constant = has_constant_weights(base, model.load_device)
+    dtype = base.get_dtype_inference()
+    return graph_memory(base.diffusion_model, latent_shape, level, dtype, constant_weights=constant)
+
+
+def affordable_level(model, x: torch.Tensor, least: str) -> str:
+    """The checkpointing level for guiding `x` [B, C, H, W]: `least`, or the first after it that fits in free memory.
+
+    Weights that are copied for each layer call for "blocks", which holds the copies of one block at a time.
+    """
+    if not has_constant_weights(model.model, x.device):
+        return LEVELS[-1]
+    free = comfy.model_management.get_free_memory(x.device)
+    for level in LEVELS[LEVELS.index(least) :]:
+        if guided_pass_memory(model, x.shape, level) <= free:
+            return level
+    return LEVELS[-1]
 
 
 def announce_memory(model, amount: int):

@@ -1,24 +1,27 @@
 """What the guided sampler's `preset` stands for: how much of the guidance is computed, and what is kept meanwhile."""
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`blocks`: the parts of the UNet whose maps are matched. `share` and `every`: see `GuidanceSchedule`.
+    """`guided_steps`: about how many of the steps guidance acts on, evenly spread; all of them if None.
 
-    `checkpointing`: what the backward pass computes again, see `checkpointing.checkpointed`.
+    `checkpointing`: the least that the backward pass computes again, see `checkpointing.checkpointed`.
     """
 
-    blocks: tuple[str, ...] = ("input", "middle", "output")
-    share: float = 1.0
-    every: int = 1
-    checkpointing: str = "feed-forward"
+    guided_steps: int | None = None
+    checkpointing: str = "none"
+
+    def every(self, steps: int) -> int:
+        """Guidance acts on each so many-th of `steps`."""
+        return 1 if self.guided_steps is None else math.ceil(steps / self.guided_steps)
 
 
 PRESETS = {
     "default": Preset(),
-    "fast": Preset(share=0.5, every=2),
+    "fast": Preset(guided_steps=10),
     "low memory": Preset(checkpointing="blocks"),
     "official": Preset(),
 }

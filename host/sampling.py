@@ -18,6 +18,8 @@ from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
 from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
 from .attention_passes import UNetPasses, attention_state, with_map_jobs
+from .checkpointing import LEVELS
+from .memory import affordable_level, announce_memory, guided_pass_memory
 from .presets import PRESETS
 
 INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
@@ -179,7 +181,9 @@ def sample_edit(
     """Redraw an inverted picture along the edited CONDITIONING `positive`: LATENT samples [B, C, H, W].
 
     `window`: part of the sampling, as (start, end) percents in 0..1, in which cross-attention guidance acts. `preset`: a
-    name in `presets.PRESETS`. Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
+    name in `presets.PRESETS`.
+
+    Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
     """
     if inversion.model() is not model.model:
         raise ValueError(
@@ -194,13 +198,16 @@ def sample_edit(
             "Make it from the same conditioning, with Apply Edit Direction."
         )
     chosen = PRESETS[preset]
-    sites = [site for site in cross_attention_sites(model.model.diffusion_model) if site.block in chosen.blocks]
+    sites = cross_attention_sites(model.model.diffusion_model)
     maps = inversion.maps
     if maps is not None and maps.made_with != attention_state(model):
         maps = None
     sampling = model.get_model_object("model_sampling")
     levels = (sampling.percent_to_sigma(percent) for percent in window)
-    guidance = GuidanceSchedule(strength, *levels, chosen.share, chosen.every)
+    guidance = GuidanceSchedule(strength, *levels, chosen.every(inversion.steps))
+    guided = with_map_jobs(model)
+    if strength:
+        guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1]))
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         if preset == "official":
@@ -211,14 +218,14 @@ def sample_edit(
             sample = partial(sample_guided, reference_maps=lambda level: maps.get(level, x.device))
         return sample(
             inversion,
-            UNetPasses(model_k, extra_args, sites, chosen.checkpointing),
+            UNetPasses(model_k, extra_args, sites, affordable_level(model, x, chosen.checkpointing)),
             inversion.trajectory[-1].to(x),
             guidance,
             partial(_report, callback, sigmas),
             partial(_keep_outside, inversion),
         )
 
-    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+    guider = comfy.samplers.CFGGuider(guided)
     guider.inner_set_conds({"positive": positive, "negative": negative, "source": inversion.source})
     guider.set_cfg(cfg)
     return _sample(guider, walk, inverted_noise(inversion, model), inversion.sigmas.flip(0), seed=0)

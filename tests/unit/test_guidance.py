@@ -123,7 +123,7 @@ def test_default_loop_is_algorithm_1_on_the_conditional_branch_with_the_shift_af
         _, reference = toy_unet(source.trajectory[level][0] * ALPHA_BAR[t].sqrt(), TEXTS["source"], t)
         leaf = x.clone().requires_grad_(True)
         _, maps = toy_unet(leaf, TEXTS["positive"], t)
-        shifts.append(strength * torch.autograd.grad(their_distance(maps, reference), leaf)[0])
+        shifts.append(strength * 50 / STEPS * torch.autograd.grad(their_distance(maps, reference), leaf)[0])
         negative, positive = (toy_unet(x, TEXTS[branch], t)[0] for branch in ("negative", "positive"))
         eps = negative + CFG * (positive - negative)
         there = torch.tensor(1.0, dtype=torch.float64) if level == 1 else ALPHA_BAR[t - 1000 // STEPS]
@@ -210,17 +210,35 @@ def test_a_window_without_levels_is_strength_zero(loop):
     )
 
 
-def test_guidance_of_every_other_step_of_a_share_has_the_same_total_strength():
-    schedule = GuidanceSchedule(0.1, share=0.6, every=2)
-    assert [schedule.strength_at(1.0, step, 10) for step in range(10)] == [0.2, 0, 0.2, 0, 0.2, 0, 0, 0, 0, 0]
+def test_a_strength_means_the_same_for_any_number_of_steps():
+    """Where gradients do not change, the shifts add up to the same: the number of steps is no second knob."""
+
+    class Constant(ToyPasses):
+        def denoise(self, x, sigma):
+            return x  # no noise is seen, so that each DDIM step keeps the latent, and with it the shifts
+
+        def map_gradient(self, branch, x, sigma, reference):
+            return torch.ones_like(x) / (1 + sigma**2), x.new_zeros(len(x))
+
+    for steps in (5, 10, 20):
+        source = inversion(steps=steps)
+        moved = run(sample_guided, source, Constant(), 0.3) - source.trajectory[-1]
+        torch.testing.assert_close(moved, torch.full_like(moved, -0.3 * 50))
+
+
+def test_guidance_of_every_third_step_has_the_same_total_strength():
+    schedule = GuidanceSchedule(0.1, every=3)
+    strengths = [schedule.strength_at(1.0, step) for step in range(9)]
+    assert [strength > 0 for strength in strengths] == [True, False, False] * 3
+    assert sum(strengths) == pytest.approx(9 * 0.1)
 
 
 @pytest.mark.parametrize("loop", [sample_guided, sample_official])
-def test_guidance_acts_on_the_noisiest_share_of_the_steps_only(loop):
+def test_no_maps_are_asked_for_where_guidance_pauses(loop):
     passes, levels = ToyPasses(), sigmas(STEPS).tolist()
-    run(loop, inversion(), passes, share=0.4)
+    run(loop, inversion(), passes, every=2)
     for kind in ("record", "gradient"):
-        assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[4:6]
+        assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[1:6:2]
 
 
 def test_default_loop_matches_the_edited_branch_with_the_source_at_every_level():
