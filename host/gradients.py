@@ -30,7 +30,7 @@ def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     constants = _ConstantWeights(model)
     token = _active.set(constants)
     try:
-        with uncompiled(model), _dequantized(model), _every_layer_counts():
+        with uncompiled(model), _frozen(model), _dequantized(model), _every_layer_counts():
             with torch.inference_mode(False), torch.enable_grad(), constants:
                 yield
     finally:
@@ -162,6 +162,20 @@ def own_attribute(module: torch.nn.Module, name: str, value) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    # Up to ComfyUI 0.27 a UNet's parameters ask for gradients.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def _dequantized(model: torch.nn.Module) -> Iterator[None]:
     # Quantizing the input has no derivative. This is the host's own switch for layers that are to multiply unquantized.
     with contextlib.ExitStack() as stack:
@@ -234,11 +248,9 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
             return _call(func, args, kwargs)
         x, *weights = args if args else (kwargs["input"],)
         named = {name: value for name, value in kwargs.items() if name != "input"}
-        if any(self._from_graph(value) for value in (*weights, *named.values())):
+        if not x.requires_grad or _any_requires_grad((*weights, *named.values())):
+            # Nothing is kept for x, or a patch of another pack multiplies by something that depends on it.
             return _call(func, args, kwargs)
-        if not x.requires_grad:
-            with torch.no_grad():  # Up to ComfyUI 0.27 the parameters themselves ask for gradients.
-                return _call(func, args, kwargs)
         if func is F.linear and args:
             return self._linear(*args, **kwargs)
         if (
@@ -249,22 +261,6 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
             return self._conv2d(*args, **kwargs)
         copies = {name: value if value is x else _copied(value) for name, value in kwargs.items()}
         return _call(func, (*args[:1], *map(_copied, weights)), copies)
-
-    def _from_graph(self, value) -> bool:
-        """Whether a gradient passes through this weight to anything but the model's parameters."""
-        if not isinstance(value, torch.Tensor) or not value.requires_grad:
-            return False
-        if value.grad_fn is None:
-            return id(value) not in self.resident
-        # Up to ComfyUI 0.27 the parameters ask for gradients, so that what is cast from them has a short graph.
-        nodes, seen = [value.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if hasattr(node, "variable") and id(node.variable) not in self.resident:
-                return True
-            nodes += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
-            seen.update(nodes)
-        return False
 
     def _stable(self, weight: torch.Tensor) -> torch.Tensor:
         if id(weight) in self.resident:

@@ -106,7 +106,8 @@ def little_memory(monkeypatch):
     load = comfy.model_patcher.ModelPatcher.partially_load
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        return load(self, device_to, self.model_size() // 3, force_patch_weights)
+        room = self.model_size() // 3 - self.model.model_loaded_weight_memory
+        return load(self, device_to, max(room, 0), force_patch_weights)
 
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", partially_load)
 
