@@ -2,7 +2,18 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import caption, demo, direction_files, directions, inversion, prompt_to_prompt, reference, sampler, sentences
+from . import (
+    caption,
+    demo,
+    direction_files,
+    directions,
+    inversion,
+    plug_and_play,
+    prompt_to_prompt,
+    reference,
+    sampler,
+    sentences,
+)
 
 NODES = [
     *caption.NODES,
@@ -10,6 +21,7 @@ NODES = [
     *direction_files.NODES,
     *directions.NODES,
     *inversion.NODES,
+    *plug_and_play.NODES,
     *prompt_to_prompt.NODES,
     *reference.NODES,
     *sampler.NODES,

@@ -1,0 +1,132 @@
+"""The decoder's features in UNet calls (Plug-and-Play, Tumanyan et al., CVPR 2023, section 4).
+
+Sites are counted on the UNet at hand, so that every family that ComfyUI's UNetModel can be has them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+
+from .sites import AttentionSite, is_unet
+
+# In latent pixels a side: SD 1.x's block 4 of its output blocks, which the paper chose, and SDXL's block 1.
+FEATURE_STRIDE = 4
+
+
+class ResidualSite(NamedTuple):
+    """What a residual block of the decoder adds to its input: module `index` of `output_blocks[number]`."""
+
+    number: int
+    index: int
+
+
+Site = ResidualSite | AttentionSite
+Visit = Callable[[Site, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+
+
+def residual_sites(unet) -> list[ResidualSite]:
+    """The residual blocks of the decoder in the order of the forward pass. Raises ValueError for other models."""
+    return [site for site, _ in _residual_sites_and_strides(unet)]
+
+
+def feature_site(unet) -> ResidualSite:
+    """The block whose features carry layout but not appearance: the second of those with `FEATURE_STRIDE`.
+
+    A UNet that does not go down so far has it at its coarsest. Raises ValueError for a model that is no UNet.
+    """
+    blocks = _residual_sites_and_strides(unet)
+    stride = max(stride for _, stride in blocks if stride <= FEATURE_STRIDE)
+    level = [site for site, of_site in blocks if of_site == stride]
+    return level[min(1, len(level) - 1)]
+
+
+def self_attention_sites(unet, first_block: int = 0) -> list[AttentionSite]:
+    """The self-attentions of the decoder from `output_blocks[first_block]` on, in the order of the forward pass.
+
+    Raises ValueError for a model that is no UNet.
+    """
+    _check(unet)
+    return [
+        AttentionSite("output", number, index)
+        for number, block in enumerate(unet.output_blocks)
+        if number >= first_block
+        for layer in block
+        if isinstance(layer, SpatialTransformer)
+        for index, transformer in enumerate(layer.transformer_blocks)
+        if not transformer.disable_self_attn
+    ]
+
+
+def _residual_sites_and_strides(unet) -> list[tuple[ResidualSite, int]]:
+    """With each site the latent pixels, along a side, that one of its own pixels stands for."""
+    _check(unet)
+    layers = [layer for block in unet.input_blocks for layer in block]
+    stride = 2 ** sum(isinstance(layer, Downsample) or _resizes(layer) for layer in layers)
+    found = []
+    for number, block in enumerate(unet.output_blocks):
+        for index, layer in enumerate(block):
+            if isinstance(layer, Upsample) or _resizes(layer):
+                stride //= 2
+            elif isinstance(layer, ResBlock):
+                found.append((ResidualSite(number, index), stride))
+    return found
+
+
+def _resizes(layer) -> bool:
+    return isinstance(layer, ResBlock) and layer.updown
+
+
+def _check(unet) -> None:
+    if not is_unet(unet):
+        raise ValueError(
+            "model: it is not a UNet, so it has no decoder whose features could be read. "
+            "Use an SD 1.x, SD 2.x or SDXL model."
+        )
+
+
+@contextlib.contextmanager
+def tapped(unet, sites: Iterable[Site], visit: Visit, transformer_options: dict) -> Iterator[dict]:
+    """While active, the UNet goes on with what `visit(site, tensors)` returns in place of the tensors it is given.
+
+    They are, at a `ResidualSite`, the output of the second convolution [B, C, H, W], ahead of the skip's addition; at an
+    `AttentionSite` the self-attention's q, k and v [B, H*W, heads*d]. Yields the transformer options to call the UNet
+    with. Nothing stays on the UNet afterwards; a replace patch of another pack still computes the attention.
+    """
+    sites = list(sites)
+    with contextlib.ExitStack() as stack:
+        for site in sites:
+            if isinstance(site, ResidualSite):
+                convolution = unet.output_blocks[site.number][site.index].out_layers[-1]
+                stack.enter_context(convolution.register_forward_hook(partial(_visit_output, visit, site)))
+        attention = [site for site in sites if isinstance(site, AttentionSite)]
+        yield _with_self_attention(attention, visit, transformer_options)
+
+
+def _visit_output(visit: Visit, site: ResidualSite, module, args, output: torch.Tensor) -> torch.Tensor:
+    (output,) = visit(site, (output,))
+    return output
+
+
+def _with_self_attention(sites: list[AttentionSite], visit: Visit, transformer_options: dict) -> dict:
+    options = transformer_options.copy()
+    options["patches_replace"] = options.get("patches_replace", {}).copy()
+    theirs = options["patches_replace"].get("attn1", {})
+    ours = {site: _attention_patch(site, visit, theirs.get(site, theirs.get(site[:2]))) for site in sites}
+    options["patches_replace"]["attn1"] = theirs | ours
+    return options
+
+
+def _attention_patch(site: AttentionSite, visit: Visit, previous: Callable | None) -> Callable:
+    def attend(q, k, v, extra_options):
+        q, k, v = visit(site, (q, k, v))
+        if previous is not None:
+            return previous(q, k, v, extra_options)
+        precision, heads = extra_options.get("attn_precision"), extra_options["n_heads"]
+        return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+
+    return attend

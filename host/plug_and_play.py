@@ -1,0 +1,323 @@
+"""Plug-and-Play (Tumanyan et al., CVPR 2023) in any sampler of the host: the source is evaluated in step with the edit.
+
+The MODEL carries wrappers only. What belongs to one sampling, the source's processed conditioning and its features at
+the present noise level, lives in that sampling's own model options and goes with them.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from ..attention_patches.maps import LastSiteReached
+from ..attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
+from ..editing.inversion import Inversion
+
+JOB = "pix2pix_zero_plug_and_play"
+SOURCE = "pix2pix_zero_source"
+
+
+def with_source_features(
+    model, inversion: Inversion, feature_until: float, attention_until: float, negative_alpha: float = 1.0
+):
+    """A clone of the MODEL that draws with the layout of an inverted picture, in whatever sampler it is put.
+
+    `feature_until`, `attention_until`: the part of the inversion's steps, 0..1 from the noisiest on, in which the
+    residual features of `feature_site` and the self-attention's q and k from that block on are the source's (section 4.2). A
+    sampler may visit other levels than the inversion did. `negative_alpha`: share of the sampler's own negative in the
+    prediction that cfg leads away from; the rest is the prediction for the source text (section 4.3).
+    Raises ValueError if the inversion was made with another model, or the model is no UNet.
+    """
+    check_model(inversion, model)
+    unet = model.model.diffusion_model
+    residual = feature_site(unet)
+    sites = {
+        (residual,): lowest_level(inversion, feature_until),
+        tuple(self_attention_sites(unet, residual.number)): lowest_level(inversion, attention_until),
+    }
+    model = with_jobs(model)
+    lockstep = _LockstepSampling(inversion, sites, negative_alpha)
+    for kind, wrapper in (
+        (WrappersMP.PREPARE_SAMPLING, lockstep.load),
+        (WrappersMP.SAMPLER_SAMPLE, lockstep.sample),
+        (WrappersMP.CALC_COND_BATCH, _source_first),
+    ):
+        model.remove_wrappers_with_key(kind, JOB)
+        model.add_wrapper_with_key(kind, JOB, wrapper)
+    if negative_alpha < 1 and _blend_negative not in model.model_options.get("sampler_pre_cfg_function", []):
+        model.set_model_sampler_pre_cfg_function(_blend_negative)
+    return model
+
+
+def with_jobs(model):
+    """A clone of the MODEL whose UNet calls carry out the job in their transformer options, if there is one."""
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, JOB)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, JOB, _carry_out)
+    return model
+
+
+def check_model(inversion: Inversion, model) -> None:
+    """Raise ValueError unless the inversion was made with this MODEL, patched or not."""
+    if inversion.model() is not model.model:
+        raise ValueError(
+            "inversion: it was made with another model. Connect the same model to Inversion and to this node."
+        )
+
+
+def lowest_level(inversion: Inversion, share: float) -> float:
+    """The noise level down to which the first `share` of the inversion's steps goes: inf for none, 0 for all."""
+    steps = round(share * inversion.steps)
+    if steps == 0:
+        return math.inf
+    return 0.0 if steps == inversion.steps else float(inversion.sigmas[-steps]) * (1 - 1e-4)
+
+
+def latent_at(inversion: Inversion, sigma: float) -> torch.Tensor:
+    """The source's latent at any noise level: [B, C, H, W].
+
+    Between two levels DDIM moves along a straight line in sigma (`editing.ddim.step`), so this is where its own step would
+    have come by. Beyond the noisiest level the last step goes on.
+    """
+    sigmas = inversion.sigmas
+    above = int(torch.searchsorted(sigmas, sigma).clamp(1, inversion.steps))
+    low, high = sigmas[above - 1 : above + 1].tolist()
+    part = (sigma - low) / (high - low)
+    return torch.lerp(inversion.trajectory[above - 1], inversion.trajectory[above], part)
+
+
+class _LockstepSampling:
+    """The wrappers of one Plug-and-Play MODEL around a whole sampling. `sites`: with the noise level each group ends at."""
+
+    def __init__(self, inversion: Inversion, sites: dict[tuple[Site, ...], float], negative_alpha: float):
+        self.inversion = inversion
+        self.sites = sites
+        self.negative_alpha = negative_alpha
+
+    def load(self, executor, model, noise_shape, conds, *args, **kwargs):
+        """Load what the source's conditioning needs, such as its ControlNet, together with the model."""
+        self._check_shape(noise_shape)
+        source = comfy.sampler_helpers.convert_cond(self.inversion.source)
+        loaded = executor(model, noise_shape, {**conds, SOURCE: source}, *args, **kwargs)
+        return loaded[0], conds, loaded[2]
+
+    def _check_shape(self, shape) -> None:
+        ours = self.inversion.trajectory.shape[1:]
+        if len(shape) != len(ours) or tuple(shape[1:]) != tuple(ours[1:]) or shape[0] % ours[0]:
+            raise ValueError(
+                f"latent_image: its shape is {tuple(shape)}, but that of the inverted picture {tuple(ours)}. "
+                "Connect `noise` of the inversion node, as it is or repeated as a whole."
+            )
+
+    def sample(self, executor, guider, sigmas, extra_args, *args, **kwargs):
+        source = self._process(guider)
+        options = create_model_options_clone(extra_args["model_options"])
+        options["transformer_options"][JOB] = InjectFeatures(self.inversion, source, self.sites, self.negative_alpha)
+        try:
+            return executor(guider, sigmas, {**extra_args, "model_options": options}, *args, **kwargs)
+        finally:
+            comfy.sampler_helpers.cleanup_models({SOURCE: source}, [])
+
+    def _process(self, guider) -> list[dict]:
+        """The source's conditioning as the guider's own, with a part for each area that they have.
+
+        It is processed apart from them, since the host hands areas and ControlNets on between conditionings.
+        """
+        source = {SOURCE: comfy.sampler_helpers.convert_cond(self.inversion.source)}
+        comfy.samplers.preprocess_conds_hooks(source)
+        comfy.samplers.filter_registered_hooks_on_conds(source, guider.model_options)
+        device = guider.model_patcher.load_device
+        picture = self.inversion.trajectory[0].to(device)
+        source = comfy.samplers.process_conds(
+            guider.inner_model, torch.zeros_like(picture), source, device, latent_image=picture
+        )[SOURCE]
+        for cond in guider.conds.values():
+            for entry in cond:
+                comfy.samplers.create_cond_with_same_area_if_none(source, entry)
+        return source
+
+
+def _source_first(executor, model, conds, x_in, timestep, model_options):
+    job = model_options["transformer_options"].get(JOB)
+    if isinstance(job, InjectFeatures):
+        job.read_source(model, conds, x_in, timestep, model_options)
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def _carry_out(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    job = transformer_options.get(JOB)
+    if job is None or not job.sites:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    unet, visit = executor.class_obj.diffusion_model, job.visitor(transformer_options)
+    try:
+        with _uncompiled(), tapped(unet, job.sites, visit, transformer_options) as options:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    except LastSiteReached:
+        return torch.zeros_like(x)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Code that torch.compile made does not see forward hooks that come and go."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def _blend_negative(args: dict) -> list:
+    """A pre-cfg function: part of the negative prediction is that for the source text (Plug-and-Play section 4.3)."""
+    job = args["model_options"]["transformer_options"].get(JOB)
+    positive, negative, *rest = args["conds_out"]
+    if not isinstance(job, InjectFeatures) or job.negative_alpha == 1 or args["conds"][1] is None:
+        return args["conds_out"]
+    (against,) = comfy.samplers.calc_cond_batch(
+        args["model"], [job.source], args["input"], args["sigma"], args["model_options"]
+    )
+    return [positive, torch.lerp(against, negative, job.negative_alpha), *rest]
+
+
+class ReadFeatures:
+    """Job: keep the tensors of `sites`, in their order, that the UNet computes for `entries` of a conditioning.
+
+    The rest of the UNet call is skipped; its output is zeros.
+    Those of several entries are averaged with the weights that the host mixes their predictions with.
+    """
+
+    def __init__(self, sites: Iterable[Site], entries: list[dict], x: torch.Tensor, timestep: torch.Tensor):
+        self.sites = list(sites)
+        self.weights = {}
+        for entry in entries:
+            weighted = comfy.samplers.get_area_and_mult(entry, x, timestep)
+            if weighted is not None:
+                self.weights[entry["uuid"]] = weighted.mult[:, :1]
+        self._sums: dict[Site, tuple[torch.Tensor, ...]] = {}
+        self._totals: dict[Site, torch.Tensor] = {}
+
+    def visitor(self, transformer_options: dict) -> Callable:
+        uuids = transformer_options["uuids"]
+
+        def visit(site, tensors):
+            for uuid, *parts in zip(uuids, *(tensor.chunk(len(uuids)) for tensor in tensors)):
+                self._add(site, parts, self.weights[uuid])
+            if site == self.sites[-1]:
+                raise LastSiteReached
+            return tensors
+
+        return visit
+
+    def _add(self, site: Site, parts: list[torch.Tensor], weight: torch.Tensor) -> None:
+        if len(self.weights) == 1:
+            self._sums[site] = tuple(parts)
+            return
+        weight = _resized(weight, parts[0])
+        before = self._sums.get(site, [torch.zeros_like(part) for part in parts])
+        self._sums[site] = tuple(total + weight * part for total, part in zip(before, parts))
+        self._totals[site] = self._totals.get(site, 0) + weight
+
+    def features(self) -> dict[Site, tuple[torch.Tensor, ...]]:
+        """What was read, by site; empty where no entry is active at this noise level."""
+        if not self._totals:
+            return self._sums
+        return {
+            site: tuple(total / self._totals[site].clamp(min=1e-6) for total in totals)
+            for site, totals in self._sums.items()
+        }
+
+
+def _resized(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Weights [B, 1, H, W] for features [B, C, h, w] or, of the pixels at any fraction of the size, [B, h*w, C]."""
+    if features.ndim == 4:
+        return F.adaptive_avg_pool2d(weight, features.shape[2:]).to(features)
+    sizes = [[math.ceil(side / 2**i) for side in weight.shape[2:]] for i in range(8)]
+    size = next((size for size in sizes if math.prod(size) == features.shape[1]), None)
+    if size is None:
+        return weight.mean((2, 3)).unsqueeze(-1).repeat(len(features) // len(weight), 1, 1).to(features)
+    return F.adaptive_avg_pool2d(weight, size).flatten(2).transpose(1, 2).to(features)
+
+
+@dataclass
+class InjectFeatures:
+    """Job: replace the features at the sites by the source's at the same noise level, in every row of the batch.
+
+    `source`: the processed conditioning. `ends`: groups of sites with the noise level down to which they are replaced.
+    """
+
+    inversion: Inversion
+    source: list[dict]
+    ends: dict[tuple[Site, ...], float]
+    negative_alpha: float
+    sites: list[Site] = field(default_factory=list)
+    _sigma: float | None = None
+    _features: dict = field(default_factory=dict)  # by conditioning area
+    _areas: dict = field(default_factory=dict)  # by entry of the conditioning
+
+    def read_source(self, model, conds, x_in, timestep, model_options) -> None:
+        """Evaluate the source at this noise level, once for all calls at it and each area of `conds`."""
+        sigma = float(timestep[0])
+        if sigma != self._sigma:
+            self._sigma = sigma
+            self._features = {}
+            self.sites = [site for sites, end in self.ends.items() if sigma >= end for site in sites]
+        if not self.sites:
+            return
+        self._areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
+        x = latent_at(self.inversion, sigma).to(x_in)
+        for area in set(self._areas.values()) - self._features.keys():
+            self._features[area] = read_features(model, self._entries(area), x, sigma, self.sites, model_options)
+
+    def _entries(self, area: tuple | None) -> list[dict]:
+        """The parts of the source's conditioning that speak for an area, or all if none does, each for that area."""
+        fitting = [entry for entry in self.source if _area(entry) == area]
+        fitting = fitting or [entry for entry in self.source if _area(entry) is None] or self.source
+        everywhere = [{name: value for name, value in entry.items() if name != "area"} for entry in fitting]
+        return everywhere if area is None else [{**entry, "area": area} for entry in everywhere]
+
+    def visitor(self, transformer_options: dict) -> Callable:
+        features = [self._features[self._areas[uuid]] for uuid in transformer_options["uuids"]]
+
+        def visit(site, tensors):
+            if any(site not in part for part in features):  # the source's text has a time range that is over
+                return tensors
+            own = tensors[: len(features[0][site])]
+            return (*(_stack([part[site][i] for part in features], t) for i, t in enumerate(own)), *tensors[len(own) :])
+
+        return visit
+
+
+def _stack(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """One part per conditioning entry of a batch, each repeated to the pictures drawn, in place of `like`."""
+    rows = len(like) // len(parts)
+    if any(part.shape[1:] != like.shape[1:] or rows % len(part) for part in parts):
+        raise ValueError(
+            "model: another patch cuts the picture for self-attention differently in each call. "
+            "Take it out, or with HyperTile set swap_size to 1."
+        )
+    return torch.cat([part.repeat(rows // len(part), *(1 for _ in part.shape[1:])) for part in parts]).to(like)
+
+
+def _area(entry: dict) -> tuple | None:
+    area = entry.get("area")
+    return None if area is None else tuple(area)
+
+
+def read_features(
+    model, entries: list[dict], x: torch.Tensor, sigma: float, sites: Iterable[Site], model_options: dict
+) -> dict[Site, tuple[torch.Tensor, ...]]:
+    """What the UNet computes at `sites` for latents [B, C, H, W] at a noise level, by site, see `tapped`.
+
+    `entries`: a processed conditioning, all of one area.
+    """
+    timestep = x.new_full((len(x),), sigma)
+    job = ReadFeatures(sites, entries, x, timestep)
+    options = create_model_options_clone(model_options)
+    options["transformer_options"][JOB] = job
+    comfy.samplers.calc_cond_batch(model, [entries], x, timestep, options)
+    return job.features()
