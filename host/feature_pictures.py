@@ -1,0 +1,77 @@
+"""Pictures of the features that the decoder computes for an inverted picture."""
+
+import comfy.samplers
+import torch
+import torch.nn.functional as F
+
+from ..attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
+from ..editing.inversion import Inversion
+from ..editing.principal_components import as_colours, principal_components
+from .plug_and_play import check_model, latent_at, read_features, with_jobs
+
+KINDS = ("residual features", "queries", "keys", "values")
+PIXELS = 8  # of the picture, to a latent pixel
+
+
+@torch.inference_mode()
+def feature_pictures(model, inversion: Inversion, kind: str, percent: float, decoder_block: int = -1) -> torch.Tensor:
+    """The first three principal components of decoder features as colours: IMAGE [B, 8*H, 8*W, 3] in 0..1.
+
+    `kind`: one of `KINDS`. `percent`: when, as part of the sampling in 0..1. `decoder_block`: a number of ComfyUI's output
+    blocks, or -1 for the one of `feature_site`. All pictures of the inversion share their colours. Raises ValueError if the
+    inversion was made with another model, or the block has no such features.
+    """
+    check_model(inversion, model)
+    residual, site = _sites(model.model.diffusion_model, kind, decoder_block)
+    features = features_of_inversion(model, inversion, [residual, site], percent)
+    batch, _, height, width = features[residual][0].shape
+    if kind == KINDS[0]:
+        tensor = features[residual][0].flatten(2).transpose(1, 2)
+    else:
+        tensor = features[site][KINDS.index(kind) - 1]
+    colours = as_colours(principal_components(tensor.reshape(batch * height * width, -1)))
+    pictures = colours.reshape(batch, height, width, 3).movedim(-1, 1)
+    size = [PIXELS * side for side in inversion.trajectory.shape[-2:]]
+    return F.interpolate(pictures, size=size, mode="nearest").movedim(1, -1)
+
+
+def _sites(unet, kind: str, decoder_block: int) -> tuple[Site, Site]:
+    """The residual block of a decoder block, which tells the size, and the site of the features."""
+    residuals = {site.number: site for site in residual_sites(unet)}
+    number = feature_site(unet).number if decoder_block == -1 else decoder_block
+    if number not in residuals:
+        raise ValueError(f"decoder_block: {number} is not one of this model's, 0 to {max(residuals)}.")
+    if kind == KINDS[0]:
+        return residuals[number], residuals[number]
+    attention = {site.number: site for site in self_attention_sites(unet)}  # the last of a block's counts
+    if number not in attention:
+        raise ValueError(
+            f"decoder_block: {number} has no self-attention in this model. Those that have: {', '.join(map(str, attention))}."
+        )
+    return residuals[number], attention[number]
+
+
+def features_of_inversion(
+    model, inversion: Inversion, sites: list[Site], percent: float
+) -> dict[Site, tuple[torch.Tensor, ...]]:
+    """What the UNet computes at `sites` for the inverted pictures and their text, on the CPU, see `tapped`.
+
+    `sites`: in the order of the forward pass. `percent`: of the sampling, 0..1; the noise level is kept within the
+    inversion's. An area of the text counts for the whole picture.
+    """
+    lowest, highest = inversion.sigmas[[1, -1]].tolist()
+    sigma = min(max(float(model.get_model_object("model_sampling").percent_to_sigma(percent)), lowest), highest)
+    found = {}
+
+    def read(model_k, x, sigmas, extra_args, callback, disable):
+        guider, options = model_k.inner_model, extra_args["model_options"]
+        entries = [{k: v for k, v in entry.items() if k != "area"} for entry in guider.conds["positive"]]
+        features = read_features(guider.inner_model, entries, latent_at(inversion, sigma).to(x), sigma, sites, options)
+        found.update({site: tuple(tensor.cpu() for tensor in tensors) for site, tensors in features.items()})
+        return x
+
+    guider = comfy.samplers.CFGGuider(with_jobs(model))
+    guider.inner_set_conds({"positive": inversion.source})
+    picture = model.model.process_latent_out(inversion.trajectory[0])
+    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(read), torch.tensor([sigma, 0.0]))
+    return found
