@@ -9,13 +9,25 @@ from dataclasses import dataclass
 
 import torch
 
+WORD_END = "</w>"
+LITTLE_WORDS = frozenset(
+    "a an the this that its his her of in on at to by for from with without into onto over under near behind between during "
+    "and or but as is are was were wearing having".split()
+)
+
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a prompt: its tokens, and their positions among all tokens of the encoded prompt."""
+    """A word of a prompt: its tokens, their positions among all tokens of the encoded prompt, and how it is written."""
 
     tokens: tuple[Hashable, ...]
     positions: tuple[int, ...]
+    text: str
+
+    @property
+    def little(self) -> bool:
+        """Whether it only joins others, as "with" and "," do."""
+        return self.text in LITTLE_WORDS or not any(letter.isalnum() for letter in self.text)
 
 
 @dataclass(frozen=True)
@@ -45,13 +57,13 @@ class Prompt:
         return [self.words[i] for i in sorted(inside)]
 
 
-def read_prompt(chunks: Sequence[Sequence[tuple[Hashable, int]]], ends_word: Callable[[Hashable], bool]) -> Prompt:
+def read_prompt(chunks: Sequence[Sequence[tuple[Hashable, int]]], spell: Callable[[Hashable], str]) -> Prompt:
     """Group the (token, segment) pairs of each chunk into words.
 
-    A word ends after a token for which `ends_word` is true, and where the segment changes; it may go on in the next
-    chunk. Segment 0 marks what surrounds the words: start, end and padding.
+    A word ends after a token that `spell` writes with "</w>" at its end, and where the segment changes; it may go on in
+    the next chunk. Segment 0 marks what surrounds the words: start, end and padding.
     """
-    words: list[tuple[list, list]] = []
+    words: list[tuple[list, list, list]] = []
     frames = []
     open_segment = None
     offset = 0
@@ -70,27 +82,31 @@ def read_prompt(chunks: Sequence[Sequence[tuple[Hashable, int]]], ends_word: Cal
         for i in inside:
             token, segment = chunk[i]
             if segment != open_segment:
-                words.append(([], []))
-            words[-1][0].append(token)
-            words[-1][1].append(offset + i)
-            open_segment = None if ends_word(token) else segment
+                words.append(([], [], []))
+            spelling = spell(token)
+            for parts, part in zip(words[-1], (token, offset + i, spelling.removesuffix(WORD_END))):
+                parts.append(part)
+            open_segment = None if spelling.endswith(WORD_END) else segment
         offset += len(chunk)
-    return Prompt(tuple(Word(tuple(t), tuple(p)) for t, p in words), tuple(frames), offset)
+    read = tuple(Word(tuple(tokens), tuple(places), "".join(letters)) for tokens, places, letters in words)
+    return Prompt(read, tuple(frames), offset)
 
 
-def align(source: Sequence[Hashable], target: Sequence[Hashable]) -> list[tuple[int | None, int | None]]:
+def align(
+    source: Sequence[Hashable], target: Sequence[Hashable], likeness: Callable[[int, int], int] = lambda i, j: 0
+) -> list[tuple[int | None, int | None]]:
     """Needleman-Wunsch alignment of two sequences: (source index, target index) pairs, None where one has no partner.
 
-    As many equal items as possible are paired, then as many unequal ones as possible, then the earliest.
+    As many equal items as possible are paired; then as many unequal ones as possible of `likeness(i, j)` 2, then of 1,
+    then of 0; then the earliest.
     """
     m, n = len(source), len(target)
-    gap = (0, 0)
-    best = [[gap] * (n + 1) for _ in range(m + 1)]
+    best = [[(0, 0, 0, 0)] * (n + 1) for _ in range(m + 1)]
 
-    def paired(i: int, j: int) -> tuple[int, int]:
-        equal = source[i] == target[j]
-        matches, swaps = best[i + 1][j + 1]
-        return matches + equal, swaps + (not equal)
+    def paired(i: int, j: int) -> tuple[int, ...]:
+        like = likeness(i, j)
+        merit = (1, 0, 0, 0) if source[i] == target[j] else (0, like == 2, like >= 1, 1)
+        return tuple(a + b for a, b in zip(best[i + 1][j + 1], merit))
 
     for i in range(m - 1, -1, -1):
         for j in range(n - 1, -1, -1):
@@ -132,14 +148,21 @@ class TokenMap:
 def map_tokens(source: Prompt, target: Prompt) -> TokenMap:
     """Map the tokens of `source` to those of `target`.
 
-    A word that became another passes on its map: token by token if both have as many, else its sum in equal shares.
-    Added words keep their own maps. Start, end and padding follow their counterparts; where the prompts have different
-    numbers of chunks, the attention of those is shared out or summed.
+    Words are paired by `align`: little ones with little ones, and rather those that end a phrase, ahead of a little word:
+    the nouns. A word that became another passes on its map: token by token if both have as many, else its sum in equal
+    shares. Added words keep their own maps. Start, end and padding follow their counterparts; where the prompts have
+    different numbers of chunks, the attention of those is shared out or summed.
     """
     mapper = torch.zeros(source.length, target.length)
     own = torch.zeros(target.length)
     removed, added = [], []
-    for i, j in align([w.tokens for w in source.words], [w.tokens for w in target.words]):
+    kinds = _kinds(source.words), _kinds(target.words)
+
+    def likeness(i: int, j: int) -> int:
+        one, other = kinds[0][i], kinds[1][j]
+        return 0 if (one < 0) != (other < 0) else 1 + (one == other == 1)
+
+    for i, j in align([w.tokens for w in source.words], [w.tokens for w in target.words], likeness):
         before = None if i is None else source.words[i]
         after = None if j is None else target.words[j]
         if before is not None and after is not None:
@@ -171,6 +194,12 @@ def column_factors(length: int, factors: Iterable[tuple[Sequence[Word], float]])
 def positions(words: Iterable[Word]) -> list[int]:
     """Of all tokens of some words."""
     return [p for word in words for p in word.positions]
+
+
+def _kinds(words: Sequence[Word]) -> list[int]:
+    """-1 for a little word, 1 for one that ends a phrase, 0 for others."""
+    ends = [following.little for following in words[1:]] + [True]
+    return [-1 if word.little else int(end) for word, end in zip(words, ends)]
 
 
 def _pass_on(mapper: torch.Tensor, before: Sequence[int], after: Sequence[int]) -> None:

@@ -23,9 +23,13 @@ class WordMask:
         self.total = self.total + maps[..., self.tokens].sum(-1).mean(1).unflatten(-1, self.shape)
 
     def area(self, threshold: float) -> torch.Tensor:
-        """[B, 1, height, width] bool: where the words' attention, grown by a pixel, exceeds a share of its maximum."""
+        """[B, 1, height, width] bool: where the words' attention, grown by a pixel, exceeds a share of its range.
+
+        The authors take the share of the maximum; where the least attention is none, that is the same.
+        """
         grown = F.max_pool2d(self.total[:, None], 3, 1, 1)
-        return grown > threshold * grown.amax((2, 3), keepdim=True)
+        least, most = grown.amin((2, 3), keepdim=True), grown.amax((2, 3), keepdim=True)
+        return grown - least > threshold * (most - least)
 
 
 def soft_mask(areas: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:

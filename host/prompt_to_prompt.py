@@ -22,7 +22,16 @@ from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention, site_levels
 from ..attention_patches.sites import cross_attention_sites
 from ..editing.inversion import Inversion
-from ..editing.token_alignment import Prompt, TokenMap, Word, column_factors, map_tokens, positions, read_prompt
+from ..editing.token_alignment import (
+    WORD_END,
+    Prompt,
+    TokenMap,
+    Word,
+    column_factors,
+    map_tokens,
+    positions,
+    read_prompt,
+)
 from ..editing.word_masks import WordMask, soft_mask
 from .attention_passes import JOB
 from .gradients import differentiable_attention
@@ -33,8 +42,6 @@ BLEND_FROM = 0.2
 
 BLEND_LEVEL = 2
 """Local blending reads the maps at a quarter of the latent's side: 16x16 for Stable Diffusion at 512x512."""
-
-LITTLE_WORDS = frozenset("a an the of in on at by to for from with without and or is are its his her".split())
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def edit_by_prompt(
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Inversion and to Prompt-to-Prompt."
         )
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+    if model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
         raise ValueError("model: it has a Prompt-to-Prompt edit already. Connect the model from before it.")
     cross_attention_sites(model.model.diffusion_model)  # refuses models without any
     if len(inversion.source) != 1:
@@ -114,17 +121,17 @@ def tokenize(clip, text: str, socket: str) -> Prompt:
         )
     rows = tokens.get("l") or next(iter(tokens.values()))
 
-    def ends_word(token) -> bool:
-        return not isinstance(token, int) or clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith("</w>")
+    def spell(token) -> str:
+        return clip.tokenizer.untokenize([(token, 1.0)])[0][1] if isinstance(token, int) else token + WORD_END
 
-    prompt = read_prompt([[(_identity(token), segment) for token, _, segment in row] for row in rows], ends_word)
+    prompt = read_prompt([[(_identity(token), segment) for token, _, segment in row] for row in rows], spell)
     if not prompt.words:
         raise ValueError(f"{socket}: it is empty. Write the {'edited ' if socket == 'target' else ''}caption.")
     return prompt
 
 
 def _identity(token):
-    """Tokens that compare equal where they mean the same; embeddings are tensors."""
+    """Tokens that compare equal where they mean the same; those of an embedding are tensors, here named by a digest."""
     if torch.is_tensor(token):
         return hashlib.sha256(token.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
     return token
@@ -164,7 +171,7 @@ def _blend_tokens(clip, phrases: str, before: Prompt, after: Prompt, token_map: 
         for phrase, _ in named:
             _find(clip, phrase, "blend_words", before, after)
         return tuple(positions(word for _, words in named for word in p.find(words)) for p in (before, after))
-    removed, added = (_telling(clip, words) for words in (token_map.removed, token_map.added))
+    removed, added = (_telling(words) for words in (token_map.removed, token_map.added))
     if not removed and not added:
         added = [word for words, _ in weights for word in words]
     if not removed and not added:
@@ -175,11 +182,10 @@ def _blend_tokens(clip, phrases: str, before: Prompt, after: Prompt, token_map: 
     return positions(removed), positions(added)
 
 
-def _telling(clip, words: Iterable[Word]) -> list[Word]:
+def _telling(words: Iterable[Word]) -> list[Word]:
     """The words without those like "a" and "with", whose attention is everywhere, unless there are no others."""
     words = list(words)
-    little = {tokenize(clip, word, "").words[0].tokens for word in LITTLE_WORDS}
-    return [word for word in words if word.tokens not in little] or words
+    return [word for word in words if not word.little] or words
 
 
 def _check_source(clip, source: str, prompt: Prompt, inversion: Inversion) -> None:
@@ -208,20 +214,39 @@ def _encode_target(clip, target: str, prompt: Prompt, inversion: Inversion) -> l
 
 
 def _with_edit(model, edit: PromptEdit):
+    def load(executor, model, noise_shape, conds, *args, **kwargs):
+        """Load what the source's conditioning needs, such as its ControlNet, together with the model."""
+        source = comfy.sampler_helpers.convert_cond(edit.inversion.source)
+        real_model, _, models = executor(model, noise_shape, {**conds, KEY: source}, *args, **kwargs)
+        return real_model, conds, models
+
+    def sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        options = create_model_options_clone(extra_args["model_options"])
+        _check_sampling(options["transformer_options"], guider, noise, edit)
+        source = _process_source(guider, edit.inversion)
+        options["transformer_options"][KEY] = Sampling(edit, guider, source)
+        try:
+            return executor(guider, sigmas, {**extra_args, "model_options": options}, callback, noise, *args, **kwargs)
+        finally:
+            comfy.sampler_helpers.cleanup_models({KEY: source}, [])
+
     model = model.clone()
-
-    def outer_sample(executor, noise, *args, **kwargs):
-        guider = executor.class_obj
-        options = guider.model_options["transformer_options"]  # of this sampling alone
-        _check_sampling(options, guider, noise, edit)
-        guider.conds[KEY] = comfy.sampler_helpers.convert_cond(edit.inversion.source)
-        options[KEY] = Sampling(edit, guider)
-        return executor(noise, *args, **kwargs)
-
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, load)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
     return model
+
+
+def _process_source(guider, inversion: Inversion) -> list[dict]:
+    """The source's conditioning as a guider's own, but apart from it: the host hands ControlNets on between the guider's."""
+    source = {KEY: comfy.sampler_helpers.convert_cond(inversion.source)}
+    samplers.preprocess_conds_hooks(source)
+    samplers.filter_registered_hooks_on_conds(source, guider.model_options)
+    device = guider.model_patcher.load_device
+    picture = inversion.trajectory[0].to(device)
+    noise = torch.zeros_like(picture)
+    return samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture)[KEY]
 
 
 def _check_sampling(options: dict, guider, noise: torch.Tensor, edit: PromptEdit) -> None:
@@ -275,11 +300,15 @@ class _Call:
 
 
 class Sampling:
-    """One run of a sampler: the source branch in lockstep, and the masks of local blending."""
+    """One run of a sampler: the source branch in lockstep, and the masks of local blending.
 
-    def __init__(self, edit: PromptEdit, guider):
+    `source`: the processed conditioning of the source text.
+    """
+
+    def __init__(self, edit: PromptEdit, guider, source: list[dict]):
         self.edit = edit
         self.guider = guider
+        self.source = source
         inversion = edit.inversion
         self.grid = [float(sigma) for sigma in inversion.sigmas]
         levels = site_levels(guider.model_patcher.model.diffusion_model)
@@ -321,8 +350,8 @@ class Sampling:
 
     def _attend_to_source(self, attention, x, timestep, model_options, place) -> None:
         options = _with_call(model_options, _Call(attention.install))
-        conds = [self.guider.conds[KEY]]
-        samplers.calc_cond_batch(self.guider.inner_model, conds, self._source(place).to(x), timestep, options)
+        latent = self._latent(place).to(x)
+        samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
 
     def _place(self, sigma: float) -> float:
         """The place of a noise level on the inversion's grid, a whole number if it is one of its levels."""
@@ -337,7 +366,7 @@ class Sampling:
             f"the sigmas of Invert Picture, or choose the scheduler ddim_uniform with {self.edit.inversion.steps} steps."
         )
 
-    def _source(self, place: float) -> torch.Tensor:
+    def _latent(self, place: float) -> torch.Tensor:
         """The source picture at a place on the grid; between two levels on the line that DDIM draws."""
         level = math.floor(place)
         trajectory = self.edit.inversion.trajectory
@@ -362,7 +391,7 @@ class Sampling:
         mask = self._mask(x, step)
         if mask is None:
             return denoised
-        there = (self._source(landing).to(x) - ratio * x) / (1 - ratio)
+        there = (self._latent(landing).to(x) - ratio * x) / (1 - ratio)
         return mask * denoised + (1 - mask) * there
 
     def _mask(self, x, step) -> torch.Tensor | None:
