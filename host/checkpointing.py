@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch.utils.checkpoint import checkpoint
 
 from ..attention_patches.sites import AttentionSite
-from .gradients import own_attribute, recording_again
+from .gradients import own_attribute, recording_again, weights_stay_put
 
 LEVELS = ("none", "feed-forward", "blocks")
 # Elements of a feed-forward layer's input that are worked on at once at "blocks"; the layer widens them 24 times.
@@ -68,6 +68,8 @@ def _blocks(unet: torch.nn.Module, last_site: AttentionSite | None) -> Iterator[
     for name, number, layer in named_layers(unet):
         if isinstance(layer, ResBlock):
             yield layer
+        elif isinstance(layer, (Downsample, Upsample)):
+            yield layer
         elif isinstance(layer, SpatialTransformer):
             blocks = list(layer.transformer_blocks)
             if last_site is not None and (name, number) == tuple(last_site[:2]):
@@ -94,6 +96,8 @@ def _recomputing(module: torch.nn.Module, piece: int | None) -> contextlib.Abstr
     def recomputed(*args, **kwargs):
         if not torch.is_grad_enabled() or not _needs_gradient((*args, *kwargs.values())):
             return forward(*args, **kwargs)
+        if isinstance(module, (Downsample, Upsample)) and weights_stay_put(module, args[0].device, args[0].dtype):
+            return forward(*args, **kwargs)  # It keeps a copy of its weight or nothing.
         if piece is not None and not kwargs and len(args) == 1 and args[0].ndim == 3:
             # Such a layer knows no neighbours: tokens [B, tokens, dim] may pass in any portions.
             tokens = max(1, piece // (args[0].shape[0] * args[0].shape[2]))

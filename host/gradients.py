@@ -71,16 +71,21 @@ def uncompiled(model: torch.nn.Module) -> contextlib.AbstractContextManager:
 def has_constant_weights(model: torch.nn.Module, device: torch.device) -> bool:
     """Whether every weight is used as it lies in the model: on `device`, in the computation's dtype, unpatched.
 
-    Any other is copied for each layer, and a graph holds the copies: take checkpointing "blocks" for such a model, so
-    that only one block's are alive at a time. `model`: the host's BaseModel.
+    Any other is copied for each layer, and a graph holds the copies: with checkpointing "blocks", only one block's are
+    alive at a time. `model`: the host's BaseModel, loaded.
     """
-    dtype = model.get_dtype_inference()
+    return weights_stay_put(model.diffusion_model, device, model.get_dtype_inference())
+
+
+def weights_stay_put(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """The same of any module."""
     return all(
         type(parameter) is torch.nn.Parameter and parameter.device == device and parameter.dtype == dtype
-        for parameter in model.diffusion_model.parameters()
+        for parameter in module.parameters()
     ) and not any(
-        getattr(module, "weight_function", None) or getattr(module, "bias_function", None) or hasattr(module, "_v")
-        for module in model.diffusion_model.modules()
+        # What the host computes for each call, and what its dynamic VRAM moves.
+        any(part.__dict__.get(name) for name in ("weight_function", "bias_function")) or "_v" in part.__dict__
+        for part in module.modules()
     )
 
 

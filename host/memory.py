@@ -34,19 +34,17 @@ def graph_memory(
     item = dtype.itemsize
     sites = cross_attention_sites(unet)
     last_site = last_site or sites[-1]
-    kept = working = weights = heaviest = 0
+    kept = working = copies = one_copy = 0
     for name, number, layer, pixels in _sized_layers(unet, latent_shape):
         cost = _cost(layer, pixels, level, item, last_site if (name, number) == last_site[:2] else None)
         kept += cost.kept
         working = max(working, cost.working)
-        held = sum(p.numel() for p in layer.parameters() if p.ndim > 1) * item
-        if level == "blocks" and isinstance(layer, (ResBlock, SpatialTransformer)):
-            heaviest = max(heaviest, held)
-        else:
-            weights += held
+        held, at_work = (count * item for count in _copied_weights(layer, level))
+        copies += held
+        one_copy = max(one_copy, at_work)
         if cost.ends:
             break
-    return kept + working + (0 if constant_weights else weights + heaviest)
+    return kept + working + (0 if constant_weights else copies + one_copy)
 
 
 @dataclass
@@ -125,6 +123,37 @@ def _transformer_cost(
     return cost
 
 
+def _copied_weights(layer: torch.nn.Module, level: str) -> tuple[int, int]:
+    """Elements of the weights whose copies a layer keeps for the backward pass, and of those in its own backward."""
+    if isinstance(layer, ResBlock):
+        # The layers for the time's embedding take no part: they have no input that a gradient is wanted for.
+        halves = _weights(layer.in_layers), _weights(layer.out_layers)
+        every = sum(halves) + _weights(layer.skip_connection)
+        kept = {"none": every, "feed-forward": every - sum(halves), "blocks": 0}[level]
+        return kept, {"none": 0, "feed-forward": max(halves), "blocks": every}[level]
+    if isinstance(layer, SpatialTransformer):
+        feed_forwards = [_weights(block.ff) for block in layer.transformer_blocks]
+        # Neither do keys and values of the text.
+        blocks = [
+            _weights(block) - (_weights(block.attn2.to_k) + _weights(block.attn2.to_v) if block.attn2 else 0)
+            for block in layer.transformer_blocks
+        ]
+        around = _weights(layer) - sum(map(_weights, layer.transformer_blocks))
+        if level == "none":
+            return sum(blocks) + around, 0
+        if level == "feed-forward":
+            return sum(blocks) - sum(feed_forwards) + around, max(feed_forwards)
+        return (0, blocks[0] + around) if len(blocks) == 1 else (around, max(blocks))
+    if level == "blocks" and isinstance(layer, (Downsample, Upsample)):
+        return 0, _weights(layer)
+    return _weights(layer), 0
+
+
+def _weights(module: torch.nn.Module) -> int:
+    # Those of norms and offsets do not count beside matrices.
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+
 def _block_sizes(block: BasicTransformerBlock, pixels: int, item: int) -> tuple[int, int, int]:
     """Bytes kept by the attentions of a transformer block, by its feed-forward layer, and of its input."""
     dim = block.norm1.normalized_shape[0]
@@ -147,10 +176,9 @@ def guided_pass_memory(model, latent_shape: tuple[int, ...], level: str) -> int:
 def affordable_level(model, x: torch.Tensor, least: str) -> str:
     """The checkpointing level for guiding `x` [B, C, H, W]: `least`, or the first after it that fits in free memory.
 
-    Weights that are copied for each layer call for "blocks", which holds the copies of one block at a time.
+    Copies of weights that are cast or moved for each layer count, so that a model that is offloaded since it does not
+    fit is guided with "blocks", which holds one block's copies at a time.
     """
-    if not has_constant_weights(model.model, x.device):
-        return LEVELS[-1]
     free = comfy.model_management.get_free_memory(x.device)
     for level in LEVELS[LEVELS.index(least) :]:
         if guided_pass_memory(model, x.shape, level) <= free:

@@ -3,11 +3,18 @@
 import comfy.model_management
 import comfy.sample
 import pytest
+import small_unet
 import torch
 from guided_pass import latents, loaded_model, pass_gradient
 from live_memory import LiveMemory
 from pix2pix_zero.host.checkpointing import LEVELS
-from pix2pix_zero.host.memory import announce_memory, graph_memory, is_out_of_memory
+from pix2pix_zero.host.memory import (
+    affordable_level,
+    announce_memory,
+    graph_memory,
+    guided_pass_memory,
+    is_out_of_memory,
+)
 from small_unet import conditioning
 
 
@@ -29,6 +36,61 @@ def test_the_estimate_is_what_the_pass_holds_or_a_little_more(model, level, batc
     pass_gradient(model, x_source, x, conditioning(rows=batch, seed=1), level, measured)
     estimate = graph_memory(model.model.diffusion_model, x.shape, level, torch.float32)
     assert 1.0 <= estimate / memory.peak <= 1.3
+
+
+def test_the_estimate_fits_a_unet_of_another_build(monkeypatch):
+    """As SDXL: no attention at the top, deep transformers below, linear projections."""
+    depths = {"transformer_depth": [0, 3], "transformer_depth_middle": 3, "transformer_depth_output": [0, 0, 3, 3]}
+    for name, value in {**depths, "use_linear_in_transformer": True}.items():
+        monkeypatch.setitem(small_unet.CONFIG, name, value)
+    model = loaded_model()
+    x_source, x = latents(model, 1, 32, 32)
+    for level in LEVELS:
+        memory = LiveMemory()
+
+        def measured(base_model, take, memory=memory):
+            with memory:
+                return take()
+
+        pass_gradient(model, x_source, x, conditioning(seed=1), level, measured)
+        estimate = graph_memory(model.model.diffusion_model, x.shape, level, torch.float32)
+        assert 1.0 <= estimate / memory.peak <= 1.3, level
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_estimate_counts_the_copies_of_weights_that_are_cast(level):
+    model = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
+    x_source, x = latents(model, 1, 32, 32)
+    memory = LiveMemory()
+
+    def measured(base_model, take):
+        with memory:
+            return take()
+
+    pass_gradient(model, x_source, x, conditioning(seed=1), level, measured)
+    estimate = guided_pass_memory(model, x.shape, level)
+    assert 1.0 <= estimate / memory.peak <= 1.4
+    uncast = graph_memory(model.model.diffusion_model, x.shape, level, torch.float32)
+    assert uncast < 0.9 * estimate
+
+
+def test_the_level_rises_until_the_pass_fits(model, monkeypatch):
+    x = torch.zeros(1, 4, 32, 32)
+    half = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
+    unet = model.model.diffusion_model
+    needs = {level: graph_memory(unet, x.shape, level, torch.float32) for level in LEVELS}
+    for free, least, expected in (
+        (1 << 40, "none", "none"),
+        (1 << 40, "feed-forward", "feed-forward"),
+        (needs["none"] - 1, "none", "feed-forward"),
+        (needs["feed-forward"], "none", "feed-forward"),
+        (needs["feed-forward"] - 1, "none", "blocks"),
+        (0, "none", "blocks"),
+    ):
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, free=free: free)
+        assert affordable_level(model, x, least) == expected
+        if free == needs["feed-forward"]:
+            assert affordable_level(half, x, least) == "blocks", "copies of its weights have to fit, too"
 
 
 def test_less_is_asked_for_with_every_level_and_in_half_precision(model):
