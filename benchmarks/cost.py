@@ -63,10 +63,10 @@ def measure(dtype: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     results = {name: Results() for name in options.variants}
     kinds = ["count", "gradient", *(["growth"] if options.growth else []), *["time"] * options.rounds]
     for kind, (name, result) in itertools.product(kinds, results.items()):
-        if kind in result.failures:
+        gradients = folder / f"{name}.safetensors"
+        if kind in result.failures or kind == "gradient" and not gradients.exists():
             continue
         steps = {"count": counted_steps(name), "growth": tuple(options.growth or ()), "time": (options.steps,)}
-        gradients = folder / f"{name}.safetensors"
         job = Job(kind, name, dtype, options.size, steps.get(kind, ()), options.quick, str(gradients))
         start = time.perf_counter()
         try:

@@ -87,14 +87,14 @@ class Watch:
         self.passes.forward_calls += 1
         self.passes.forward_rows += len(x)
         if x.requires_grad:
-            x.register_hook(lambda gradient: self._on_backward(x, timestep, text, gradient))
+            seen = x.detach()
+            x.register_hook(lambda gradient: self._on_backward(seen, timestep, text, gradient))
 
     def _on_backward(self, x, timestep, text, gradient) -> None:
         self.passes.backward_calls += 1
         self.passes.backward_rows += len(x)
         rows = [row for row in range(len(x)) if torch.equal(text[row].cpu(), self.wanted[0].to(text.dtype))]
         if self.first is None and rows:
-            kept = (t[rows[:1]].detach().to("cpu", copy=True) for t in (x, text, gradient))
-            x, text, gradient = kept
+            x, text, gradient = (tensor[rows[:1]].detach().to("cpu", copy=True) for tensor in (x, text, gradient))
             timestep = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1)[:1].cpu()
             self.first = Gradient(x, timestep, text, gradient)

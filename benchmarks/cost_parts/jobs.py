@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import comfy.model_management
 import torch
@@ -45,7 +44,7 @@ def run_job(job: Job) -> dict:
 
 
 class Run:
-    """A loaded variant and its edit. `base` is the memory in use after loading."""
+    """A loaded variant and its edit. `peak` counts from the memory in use once the UNet has run."""
 
     def __init__(self, job: Job):
         self.variant = load_variant(job.variant, job.shape, DTYPES[job.dtype])
@@ -135,8 +134,6 @@ def measure_growth(job: Job) -> dict:
 
 def compare_gradient(job: Job) -> dict:
     """The relative error of the kept gradient."""
-    if not Path(job.gradients).exists():
-        return {"relative_error": None}
     found = Gradient(**load_file(job.gradients))
     expected = plain_gradient(float64_unet(job.shape), found, Edit.draw(job.shape, job.size).source)
     gradient = found.gradient.double()
