@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.samplers
@@ -9,7 +10,9 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
+from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.host.plug_and_play import with_source_features
 from pix2pix_zero.host.sampling import invert_latent, inverted_noise
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from small_unet import CONFIG, SmallSD, latent, small_model
@@ -530,3 +533,75 @@ def test_another_source_text_is_told(model, clip, inversion, caplog):
     caplog.clear()
     patch(model, inversion, clip, "a dog on a sofa")
     assert not caplog.records
+
+
+def test_plug_and_play_on_the_same_model_composes_in_either_order(model, clip):
+    inversion = invert(model, clip, method="direct")
+    negative = encode(clip, "")
+
+    def both(first, target=SOURCE, cfg=1.0):
+        def plug(model):
+            with torch.inference_mode():
+                return with_source_features(model, inversion, 0.5, 0.5)
+
+        base = plug(model) if first else model
+        patched, positive = patch(base, inversion, clip, target)
+        return sample(patched if first else plug(patched), inversion, positive, negative, cfg)
+
+    source = latent()["samples"]
+    assert (both(True) - source).abs().max() <= 1e-4 * source.std()
+    edited = both(True, "a dog on a sofa", 2.0)
+    assert (edited - both(False, "a dog on a sofa", 2.0)).abs().max() <= 1e-5 * edited.std()
+    alone = edit(model, inversion, clip, "a dog on a sofa")
+    assert (edited - alone).abs().max() > 1e-3 * edited.std()
+
+
+def test_a_controlnet_on_the_edit_is_not_handed_on_to_the_source(model, clip, inversion):
+    class Control(comfy.controlnet.ControlBase):
+        asked = []
+
+        def get_control(self, x, timestep, cond, batched_number, transformer_options):
+            self.asked.append(list(transformer_options["cond_or_uncond"]))
+            return {"middle": [torch.ones(1, 128, 4, 4)]}
+
+        def copy(self):
+            return Control()
+
+    with Trace(model) as trace:
+        patched, positive = patch(trace.model, inversion, clip, "a dog on a sofa")
+        controlled = [[positive[0][0], {"control": Control(), "control_apply_to_uncond": True}]]
+        edited = sample(patched, inversion, controlled, encode(clip, ""))
+    assert len(Control.asked) == STEPS
+    assert all(len(branches) == 2 for branches in Control.asked)
+    assert (edited - sample(patched, inversion, positive, encode(clip, ""))).abs().max() > 1e-3 * edited.std()
+
+
+def test_it_runs_on_the_server_from_stock_nodes(server):
+    graph = Graph()
+    parts = graph.add("Pix2PixZeroDemoModel")
+    scene = graph.add("Pix2PixZeroDemoScene", subject="cat", seed=3)
+    target = graph.add("StringReplace", string=scene[2], find="cat", replace="dog")
+    picture = graph.add("VAEEncode", pixels=scene[0], vae=parts[2])
+    caption = graph.add("CLIPTextEncode", clip=parts[1], text=scene[2])
+    inversion = graph.add("Pix2PixZeroInversion", model=parts[0], positive=caption[0], latent_image=picture[0], steps=4)
+    edited = graph.add(
+        "Pix2PixZeroPromptToPrompt",
+        model=parts[0],
+        inversion=inversion[0],
+        clip=parts[1],
+        source=scene[2],
+        target=target[0],
+        local_blend=0.3,
+    )
+    guider = graph.add("CFGGuider", model=edited[0], positive=edited[1], negative=caption[0], cfg=1.5)
+    sampled = graph.add(
+        "SamplerCustomAdvanced",
+        noise=graph.add("DisableNoise")[0],
+        guider=guider[0],
+        sampler=graph.add("KSamplerSelect", sampler_name="euler")[0],
+        sigmas=inversion[2],
+        latent_image=inversion[1],
+    )
+    shown = graph.add("PreviewImage", images=graph.add("VAEDecode", samples=sampled[0], vae=parts[2])[0])
+    outputs = server.run(graph.api(server.object_info()))
+    assert server.view(outputs[shown.key]["images"][0]).startswith(b"\x89PNG")
