@@ -27,12 +27,19 @@ def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     Raises:
         ValueError: also while it is active, in the user's words: a layer of the model has no derivative.
     """
-    constants = _ConstantWeights(model)
+    modules = list(model.modules())
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    with uncompiled(model), _frozen(parameters), _dequantized(modules), _every_layer_counts():
+        with _recording(_ConstantWeights(parameters)):
+            yield
+
+
+@contextlib.contextmanager
+def _recording(constants: contextlib.AbstractContextManager | None) -> Iterator[None]:
     token = _active.set(constants)
     try:
-        with uncompiled(model), _frozen(model), _dequantized(model), _every_layer_counts():
-            with torch.inference_mode(False), torch.enable_grad(), constants:
-                yield
+        with torch.inference_mode(False), torch.enable_grad(), constants or contextlib.nullcontext():
+            yield
     finally:
         _active.reset(token)
 
@@ -42,13 +49,7 @@ def recording_again() -> contextlib.AbstractContextManager:
 
     A backward pass does not run under the function modes it was asked for in, and on CUDA in another thread.
     """
-    return _again(_active.get() or contextlib.nullcontext())
-
-
-@contextlib.contextmanager
-def _again(constants: contextlib.AbstractContextManager) -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad(), constants:
-        yield
+    return _recording(_active.get())
 
 
 def uncompiled(model: torch.nn.Module) -> contextlib.AbstractContextManager:
@@ -167,9 +168,9 @@ def own_attribute(module: torch.nn.Module, name: str, value) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
+def _frozen(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     # Up to ComfyUI 0.27 a UNet's parameters ask for gradients.
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -181,10 +182,10 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _dequantized(model: torch.nn.Module) -> Iterator[None]:
+def _dequantized(modules: list[torch.nn.Module]) -> Iterator[None]:
     # Quantizing the input has no derivative. This is the host's own switch for layers that are to multiply unquantized.
     with contextlib.ExitStack() as stack:
-        for module in model.modules():
+        for module in modules:
             if module.__dict__.get("layout_type") is not None:
                 stack.enter_context(own_attribute(module, "comfy_force_cast_weights", True))
         yield
@@ -242,10 +243,10 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
     }
     LAYERS = {F.linear} | CONVOLUTIONS | OTHERS
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, parameters: list[torch.nn.Parameter]):
         super().__init__()
         # The parameters themselves, so that none of these ids can pass to another tensor.
-        self.resident = {id(parameter): parameter for parameter in model.parameters()}
+        self.resident = {id(parameter): parameter for parameter in parameters}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -82,10 +82,10 @@ class Distance:
         return sum(self.terms.values())
 
 
-def pass_gradient(model, x_source, x, text, level="none", around=None):
+def pass_gradient(model, x_source, x, text, level="none", around=None, grad=torch.autograd.grad):
     """The gradient [B, C, H, W], taken in inference mode by `input_gradients` inside the guider's own UNet call.
 
-    `around`: called with (BaseModel, take) where `take()` runs the pass and returns the gradient.
+    `around`: called with (BaseModel, take) where `take()` runs the pass and returns the gradient. `grad`: takes it.
     """
     found = []
 
@@ -106,7 +106,7 @@ def pass_gradient(model, x_source, x, text, level="none", around=None):
                 variable = x.clone().requires_grad_(True)
                 options = unshared_skips(differentiable_attention(transformer_options))
                 call(variable, tapped(options, sites, distance.match), ordinary)
-                (gradient,) = torch.autograd.grad(distance.total(), variable)
+                (gradient,) = grad(distance.total(), variable)
             return gradient
 
         with uncompiled(executor.class_obj):

@@ -1,5 +1,7 @@
 """The guided pass with parts of it computed again: the same gradient to the last bit, and no trace."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,32 @@ def test_patches_of_other_packs_see_the_same_layer_each_time(model, level):
     assert torch.equal(pass_gradient(patched, x_source, x, text, level), plain)
     assert set(other.seen) == places
     assert not torch.equal(plain, pass_gradient(model, x_source, x, text))
+
+
+def in_a_thread(outputs, inputs):
+    """As autograd takes gradients on CUDA: in a thread that knows nothing of where it was asked for."""
+    results = []
+
+    def work():
+        try:
+            results.extend(torch.autograd.grad(outputs, inputs))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_backward_pass_may_run_in_another_thread(model, level):
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    elsewhere = pass_gradient(model, x_source, x, text, level, grad=in_a_thread)
+    assert torch.equal(elsewhere, pass_gradient(model, x_source, x, text))
 
 
 @pytest.mark.parametrize("level", RECOMPUTING)
