@@ -22,8 +22,9 @@ from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ..editing.inversion import Inversion
 
-JOB = "pix2pix_zero_plug_and_play"
-SOURCE = "pix2pix_zero_source"
+PACK = "pix2pix_zero_"
+JOB = PACK + "plug_and_play"
+SOURCE = PACK + "source"
 
 
 def with_source_features(
@@ -268,10 +269,13 @@ class InjectFeatures:
             self.sites = [site for sites, end in self.ends.items() if sigma >= end for site in sites]
         if not self.sites:
             return
-        self._areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
+        areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
+        self._areas |= areas
         x = latent_at(self.inversion, sigma).to(x_in)
-        for area in set(self._areas.values()) - self._features.keys():
-            self._features[area] = read_features(model, self._entries(area), x, sigma, self.sites, model_options)
+        for area in set(areas.values()) - self._features.keys():
+            features = read_features(model, self._entries(area), x, sigma, self.sites, model_options)
+            # Attention's v stays the edit's own.
+            self._features[area] = {site: tensors[:2] for site, tensors in features.items()}
 
     def _entries(self, area: tuple | None) -> list[dict]:
         """The parts of the source's conditioning that speak for an area, or all if none does, each for that area."""
@@ -318,6 +322,8 @@ def read_features(
     timestep = x.new_full((len(x),), sigma)
     job = ReadFeatures(sites, entries, x, timestep)
     options = create_model_options_clone(model_options)
-    options["transformer_options"][JOB] = job
+    theirs = options["transformer_options"]
+    # What the pack's other methods do to the edit's calls is not for the source's.
+    options["transformer_options"] = {k: v for k, v in theirs.items() if not str(k).startswith(PACK)} | {JOB: job}
     comfy.samplers.calc_cond_batch(model, [entries], x, timestep, options)
     return job.features()
