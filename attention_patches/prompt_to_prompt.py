@@ -101,7 +101,7 @@ class AttentionEdit:
             rows = [slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids) if uuid in self.entries]
             if place[0] == "attn1":
                 return self._attend_to_itself(place, q, k, v, rows, attention)
-            out = attention(q, k, v)
+            out = attention(q, k, v).clone()
             for part in rows:
                 change = self._change(place, q[part], k[part], v[part], heads)
                 if change is not None:
@@ -111,14 +111,14 @@ class AttentionEdit:
         return install(transformer_options, places, attend)
 
     def _attend_to_itself(self, place, q, k, v, rows, attention):
-        """M_t := source's maps, with the edit's values (section 3.2, eq. 3 and the self-attention of its code)."""
+        """The source's self-attention maps, given by its q and k, with the edit's values (as in the authors' code)."""
         source_q, source_k = self.source.kept[place]
         q, k = q.clone(), k.clone()
         for part in rows:
             if q[part].shape != source_q.shape or k[part].shape != source_k.shape:
                 raise ValueError(
                     "model: another patch (HyperTile?) changes the shape of its self-attention from call to call. "
-                    "Remove it, or set self_until to 0."
+                    "Remove it (with HyperTile, swap_size 1 will do), or set self_until to 0."
                 )
             q[part], k[part] = source_q, source_k
         return attention(q, k, v)

@@ -5,7 +5,7 @@ word by word.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -143,6 +143,10 @@ class TokenMap:
     def edit(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Maps of the edited prompt [..., T] from those of the source [..., S] and its own (section 3.2)."""
         return source @ self.mapper.to(source) + target * self.own.to(target)
+
+    def to(self, device: torch.device) -> "TokenMap":
+        """The same on a device."""
+        return replace(self, mapper=self.mapper.to(device), own=self.own.to(device))
 
 
 def map_tokens(source: Prompt, target: Prompt) -> TokenMap:

@@ -16,11 +16,17 @@ class WordMask:
     def __init__(self, tokens: list[int], shape: tuple[int, int]):
         self.tokens = tokens
         self.shape = shape
-        self.total = 0.0
+        self.total = None
 
     def add(self, maps: torch.Tensor) -> None:
-        """Count one layer's maps [B, heads, pixels, tokens] in one step."""
-        self.total = self.total + maps[..., self.tokens].sum(-1).mean(1).unflatten(-1, self.shape)
+        """Count one layer's maps [B, heads, pixels, tokens] in one step. Raises ValueError for maps of another size."""
+        if maps.shape[2] != self.shape[0] * self.shape[1]:
+            raise ValueError(
+                "model: another patch changes the size of its attention maps (Deep Shrink?), so local_blend cannot sum "
+                "them. Remove it, or set local_blend to 0."
+            )
+        drawn = maps[..., self.tokens].sum(-1).mean(1).unflatten(-1, self.shape)
+        self.total = drawn if self.total is None else self.total + drawn
 
     def area(self, threshold: float) -> torch.Tensor:
         """[B, 1, height, width] bool: where the words' attention, grown by a pixel, exceeds a share of its range.

@@ -80,6 +80,8 @@ def edit_by_prompt(
     commas. `local_blend`: threshold in 0..1. `blend_words`: in lines or between commas; empty for the words that differ.
     Raises ValueError, naming the socket, for texts, words or an inversion that do not fit.
     """
+    if clip is None:
+        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
     if inversion.model() is not model.model:
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Inversion and to Prompt-to-Prompt."
@@ -246,7 +248,10 @@ def _process_source(guider, inversion: Inversion) -> list[dict]:
     device = guider.model_patcher.load_device
     picture = inversion.trajectory[0].to(device)
     noise = torch.zeros_like(picture)
-    return samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture)[KEY]
+    source = samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture)[KEY]
+    if source[0].get("area") is not None:
+        raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
+    return source
 
 
 def _check_sampling(options: dict, guider, noise: torch.Tensor, edit: PromptEdit) -> None:
@@ -306,7 +311,10 @@ class Sampling:
     """
 
     def __init__(self, edit: PromptEdit, guider, source: list[dict]):
+        device = guider.model_patcher.load_device
         self.edit = edit
+        self.token_map = edit.token_map.to(device)
+        self.factors = None if edit.factors is None else edit.factors.to(device)
         self.guider = guider
         self.source = source
         inversion = edit.inversion
@@ -335,8 +343,8 @@ class Sampling:
             attention,
             {entry["uuid"] for entry in self.guider.conds["positive"]},
             len(self.edit.token_map.own),
-            self.edit.token_map if cross else None,
-            self.edit.factors,
+            self.token_map if cross else None,
+            self.factors,
             self.watched,
             lambda place, *maps: seen.__setitem__(place, maps),
         )
@@ -352,6 +360,10 @@ class Sampling:
         options = _with_call(model_options, _Call(attention.install))
         latent = self._latent(place).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
+        if len(attention.kept) != len(attention.places):
+            raise ValueError(
+                "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
+            )
 
     def _place(self, sigma: float) -> float:
         """The place of a noise level on the inversion's grid, a whole number if it is one of its levels."""
@@ -400,9 +412,10 @@ class Sampling:
         if self.edit.inversion.noise_mask is not None:
             mask = comfy.utils.reshape_mask(self.edit.inversion.noise_mask, x.shape).to(x)
         if self.edit.blend and step >= BLEND_FROM * self.edit.inversion.steps:
-            areas = [words.area(self.edit.blend) for words in self.masks if words.tokens]
-            blend = soft_mask(areas, x.shape[-2:]).to(x)
-            mask = blend if mask is None else mask * blend
+            areas = [words.area(self.edit.blend) for words in self.masks if words.total is not None]
+            if areas:
+                blend = soft_mask(areas, x.shape[-2:]).to(x)
+                mask = blend if mask is None else mask * blend
         return mask
 
 

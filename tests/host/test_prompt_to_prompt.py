@@ -576,6 +576,56 @@ def test_a_controlnet_on_the_edit_is_not_handed_on_to_the_source(model, clip, in
     assert (edited - sample(patched, inversion, positive, encode(clip, ""))).abs().max() > 1e-3 * edited.std()
 
 
+def test_a_controlnet_of_the_caption_is_loaded_and_cleaned_up(model, clip, inversion):
+    class Control(comfy.controlnet.ControlBase):
+        loaded = cleaned = 0
+
+        def get_control(self, x, timestep, cond, batched_number, transformer_options):
+            return {"middle": [torch.ones(1, 128, 4, 4)]}
+
+        def get_models(self):
+            Control.loaded += 1
+            return []
+
+        def cleanup(self):
+            Control.cleaned += 1
+
+        def copy(self):
+            return Control()
+
+    caption = [[inversion.source[0][0], {"control": Control(), "control_apply_to_uncond": False}]]
+    controlled = replace(inversion, source=caption)
+    patched, _ = patch(model, controlled, clip, "a dog on a sofa")
+    text, negative = encode(clip, "a dog on a sofa"), encode(clip, "")
+    edited = sample(patched, controlled, text, negative)
+    assert Control.loaded and Control.cleaned
+    plain, _ = patch(model, inversion, clip, "a dog on a sofa")
+    assert (edited - sample(plain, inversion, text, negative)).abs().max() > 1e-3 * edited.std()
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(dict(area=(4, 4, 0, 0)), "area"), (dict(start_percent=0.9, end_percent=1.0), "part of the sampling")],
+)
+def test_a_caption_that_does_not_cover_the_picture_is_refused(model, clip, inversion, limit, message):
+    limited = replace(inversion, source=[[inversion.source[0][0], limit]])
+    patched, _ = patch(model, limited, clip, "a dog on a sofa")
+    with pytest.raises(ValueError, match=f"inversion: its caption is limited to .*{message}"):
+        sample(patched, limited, encode(clip, "a dog on a sofa"), encode(clip, ""))
+
+
+def test_steps_without_the_target_are_not_blended(model, clip, inversion):
+    """A target that comes in late (ConditioningSetTimestepRange) has drawn no maps before."""
+    patched, positive = patch(model, inversion, clip, "a dog on a sofa", local_blend=0.5)
+    late = [[positive[0][0], {"start_percent": 0.9, "end_percent": 1.0}]]
+    assert sample(patched, inversion, late, encode(clip, "")).isfinite().all()
+
+
+def test_a_model_without_text_encoder_is_told(model, inversion):
+    with pytest.raises(ValueError, match="clip: there is none"):
+        patch(model, inversion, None, "a dog")
+
+
 def test_it_runs_on_the_server_from_stock_nodes(server):
     graph = Graph()
     parts = graph.add("Pix2PixZeroDemoModel")
