@@ -109,13 +109,20 @@ def _recomputing(module: torch.nn.Module, piece: int | None) -> contextlib.Abstr
 
 def _checkpoint(forward: Callable, *args, **kwargs):
     call = _Repeatable(forward, args, kwargs)
-    return checkpoint(
+    out = checkpoint(
         call,
         *call.graph_tensors(),
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (contextlib.nullcontext(), recording_again()),
     )
+    error, call.error = call.error, None
+    try:
+        if error is not None:
+            raise error
+        return out
+    finally:
+        del error  # or its traceback would hold on to this frame, and with it to tensors
 
 
 class _Repeatable:
@@ -134,6 +141,7 @@ class _Repeatable:
         self.options = {i: value.copy() for i, value in enumerate(self.values) if isinstance(value, dict)}
         self.in_graph = [i for i, value in enumerate(self.values) if _in_graph(value)]
         self.repeats = False
+        self.error: BaseException | None = None
 
     def graph_tensors(self) -> list[torch.Tensor]:
         """The tensors to call this with. They are given away: asked for once."""
@@ -146,11 +154,17 @@ class _Repeatable:
         values = self.values.copy()
         for i, tensor in zip(self.in_graph, tensors):
             values[i] = tensor
-        if self.repeats:
-            for i, options in self.options.items():
-                values[i] = options.copy()
-        self.repeats = True
         positional = len(values) - len(self.names)
+        if not self.repeats:
+            self.repeats = True
+            try:
+                return self.forward(*values[:positional], **dict(zip(self.names, values[positional:])))
+            except BaseException as error:
+                # `checkpoint` leaves its hooks behind when an error passes through it: that one is raised afterwards.
+                self.error = error
+                return None
+        for i, options in self.options.items():
+            values[i] = options.copy()
         return self.forward(*values[:positional], **dict(zip(self.names, values[positional:])))
 
 

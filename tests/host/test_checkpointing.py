@@ -2,6 +2,7 @@
 
 import threading
 
+import comfy.model_management
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,67 @@ def test_the_backward_pass_may_run_in_another_thread(model, level):
     text = conditioning(seed=1)
     elsewhere = pass_gradient(model, x_source, x, text, level, grad=in_a_thread)
     assert torch.equal(elsewhere, pass_gradient(model, x_source, x, text))
+
+
+class Mishap(torch.autograd.Function):
+    """An operation of another pack that fails from its second call on, which is in the backward pass."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        Mishap.calls += 1
+        if Mishap.calls > 1:
+            raise comfy.model_management.InterruptProcessingException
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_an_interruption_while_recomputing_is_heard_and_leaves_no_trace(model):
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    before = pass_gradient(model, x_source, x, text, "blocks")
+    faulty = model.clone()
+    faulty.set_model_attn1_patch(
+        lambda q, k, v, options: (Mishap.apply(q) if q.requires_grad and options["block"][1] == 1 else q, k, v)
+    )
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        pass_gradient(faulty, x_source, x, text, "blocks")
+    assert Mishap.calls == 2
+    assert not own_forwards(model)
+    assert torch.equal(pass_gradient(model, x_source, x, text, "blocks"), before)
+
+
+@pytest.mark.parametrize("level", RECOMPUTING)
+@pytest.mark.parametrize("call", [1, 2], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "layer", ["output_blocks.1.1.transformer_blocks.0.ff.net.0.proj", "input_blocks.1.0.in_layers.0"]
+)
+def test_running_out_of_memory_anywhere_lets_the_next_pass_run(model, level, layer, call, monkeypatch):
+    x_source, x = latents(model)
+    text = conditioning(seed=1)
+    before = pass_gradient(model, x_source, x, text, "blocks")
+    module = model.model.diffusion_model.get_submodule(layer)
+    forward, calls = module.forward, []
+
+    def fail(*args):
+        calls.extend([1] if torch.is_grad_enabled() else [])
+        if len(calls) == call and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(module.__dict__, "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            pass_gradient(model, x_source, x, text, level)
+    # The error is still held, as where a pass is tried again while it is handled.
+    assert caught.value is not None
+    saved = torch.tensor(1.0, requires_grad=True)
+    assert (saved * saved).grad_fn._saved_self is saved, "no hook is left that would take saved tensors away"
+    assert torch.equal(pass_gradient(model, x_source, x, text, "blocks"), before)
 
 
 @pytest.mark.parametrize("level", RECOMPUTING)
