@@ -24,10 +24,11 @@ choose_device()
 from pix2pix_zero.benchmarks.cost_parts.jobs import DTYPES, Job, run_job  # noqa: E402
 from pix2pix_zero.benchmarks.cost_parts.report import Results, summarize, tables  # noqa: E402
 from pix2pix_zero.benchmarks.cost_parts.unets import FULL, QUICK, make_weights  # noqa: E402
-from pix2pix_zero.benchmarks.cost_parts.variants import counted_steps, variant_names  # noqa: E402
+from pix2pix_zero.benchmarks.cost_parts.variants import variant_names  # noqa: E402
 from pix2pix_zero.devtools.process import orderly_end  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "bench_cost.json"
+COUNTED_STEPS = (1, 2)  # the slope between them is the cost of a step
 GROWTH_STEPS = [10, 50]
 
 
@@ -61,13 +62,13 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 def measure(dtype: str, options: argparse.Namespace, folder: Path) -> dict[str, Results]:
     """Run all jobs of one data type, the timed ones in alternation."""
     results = {name: Results() for name in options.variants}
+    steps = {"count": COUNTED_STEPS, "gradient": (), "growth": options.growth, "time": (options.steps,)}
     kinds = ["count", "gradient", *(["growth"] if options.growth else []), *["time"] * options.rounds]
     for kind, (name, result) in itertools.product(kinds, results.items()):
         gradients = folder / f"{name}.safetensors"
         if kind in result.failures or kind == "gradient" and not gradients.exists():
             continue
-        steps = {"count": counted_steps(name), "growth": tuple(options.growth or ()), "time": (options.steps,)}
-        job = Job(kind, name, dtype, options.size, steps.get(kind, ()), options.quick, str(gradients))
+        job = Job(kind, name, dtype, options.size, tuple(steps[kind]), options.quick, str(gradients))
         start = time.perf_counter()
         try:
             result.done[kind].append(run_job(job) if options.quick else run_in_child(job, options.threads))

@@ -13,10 +13,11 @@ from .counting import Gradient, Watch, flop_counter
 from .memory import Peak
 from .reference import plain_gradient
 from .unets import FULL, QUICK, float64_unet
-from .variants import Edit, load_variant, runs_in_executor
+from .variants import Edit, guided_share, load_variant, runs_in_executor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP_SIZE = 64
+USUAL_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,40 @@ def count(job: Job) -> dict:
     with flop_counter() as counter:
         run.variant.one_forward(run.edit)
     forward = counter.get_total_flops()
-    counts = []
-    for steps in job.steps:
+
+    def counted(steps: int) -> tuple[dict, Watch]:
         watch = Watch(run.edit.positive)
-        run.peak.reset()
         with watch.over(run.variant.unet):
             samples = run.whole(run.edit, steps)
-        counts.append({"steps": steps, **asdict(watch.passes), "fe": watch.passes.flops / forward})
+        finite = bool(samples.isfinite().all())
+        return {"steps": steps, **asdict(watch.passes), "fe": watch.passes.flops / forward, "finite": finite}, watch
+
+    counts, unguided = [], []
+    for steps in job.steps:
+        run.peak.reset()
+        result, watch = counted(steps)
+        counts.append(result)
+    peak = run.peak.above_base()
     if watch.first is not None:
         gradient = watch.first.gradient * run.variant.texts_per_gradient
         save_file({**asdict(watch.first), "gradient": gradient}, job.gradients)
+    weight = guided_weight(job.variant, job.steps[-1])
+    if weight < 1:
+        run.variant.strength = 0.0
+        unguided = [counted(steps)[0] for steps in job.steps]
     return {
         "gflop_per_forward": forward / 1e9,
         "counts": counts,
-        "peak_bytes": run.peak.above_base(),
-        "finite": bool(samples.isfinite().all()),
+        "unguided_counts": unguided,
+        "guided_weight": weight,
+        "peak_bytes": peak,
+        "finite": all(result["finite"] for result in counts),
     }
+
+
+def guided_weight(variant: str, steps: int) -> float:
+    """Few steps are all guided, of many only some: how much guided steps count, beside unguided ones, as in a usual edit."""
+    return guided_share(variant, max(steps, USUAL_STEPS)) / guided_share(variant, steps)
 
 
 def measure_time(job: Job) -> dict:
@@ -110,11 +129,17 @@ def measure_time(job: Job) -> dict:
     again = edit
     if run.variant.uses_inversion_again:
         _, again = run.timed(run.variant.redraw, run.edit, inverted, steps)
+    weight = guided_weight(job.variant, steps)
+    if weight < 1:
+        run.variant.strength = 0.0
+        _, unguided = run.timed(run.variant.redraw, run.edit, inverted, steps)
+        edit, again = (weight * seconds + (1 - weight) * unguided for seconds in (edit, again))
     return {
         "inversion": inversion,
         "edit": edit,
         "whole": inversion + edit,
         "edit_again": again,
+        "guided_weight": weight,
         "peak_bytes": run.peak.above_base() if run.peak.on_gpu else None,
         "finite": bool(samples.isfinite().all()),
     }

@@ -32,7 +32,7 @@ def _figures(results: Results, base: list[dict], scale: list[dict]) -> dict:
     return {
         "failures": results.failures,
         "finite": all(result["finite"] for result in [count, *rounds] if result),
-        "per_step": _per_step(count["counts"]) if count else None,
+        "per_step": _per_step(count) if count else None,
         "count": count,
         "gradient_error": results.of("gradient").get("relative_error"),
         "growth": results.of("growth").get("peak_bytes"),
@@ -54,13 +54,20 @@ def _spread(values: list[float]) -> dict | None:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _per_step(counts: list[dict]) -> dict:
-    """What each further step costs, and of operations what comes once."""
+def _per_step(count: dict) -> dict:
+    """What each step of a usual edit costs, and of operations what comes once."""
+    guided, unguided = (_slopes(count[name]) for name in ("counts", "unguided_counts"))
+    weight, first = count["guided_weight"], count["counts"][0]
+    steps = {name: weight * guided[name] + (1 - weight) * unguided.get(name, 0.0) for name in guided}
+    return {**steps, "fe_once": first["fe"] - first["steps"] * guided["fe"]}
+
+
+def _slopes(counts: list[dict]) -> dict[str, float]:
+    if not counts:
+        return {}
     few, many = counts[0], counts[-1]
-    steps = many["steps"] - few["steps"]
     names = ("fe", "forward_calls", "forward_rows", "backward_calls", "backward_rows")
-    slopes = {name: (many[name] - few[name]) / steps for name in names}
-    return {**slopes, "fe_once": many["fe"] - many["steps"] * slopes["fe"]}
+    return {name: (many[name] - few[name]) / (many["steps"] - few["steps"]) for name in names}
 
 
 def tables(variants: dict[str, dict]) -> str:

@@ -1,5 +1,6 @@
 """The implementations that are compared: the same edit of the same picture, by the same number of steps."""
 
+import math
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -132,6 +133,7 @@ class Pack:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, preset: str):
         self.preset = preset
+        self.strength = STRENGTH
         self.model = comfyui_model(shape, dtype)
         self.unet = self.model.model.diffusion_model
 
@@ -148,7 +150,7 @@ class Pack:
 
     def redraw(self, edit: Edit, inverted, steps: int) -> torch.Tensor:
         texts = _conditioning(edit.positive), _conditioning(edit.negative)
-        return sample_edit(self.model, inverted, *texts, CFG, STRENGTH, preset=self.preset)
+        return sample_edit(self.model, inverted, *texts, CFG, self.strength, preset=self.preset)
 
 
 class Unguided(Pack):
@@ -156,16 +158,13 @@ class Unguided(Pack):
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         super().__init__(shape, dtype, "default")
+        self.strength = 0.0
 
     def invert(self, edit: Edit, steps: int):
         unregularized = NoiseRegularization(steps=0)
         return invert_latent(
             self.model, _conditioning(edit.source), _latent(edit), steps, 0, unregularized, method="ddim"
         )
-
-    def redraw(self, edit: Edit, inverted, steps: int) -> torch.Tensor:
-        texts = _conditioning(edit.positive), _conditioning(edit.negative)
-        return sample_edit(self.model, inverted, *texts, CFG, 0.0)
 
 
 class KSampler(Unguided):
@@ -191,10 +190,10 @@ def variant_names() -> list[str]:
     return [*PEERS, *PRESETS, *SCALE]
 
 
-def counted_steps(name: str) -> tuple[int, int]:
-    """Two numbers of steps, as small as the slope between them can be that of many steps."""
-    period = round(PRESETS[name].every / PRESETS[name].share) if name in PRESETS else 1
-    return period, 2 * period
+def guided_share(name: str, steps: int) -> float:
+    """On which part of an edit's steps guidance acts."""
+    every = PRESETS[name].every(steps) if name in PRESETS else 1
+    return math.ceil(steps / every) / steps
 
 
 def runs_in_executor(name: str) -> bool:
