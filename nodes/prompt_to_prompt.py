@@ -15,7 +15,7 @@ class Pix2PixZeroPromptToPrompt(io.ComfyNode):
             category=CATEGORY,
             description="Redraws an inverted picture with another caption: words that stay keep their place in the "
             "picture, words that change are drawn where the old ones were. Sample the model with a stock sampler "
-            "(euler) from the noise and sigmas of Invert Picture.",
+            "(euler, no added noise) from the noise and sigmas of Invert Picture, with the source caption as the negative.",
             search_aliases=["p2p", "prompt to prompt", "attention replace", "word swap", "local blend"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the picture was inverted with. LoRAs may be added to it."),

@@ -13,7 +13,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.plug_and_play import with_source_features
-from pix2pix_zero.host.sampling import invert_latent, inverted_noise
+from pix2pix_zero.host.sampling import generate_reference, invert_latent, inverted_noise
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from small_unet import CONFIG, SmallSD, latent, small_model
 from tiny_clip import tiny_clip
@@ -245,6 +245,27 @@ def test_the_same_text_gives_the_plain_reconstruction_or_better(model, clip, inv
     exact = edit(model, direct, clip, SOURCE, cfg=1.0, cross=1.0, to_itself=1.0) - source
     assert exact.abs().max() <= 1e-4 * source.std()
     assert plain.abs().max() > 1e-2 * source.std()
+
+
+def test_a_generated_picture_comes_back_with_its_own_text(model, clip):
+    with torch.inference_mode():
+        empty = {"samples": torch.zeros(1, 4, 8, 8)}
+        negative = encode(clip, "ugly")
+        inversion, samples = generate_reference(model, encode(clip, SOURCE), negative, empty, STEPS, 3.0, 7)
+    again = edit(model, inversion, clip, SOURCE, cfg=3.0, negative=negative, cross=1.0, to_itself=1.0)
+    assert (again - samples).abs().max() <= 1e-4 * samples.std()
+    edited = edit(model, inversion, clip, "a dog on a sofa", cfg=3.0, negative=negative)
+    assert (edited - samples).abs().max() > 1e-2 * samples.std()
+
+
+def test_half_precision_gives_nearly_the_same_edit(clip):
+    """Maps are drawn in fp32 whatever the model computes in."""
+    edits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.inference_mode():
+            half = small_model(weight_dtype=dtype)
+        edits.append(edit(half, invert(half, clip, method="direct"), clip, "a fluffy cat on a sofa"))
+    assert (edits[0] - edits[1]).norm() <= 0.05 * edits[0].norm()
 
 
 def test_without_windows_it_is_the_word_swap(model, clip, inversion):
