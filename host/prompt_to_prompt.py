@@ -4,11 +4,8 @@ Hertz et al., ICLR 2023. The source branch is the inversion's stored trajectory,
 sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet call on the stored latent gives its attention.
 """
 
-import hashlib
 import logging
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import comfy.sampler_helpers
@@ -22,19 +19,11 @@ from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention, site_levels
 from ..attention_patches.sites import cross_attention_sites
 from ..editing.inversion import Inversion
-from ..editing.token_alignment import (
-    WORD_END,
-    Prompt,
-    TokenMap,
-    Word,
-    column_factors,
-    map_tokens,
-    positions,
-    read_prompt,
-)
+from ..editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ..editing.word_masks import WordMask, soft_mask
 from .attention_passes import JOB
 from .gradients import differentiable_attention
+from .prompt_words import blend_tokens, find_words, read_factors, tokenize
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 BLEND_FROM = 0.2
@@ -98,8 +87,8 @@ def edit_by_prompt(
     _check_source(clip, source, before, inversion)
     positive = _encode_target(clip, target, after, inversion)
     token_map = map_tokens(before, after)
-    weights = [(_find(clip, word, "reweight", after), factor) for word, factor in read_factors(reweight)]
-    blend_tokens = _blend_tokens(clip, blend_words, before, after, token_map, weights) if local_blend else ([], [])
+    weights = [(find_words(clip, word, "reweight", after), factor) for word, factor in read_factors(reweight)]
+    blended = blend_tokens(clip, blend_words, before, after, token_map, weights) if local_blend else ([], [])
     edit = PromptEdit(
         inversion,
         token_map,
@@ -107,87 +96,9 @@ def edit_by_prompt(
         round(self_until * inversion.steps),
         column_factors(after.length, weights) if weights else None,
         local_blend,
-        blend_tokens,
+        blended,
     )
     return _with_edit(model, edit), positive
-
-
-def tokenize(clip, text: str, socket: str) -> Prompt:
-    """The words of a text as this CLIP tokenizes it. Raises ValueError if it has none, or for an unknown tokenizer."""
-    tokens = clip.tokenize(text, return_word_ids=True)
-    layouts = {tuple(tuple(token[2] for token in row) for row in rows) for rows in tokens.values()}
-    if len(layouts) != 1:
-        raise ValueError(
-            "clip: its encoders split the text differently, so words cannot be matched to attention maps. "
-            "Use the CLIP of an SD 1.x, SD 2.x or SDXL model."
-        )
-    rows = tokens.get("l") or next(iter(tokens.values()))
-
-    def spell(token) -> str:
-        return clip.tokenizer.untokenize([(token, 1.0)])[0][1] if isinstance(token, int) else token + WORD_END
-
-    prompt = read_prompt([[(_identity(token), segment) for token, _, segment in row] for row in rows], spell)
-    if not prompt.words:
-        raise ValueError(f"{socket}: it is empty. Write the {'edited ' if socket == 'target' else ''}caption.")
-    return prompt
-
-
-def _identity(token):
-    """Tokens that compare equal where they mean the same; those of an embedding are tensors, here named by a digest."""
-    if torch.is_tensor(token):
-        return hashlib.sha256(token.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
-    return token
-
-
-def read_factors(text: str) -> list[tuple[str, float]]:
-    """(word, factor) of each "word: factor" in lines or between commas. Raises ValueError naming the faulty one."""
-    factors = []
-    for entry in _entries(text):
-        word, _, number = entry.rpartition(":")
-        try:
-            factor = float(number)
-        except ValueError:
-            factor = math.nan
-        if not word.strip() or not math.isfinite(factor):
-            raise ValueError(f"reweight: {entry!r} is not of the form 'word: factor'. Write for example 'fluffy: 2'.")
-        factors.append((word.strip(), factor))
-    return factors
-
-
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
-
-
-def _find(clip, phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
-    words = tokenize(clip, phrase, socket).words
-    found = [word for prompt in prompts for word in prompt.find(words)]
-    if not found:
-        where = "target" if len(prompts) == 1 else "source or target"
-        raise ValueError(f"{socket}: {phrase!r} does not occur in {where}. Write it as it stands there.")
-    return found
-
-
-def _blend_tokens(clip, phrases: str, before: Prompt, after: Prompt, token_map: TokenMap, weights) -> tuple:
-    if _entries(phrases):
-        named = [(phrase, tokenize(clip, phrase, "blend_words").words) for phrase in _entries(phrases)]
-        for phrase, _ in named:
-            _find(clip, phrase, "blend_words", before, after)
-        return tuple(positions(word for _, words in named for word in p.find(words)) for p in (before, after))
-    removed, added = (_telling(words) for words in (token_map.removed, token_map.added))
-    if not removed and not added:
-        added = [word for words, _ in weights for word in words]
-    if not removed and not added:
-        raise ValueError(
-            "local_blend: source and target are the same text, so there is no word to draw the mask from. "
-            "Name the words in blend_words, or set local_blend to 0."
-        )
-    return positions(removed), positions(added)
-
-
-def _telling(words: Iterable[Word]) -> list[Word]:
-    """The words without those like "a" and "with", whose attention is everywhere, unless there are no others."""
-    words = list(words)
-    return [word for word in words if not word.little] or words
 
 
 def _check_source(clip, source: str, prompt: Prompt, inversion: Inversion) -> None:
