@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -54,8 +55,6 @@ def with_source_features(
     ):
         model.remove_wrappers_with_key(kind, JOB)
         model.add_wrapper_with_key(kind, JOB, wrapper)
-    if negative_alpha < 1 and _blend_negative not in model.model_options.get("sampler_pre_cfg_function", []):
-        model.set_model_sampler_pre_cfg_function(_blend_negative)
     return model
 
 
@@ -89,11 +88,21 @@ def latent_at(inversion: Inversion, sigma: float) -> torch.Tensor:
     Between two levels DDIM moves along a straight line in sigma (`editing.ddim.step`), so this is where its own step would
     have come by. Beyond the noisiest level the last step goes on.
     """
-    sigmas = inversion.sigmas
-    above = int(torch.searchsorted(sigmas, sigma).clamp(1, inversion.steps))
-    low, high = sigmas[above - 1 : above + 1].tolist()
-    part = (sigma - low) / (high - low)
-    return torch.lerp(inversion.trajectory[above - 1], inversion.trajectory[above], part)
+    low, high, x_low, x_high = _step_through(inversion, sigma)
+    return torch.lerp(x_low, x_high, (sigma - low) / (high - low))
+
+
+def estimate_at(inversion: Inversion, sigma: float) -> torch.Tensor:
+    """The estimate of the clean latent that takes DDIM down the source's trajectory from any noise level: [B, C, H, W]."""
+    low, high, x_low, x_high = _step_through(inversion, sigma)
+    return torch.lerp(x_low, x_high, -low / (high - low))
+
+
+def _step_through(inversion: Inversion, sigma: float) -> tuple[float, float, torch.Tensor, torch.Tensor]:
+    """The inversion's step that ends at a noise level or passes it: its levels and its latents."""
+    above = int(torch.searchsorted(inversion.sigmas, sigma * (1 - 1e-4)).clamp(1, inversion.steps))
+    low, high = inversion.sigmas[above - 1 : above + 1].tolist()
+    return low, high, inversion.trajectory[above - 1], inversion.trajectory[above]
 
 
 class _LockstepSampling:
@@ -122,7 +131,13 @@ class _LockstepSampling:
     def sample(self, executor, guider, sigmas, extra_args, *args, **kwargs):
         source = self._process(guider)
         options = create_model_options_clone(extra_args["model_options"])
-        options["transformer_options"][JOB] = InjectFeatures(self.inversion, source, self.sites, self.negative_alpha)
+        options["transformer_options"][JOB] = InjectFeatures(self.inversion, source, self.sites)
+        if self.negative_alpha < 1:
+            blend = partial(_blend_negative, source, self.negative_alpha)
+            options["sampler_pre_cfg_function"] = [*options.get("sampler_pre_cfg_function", []), blend]
+        if self.inversion.noise_mask is not None:
+            keep = partial(_keep_outside, self.inversion)
+            options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), keep]
         try:
             return executor(guider, sigmas, {**extra_args, "model_options": options}, *args, **kwargs)
         finally:
@@ -160,29 +175,36 @@ def _carry_out(executor, x, t, c_concat=None, c_crossattn=None, control=None, tr
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     unet, visit = executor.class_obj.diffusion_model, job.visitor(transformer_options)
     try:
-        with _uncompiled(), tapped(unet, job.sites, visit, transformer_options) as options:
+        with uncompiled(), tapped(unet, job.sites, visit, transformer_options) as options:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     except LastSiteReached:
         return torch.zeros_like(x)
 
 
-def _uncompiled() -> contextlib.AbstractContextManager:
+def uncompiled() -> contextlib.AbstractContextManager:
     """Code that torch.compile made does not see forward hooks that come and go."""
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
 
 
-def _blend_negative(args: dict) -> list:
-    """A pre-cfg function: part of the negative prediction is that for the source text (Plug-and-Play section 4.3)."""
-    job = args["model_options"]["transformer_options"].get(JOB)
+def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:
+    """A pre-cfg function: part of the negative prediction is that for the source text (section 4.3)."""
     positive, negative, *rest = args["conds_out"]
-    if not isinstance(job, InjectFeatures) or job.negative_alpha == 1 or args["conds"][1] is None:
+    if args["conds"][1] is None:  # at cfg 1
         return args["conds_out"]
     (against,) = comfy.samplers.calc_cond_batch(
-        args["model"], [job.source], args["input"], args["sigma"], args["model_options"]
+        args["model"], [source], args["input"], args["sigma"], args["model_options"]
     )
-    return [positive, torch.lerp(against, negative, job.negative_alpha), *rest]
+    return [positive, torch.lerp(against, negative, alpha), *rest]
+
+
+def _keep_outside(inversion: Inversion, args: dict) -> torch.Tensor:
+    """A post-cfg function: where the inversion's noise mask is 0, first-order samplers go down the source's trajectory."""
+    denoised = args["denoised"]
+    mask = comfy.utils.reshape_mask(inversion.noise_mask, denoised.shape).to(denoised)
+    source = estimate_at(inversion, float(args["sigma"][0])).to(denoised)
+    return mask * denoised + (1 - mask) * comfy.utils.repeat_to_batch_size(source, len(denoised))
 
 
 class ReadFeatures:
@@ -254,7 +276,6 @@ class InjectFeatures:
     inversion: Inversion
     source: list[dict]
     ends: dict[tuple[Site, ...], float]
-    negative_alpha: float
     sites: list[Site] = field(default_factory=list)
     _sigma: float | None = None
     _features: dict = field(default_factory=dict)  # by conditioning area

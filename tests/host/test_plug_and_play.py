@@ -9,15 +9,18 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
+import numpy as np
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_extras import nodes_custom_sampler as stock
 from pix2pix_zero.attention_patches.plug_and_play import ResidualSite, feature_site, self_attention_sites
+from pix2pix_zero.demo_model.scene import caption, render, sample_scene
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
-from pix2pix_zero.host.plug_and_play import latent_at, lowest_level
+from pix2pix_zero.host.plug_and_play import latent_at, lowest_level, uncompiled
+from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from small_unet import CONFIG, SmallSD, conditioning, latent, small_model
 
@@ -166,6 +169,20 @@ def edited_calls(model, inversion, rows, positive=None, cfg=2.0, **windows):
     with recorder.recording(model.model.diffusion_model):
         sample(patched, inversion, positive, cfg=cfg)
     return [call for call in recorder.calls if len(call.get("branch", ())) == rows]
+
+
+@torch.inference_mode()
+def test_the_source_text_brings_the_demo_picture_back_better_than_plain_sampling():
+    demo, clip, vae = Pix2PixZeroDemoModel.execute().result
+    scenes = [sample_scene(seed, subject="cat") for seed in (1, 2)]
+    text = [host_nodes.CLIPTextEncode().encode(clip, caption(scene))[0] for scene in scenes]
+    source = vae.encode(torch.from_numpy(np.stack([render(scene) for scene in scenes])).float() / 255)
+    described = [[torch.cat([encoded[0][0] for encoded in text]), {}]]
+    inversion = invert(demo, {"samples": source}, described, steps=10)
+    plain, injected = (
+        sample(m, inversion, described, described, cfg=1.0) - source for m in (demo, patch(demo, inversion))
+    )
+    assert injected.abs().mean() < 0.7 * plain.abs().mean()
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -402,10 +419,34 @@ def test_the_negative_is_blended_with_the_source_text(model, inversion):
     assert distance(blended, empty + 3.0 * (edit - empty)) > 1e-3
 
 
+def test_what_the_picture_masks_out_stays_as_it_is(model):
+    picture = latent(batch=2)
+    picture["noise_mask"] = torch.zeros(1, 8, 8)
+    picture["noise_mask"][..., :4] = 1.0
+    inversion = invert(model, picture)
+    edited = sample(patch(model, inversion, 0.8, 0.5), inversion)
+    assert (edited - picture["samples"])[..., 4:].abs().max() < 1e-5 * edited.std()
+    assert (edited - picture["samples"])[..., :4].abs().mean() > 0.1
+
+
 def test_the_later_of_two_nodes_counts(model, inversion):
     other = invert(model, latent(seed=9))
     twice = patch(patch(model, other, negative_alpha=0.5), inversion, 0.8, 0.5)
     assert torch.equal(sample(twice, inversion), sample(patch(model, inversion, 0.8, 0.5), inversion))
+
+
+def test_compiled_code_does_not_keep_hooks_out():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    compiled = torch.compile(layer, backend="eager")
+    x = torch.ones(1, 2)
+    with torch.inference_mode():
+        plain = compiled(x)
+        with layer.register_forward_hook(lambda module, args, out: out + 1):
+            with uncompiled():
+                hooked = compiled(x)
+        after = compiled(x)
+    assert torch.equal(hooked, plain + 1)
+    assert torch.equal(after, plain)
 
 
 class Cancelled(BaseException):
