@@ -11,6 +11,7 @@ import torch
 
 from . import ddim
 from .inversion import Inversion
+from .local_blend import LocalBlend
 
 Maps = dict[Any, torch.Tensor]
 
@@ -49,6 +50,9 @@ class DenoisingPasses(Protocol):
         self, x: torch.Tensor, sigma: float, reference: Maps
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`denoise`, and in the same UNet call of the positive branch its `map_gradient`: (estimate, gradient, distance)."""
+
+    def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """How far apart the estimates for edited and source text are at `x`, where `denoise` was last: [B, 1, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def sample_guided(
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
     keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
     reference_maps: Callable[[int], Maps | None] = lambda index: None,
+    blend: LocalBlend | None = None,
 ) -> torch.Tensor:
     """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
 
@@ -99,7 +104,7 @@ def sample_guided(
     larger shifts, so that a strength means the same for any number of them. `reference_maps(i)` are the maps kept of
     level i; where there are none, they are recorded from the stored latent. The reference does not drift, and the
     inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the source outside
-    an inpainting mask at level i.
+    an inpainting mask at level i. `blend` restores it wherever the edit does not act.
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
@@ -114,9 +119,13 @@ def sample_guided(
             shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
         else:
             denoised = passes.denoise(x, sigma)
+        if blend is not None:
+            blend.observe(passes.contrast(x, sigma), 1 - index / inversion.steps)
         x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next) + shift
         if inversion.residuals is not None:
             x = x + inversion.residuals[index - 1].to(x)
+        if blend is not None:
+            x = blend.keep_source(x, inversion.trajectory[index - 1].to(x))
         x = keep_outside(x, index - 1)
         on_step(inversion.steps - index, denoised, x)
     return x

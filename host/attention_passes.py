@@ -220,6 +220,17 @@ def _narrow(tensor: torch.Tensor, area) -> torch.Tensor:
     return tensor
 
 
+class _BranchEstimates:
+    """A post-CFG function that only looks: the estimates of the two branches; `negative` is None if it was left out."""
+
+    positive = negative = None
+
+    def __call__(self, args: dict) -> torch.Tensor:
+        self.positive = args["cond_denoised"]
+        self.negative = None if args["uncond"] is None else args["uncond_denoised"]
+        return args["denoised"]
+
+
 class UNetPasses:
     """The evaluations of `editing.guidance.DenoisingPasses`, carried out by a running guider.
 
@@ -230,12 +241,29 @@ class UNetPasses:
     def __init__(self, model_k, extra_args: dict, sites: list[AttentionSite], checkpointing: str = "none"):
         self.model_k = model_k
         self.guider = model_k.inner_model
-        self.extra_args = extra_args
+        options = extra_args["model_options"]
+        self.estimates = _BranchEstimates()
+        hooks = [*options.get("sampler_post_cfg_function", []), self.estimates]
+        self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
         self.sites = sites
         self.checkpointing = Checkpointing(checkpointing)
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return self.model_k(x, _levels(x, sigma), **self.extra_args)
+
+    def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        source = self.estimates.negative
+        if source is None or not self._negative_is_source():
+            source = self.denoise_branch("source", x, sigma)
+        return (self.estimates.positive - source).abs().mean(1, keepdim=True)
+
+    def _negative_is_source(self) -> bool:
+        negative, source = (
+            [entry.get("cross_attn") for entry in self.guider.conds[branch]] for branch in ("negative", "source")
+        )
+        if len(negative) != len(source):
+            return False
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(negative, source))
 
     def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return self._evaluate(branch, x, sigma)

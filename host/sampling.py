@@ -1,6 +1,7 @@
 """Inversion and guided sampling through ComfyUI's guider, which brings loading, conditioning, previews and progress."""
 
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import comfy.model_management
@@ -15,6 +16,7 @@ from ..attention_patches.sites import cross_attention_sites, is_unet
 from ..editing import ddim
 from ..editing.guidance import GuidanceSchedule, sample_guided, sample_official
 from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
+from ..editing.local_blend import LocalBlend
 from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
 from .attention_passes import UNetPasses, attention_state, with_map_jobs
@@ -177,11 +179,13 @@ def sample_edit(
     strength: float,
     window: tuple[float, float] = (0.0, 1.0),
     preset: str = "default",
+    blend: LocalBlend | None = None,
 ) -> torch.Tensor:
     """Redraw an inverted picture along the edited CONDITIONING `positive`: LATENT samples [B, C, H, W].
 
     `window`: part of the sampling, as (start, end) percents in 0..1, in which cross-attention guidance acts. `preset`: a
-    name in `presets.PRESETS`.
+    name in `presets.PRESETS`. `blend`: keeps the source wherever the edit does not act, and holds the mask afterwards; the
+    preset "official" does without.
 
     Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
     """
@@ -212,10 +216,10 @@ def sample_edit(
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         if preset == "official":
             sample = partial(sample_official, final_sigma=float(sampling.sigmas[0]))
-        elif maps is None:
-            sample = sample_guided
         else:
-            sample = partial(sample_guided, reference_maps=lambda level: maps.get(level, x.device))
+            sample = partial(sample_guided, blend=blend)
+            if maps is not None:
+                sample = partial(sample, reference_maps=lambda level: maps.get(level, x.device))
         return sample(
             inversion,
             UNetPasses(model_k, extra_args, sites, affordable_level(model, x, chosen.checkpointing)),
@@ -231,11 +235,37 @@ def sample_edit(
     return _sample(guider, walk, inverted_noise(inversion, model), inversion.sigmas.flip(0), seed=0)
 
 
+def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
+    """The inversion limited to a MASK [B or 1, height, width] as well, 1 where the picture may change."""
+    if mask is None:
+        return inversion
+    mask = _latent_mask(mask, inversion.trajectory[0])
+    if inversion.noise_mask is not None:
+        mask = mask * _latent_mask(inversion.noise_mask, inversion.trajectory[0])
+    return replace(inversion, noise_mask=mask)
+
+
+def edited_area(model, inversion: Inversion, blend: LocalBlend | None) -> torch.Tensor:
+    """Where a picture could change in an edit, as a MASK [B, height, width] of the picture's size."""
+    latent = inversion.trajectory[0]
+    area = torch.ones_like(latent[:, :1])
+    if inversion.noise_mask is not None:
+        area = _latent_mask(inversion.noise_mask, latent)[:, :1]
+    if blend is not None and blend.mask is not None:
+        area = area * blend.mask.to(area)
+    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    return torch.nn.functional.interpolate(area, scale_factor=ratio, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _latent_mask(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    return comfy.utils.reshape_mask(mask, latent.shape).to(latent)
+
+
 def _keep_outside(inversion: Inversion, x: torch.Tensor, level: int) -> torch.Tensor:
     """The source's own latent wherever the inversion's noise mask is 0."""
     if inversion.noise_mask is None:
         return x
-    mask = comfy.utils.reshape_mask(inversion.noise_mask, x.shape).to(x)
+    mask = _latent_mask(inversion.noise_mask, x)
     return mask * x + (1 - mask) * inversion.trajectory[level].to(x)
 
 

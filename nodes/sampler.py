@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..editing.local_blend import LocalBlend
 from ..host.batching import run_per_picture
 from ..host.presets import PRESETS
-from ..host.sampling import sample_edit
+from ..host.sampling import edited_area, masked, sample_edit
 from .types import CATEGORY, Inversion
 
 
@@ -76,10 +77,34 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     tooltip="default: guides every step. fast: guides about ten steps, evenly spread and each as much "
                     "stronger, which gives nearly the same edit; try it first. low memory: the edit of default in much "
                     "less memory and more time; set map_memory of Invert Picture to 0 as well. official: the authors' "
-                    "update, step for step, to compare with their results; the slowest.",
+                    "update, step for step and without local_blend, to compare with their results; the slowest.",
+                ),
+                io.Float.Input(
+                    "local_blend",
+                    default=0.2,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Keeps the source picture wherever the edit acts less than this part of its strongest. Raise "
+                    "it if the background still changes, lower it if the edit is cut off or stops at an edge. 0 lets "
+                    "the whole picture change.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the picture may change at all: white. It is not needed, local_blend finds the place "
+                    "by itself.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", is_output_list=True)],
+            outputs=[
+                io.Latent.Output(display_name="latent", is_output_list=True),
+                io.Mask.Output(
+                    display_name="edited_area",
+                    is_output_list=True,
+                    tooltip="Where the picture was allowed to change. Preview it to set local_blend.",
+                ),
+            ],
         )
 
     @classmethod
@@ -89,11 +114,24 @@ class Pix2PixZeroKSampler(io.ComfyNode):
 
     @classmethod
     def sample(
-        cls, model, inversion, positive, negative, cfg, guidance_strength, start_percent, end_percent, preset
+        cls,
+        model,
+        inversion,
+        positive,
+        negative,
+        cfg,
+        guidance_strength,
+        start_percent,
+        end_percent,
+        preset,
+        local_blend=0.0,
+        mask=None,
     ) -> tuple:
         window = (start_percent, end_percent)
-        samples = sample_edit(model, inversion, positive, negative, cfg, guidance_strength, window, preset)
-        return ({"samples": samples},)
+        inversion = masked(inversion, mask)
+        blend = LocalBlend(local_blend) if local_blend else None
+        samples = sample_edit(model, inversion, positive, negative, cfg, guidance_strength, window, preset, blend)
+        return {"samples": samples}, edited_area(model, inversion, blend)
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroKSampler]

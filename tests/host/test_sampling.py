@@ -4,6 +4,7 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
@@ -66,7 +67,7 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
     )
     assert [len(inversions), len(noises), len(grids)] == [1, 1, 1]
     window = dict(start_percent=[0.0], end_percent=[1.0], preset=["default"])
-    (latents,) = run_node(
+    latents, areas = run_node(
         Pix2PixZeroKSampler,
         model=[model],
         inversion=inversions,
@@ -77,7 +78,7 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
         **window,
     )
     expected = edit(model, invert(model, texts, pictures), edits, texts)
-    assert len(latents) == 1
+    assert len(latents) == len(areas) == 1
     assert torch.equal(latents[0]["samples"], expected)
 
 
@@ -317,3 +318,78 @@ def test_fast_guides_about_ten_steps(model, steps, guided):
     edited, recorded = counted_edits(model, inversion, preset="fast")
     assert recorded == guided
     assert (edited - edit(model, inversion, strength=0.0)).abs().max() > 0.01 * edited.std()
+
+
+@pytest.mark.parametrize("negative_seed", [0, 9], ids=["the caption as negative", "another negative"])
+@pytest.mark.parametrize("cfg", [2.0, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 6e-4])
+def test_contrast_is_that_of_edited_and_source_text(model, negative_seed, cfg, strength):
+    """Whatever branches the sampler needs for itself. Checked against two evaluations of their own at each latent."""
+    inversion, blend, seen = invert(model), LocalBlend(0.3), []
+
+    class Passes(sampling.UNetPasses):
+        def contrast(self, x, sigma):
+            contrast = super().contrast(x, sigma)
+            edited, source = (self.denoise_branch(branch, x, sigma) for branch in ("positive", "source"))
+            seen.append((contrast, (edited - source).abs().mean(1, keepdim=True)))
+            return contrast
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(sampling, "UNetPasses", Passes)
+        sampling.sample_edit(
+            model, inversion, conditioning(seed=1), conditioning(seed=negative_seed), cfg, strength, blend=blend
+        )
+    assert len(seen) == inversion.steps
+    for ours, expected in seen:
+        assert expected.max() > 0
+        assert (ours - expected).abs().max() <= 1e-4 * expected.max()
+    assert blend.mask.shape == (1, 1, 8, 8)
+
+
+def sampled(model, run_node, inversion, **settings):
+    inputs = dict(
+        model=model,
+        inversion=inversion,
+        positive=conditioning(seed=1),
+        negative=conditioning(),
+        cfg=2.0,
+        guidance_strength=6e-4,
+        start_percent=0.0,
+        end_percent=1.0,
+        preset="default",
+        **settings,
+    )
+    return run_node(Pix2PixZeroKSampler, **{name: [value] for name, value in inputs.items()})
+
+
+def test_the_sampler_shows_where_it_let_the_picture_change(model, run_node, monkeypatch):
+    class LeftHalf(sampling.UNetPasses):
+        def contrast(self, x, sigma):
+            contrast = super().contrast(x, sigma)
+            contrast[..., 8:] = 0.0
+            return contrast
+
+    monkeypatch.setattr(sampling, "UNetPasses", LeftHalf)
+    inversion = invert(model, picture=latent(1, 16, 16))
+    (free,), (everywhere,) = sampled(model, run_node, inversion)
+    assert torch.equal(everywhere, torch.ones(1, 128, 128))
+    (blended,), (area,) = sampled(model, run_node, inversion, local_blend=0.5)
+    assert area.shape == (1, 128, 128)
+    assert area[..., :64].max() > 0.9
+    assert area[..., 80:].max() == 0
+    source = inversion.trajectory[0] / model.model.latent_format.scale_factor
+    assert (blended["samples"] - source)[..., 10:].abs().max() < 1e-5
+    assert (free["samples"] - source)[..., 10:].abs().mean() > 0.1
+
+
+def test_a_mask_on_the_sampler_limits_the_edit_like_a_noise_mask(model, run_node):
+    mask = torch.zeros(1, 64, 64)
+    mask[..., :32] = 1.0
+    picture = latent()
+    (ours,), (area,) = sampled(model, run_node, invert(model, picture=picture), mask=mask)
+    (theirs,), (other_area,) = sampled(model, run_node, invert(model, picture={**picture, "noise_mask": mask}))
+    assert torch.equal(ours["samples"], theirs["samples"])
+    assert torch.equal(area, other_area)
+    assert (ours["samples"] - picture["samples"])[..., 4:].abs().max() < 1e-5
+    assert area[..., :28].min() > 0.99
+    assert area[..., 36:].max() < 0.01

@@ -13,6 +13,7 @@ from pix2pix_zero.editing.guidance import (
     sample_official,
 )
 from pix2pix_zero.editing.inversion import Inversion
+from pix2pix_zero.editing.local_blend import LocalBlend
 from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, sigmas, timestep_of, timesteps, vp_scale
 
 STEPS = 5
@@ -65,6 +66,10 @@ class ToyPasses:
         maps = torch.stack([maps for _, maps in self._rows(branch, x, sigma)])
         distance = attention_distance(maps, reference["site"])
         return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
+
+    def contrast(self, x, sigma):
+        edited, source = (self.denoise_branch(branch, x, sigma) for branch in ("positive", "source"))
+        return (edited - source).abs().mean(1, keepdim=True)
 
     def denoise_and_match(self, x, sigma, reference):
         return self.denoise(x, sigma), *self.map_gradient("positive", x, sigma, reference)
@@ -291,3 +296,29 @@ def test_every_step_is_reported_in_order(loop):
         on_step=lambda index, denoised, x: steps.append((index, denoised.shape, x.shape)),
     )
     assert steps == [(index, (1, 4, 4, 5), (1, 4, 4, 5)) for index in range(STEPS)]
+
+
+def test_the_source_is_kept_where_the_edit_does_not_act():
+    class LeftOnly(ToyPasses):
+        def contrast(self, x, sigma):
+            contrast = torch.zeros_like(x[:, :1])
+            contrast[..., :2] = 1.0
+            return contrast
+
+    source, blend = inversion(), LocalBlend(0.5)
+    final = run(partial(sample_guided, blend=blend), source, LeftOnly())
+    mask = blend.mask.expand_as(final)
+    assert (mask == 0).any(), "or there is nothing to see"
+    assert (mask == 1).any()
+    assert torch.equal(final[mask == 0], source.trajectory[0][mask == 0])
+    free = run(sample_guided, source, LeftOnly())
+    assert (final - free)[mask == 1].abs().max() < (final - source.trajectory[0])[mask == 1].abs().max()
+
+
+def test_an_edit_that_acts_everywhere_is_not_held_back_by_blending():
+    class Everywhere(ToyPasses):
+        def contrast(self, x, sigma):
+            return torch.ones_like(x[:, :1])
+
+    blended = run(partial(sample_guided, blend=LocalBlend(0.5)), inversion(), Everywhere())
+    torch.testing.assert_close(blended, run(sample_guided, inversion(), Everywhere()))
