@@ -2,7 +2,7 @@
 
 Nodes run under `torch.inference_mode`, so the model's weights are inference tensors and autograd refuses to save them.
 `input_gradients` leaves inference mode and swaps the few functions that would save a weight for ones that return only
-the input's gradient. No module is touched, no resident weight is copied.
+the input's gradient. No resident weight is copied, and every module is afterwards what it was.
 """
 
 import contextlib
