@@ -93,9 +93,9 @@ def _check(unet) -> None:
 def tapped(unet, sites: Iterable[Site], visit: Visit, transformer_options: dict) -> Iterator[dict]:
     """While active, the UNet goes on with what `visit(site, tensors)` returns in place of the tensors it is given.
 
-    They are, at a `ResidualSite`, the output of the second convolution [B, C, H, W], ahead of the skip's addition; at an
-    `AttentionSite` the self-attention's q, k and v [B, H*W, heads*d]. Yields the transformer options to call the UNet
-    with. Nothing stays on the UNet afterwards; a replace patch of another pack still computes the attention.
+    They are, at a `ResidualSite`, the output of the second convolution [B, C, H, W], ahead of the skip's addition; at
+    an `AttentionSite` the self-attention's q, k and v [B, H*W, heads*d]. Yields the transformer options to call the
+    UNet with. Nothing stays on the UNet afterwards; a replace patch of another pack still computes the attention.
     """
     sites = list(sites)
     with contextlib.ExitStack() as stack:

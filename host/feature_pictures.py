@@ -17,9 +17,9 @@ PIXELS = 8  # of the picture, to a latent pixel
 def feature_pictures(model, inversion: Inversion, kind: str, percent: float, decoder_block: int = -1) -> torch.Tensor:
     """The first three principal components of decoder features as colours: IMAGE [B, 8*H, 8*W, 3] in 0..1.
 
-    `kind`: one of `KINDS`. `percent`: when, as part of the sampling in 0..1. `decoder_block`: a number of ComfyUI's output
-    blocks, or -1 for the one of `feature_site`. All pictures of the inversion share their colours. Raises ValueError if the
-    inversion was made with another model, or the block has no such features.
+    `kind`: one of `KINDS`. `percent`: when, as part of the sampling in 0..1. `decoder_block`: a number of ComfyUI's
+    output blocks, or -1 for the one of `feature_site`. All pictures of the inversion share their colours. Raises
+    ValueError if the inversion was made with another model, or the block has no such features.
     """
     check_model(inversion, model)
     residual, site = _sites(model.model.diffusion_model, kind, decoder_block)
@@ -45,9 +45,8 @@ def _sites(unet, kind: str, decoder_block: int) -> tuple[Site, Site]:
         return residuals[number], residuals[number]
     attention = {site.number: site for site in self_attention_sites(unet)}  # the last of a block's counts
     if number not in attention:
-        raise ValueError(
-            f"decoder_block: {number} has no self-attention in this model. Those that have: {', '.join(map(str, attention))}."
-        )
+        having = ", ".join(map(str, attention))
+        raise ValueError(f"decoder_block: {number} has no self-attention in this model. Those that have: {having}.")
     return residuals[number], attention[number]
 
 

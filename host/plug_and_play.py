@@ -34,9 +34,9 @@ def with_source_features(
     """A clone of the MODEL that draws with the layout of an inverted picture, in whatever sampler it is put.
 
     `feature_until`, `attention_until`: the part of the inversion's steps, 0..1 from the noisiest on, in which the
-    residual features of `feature_site` and the self-attention's q and k from that block on are the source's (section 4.2). A
-    sampler may visit other levels than the inversion did. `negative_alpha`: share of the sampler's own negative in the
-    prediction that cfg leads away from; the rest is the prediction for the source text (section 4.3).
+    residual features of `feature_site` and the self-attention's q and k from that block on are the source's (section 4,
+    tau_f and tau_A). A sampler may visit other levels than the inversion did. `negative_alpha`: the paper's alpha, the
+    share of the sampler's own negative in what cfg leads away from; the rest is the prediction for the source text.
     Raises ValueError if the inversion was made with another model, or the model is no UNet.
     """
     check_model(inversion, model)
@@ -85,15 +85,15 @@ def lowest_level(inversion: Inversion, share: float) -> float:
 def latent_at(inversion: Inversion, sigma: float) -> torch.Tensor:
     """The source's latent at any noise level: [B, C, H, W].
 
-    Between two levels DDIM moves along a straight line in sigma (`editing.ddim.step`), so this is where its own step would
-    have come by. Beyond the noisiest level the last step goes on.
+    Between two levels DDIM moves along a straight line in sigma (`editing.ddim.step`), so this is where its own step
+    would have come by. Beyond the noisiest level the last step goes on.
     """
     low, high, x_low, x_high = _step_through(inversion, sigma)
     return torch.lerp(x_low, x_high, (sigma - low) / (high - low))
 
 
 def estimate_at(inversion: Inversion, sigma: float) -> torch.Tensor:
-    """The estimate of the clean latent that takes DDIM down the source's trajectory from any noise level: [B, C, H, W]."""
+    """The clean estimate with which DDIM goes down the source's trajectory from any noise level: [B, C, H, W]."""
     low, high, x_low, x_high = _step_through(inversion, sigma)
     return torch.lerp(x_low, x_high, -low / (high - low))
 
@@ -106,7 +106,7 @@ def _step_through(inversion: Inversion, sigma: float) -> tuple[float, float, tor
 
 
 class _LockstepSampling:
-    """The wrappers of one Plug-and-Play MODEL around a whole sampling. `sites`: with the noise level each group ends at."""
+    """The wrappers of one MODEL around a whole sampling. `sites`: with the noise level that each group ends at."""
 
     def __init__(self, inversion: Inversion, sites: dict[tuple[Site, ...], float], negative_alpha: float):
         self.inversion = inversion
@@ -115,20 +115,13 @@ class _LockstepSampling:
 
     def load(self, executor, model, noise_shape, conds, *args, **kwargs):
         """Load what the source's conditioning needs, such as its ControlNet, together with the model."""
-        self._check_shape(noise_shape)
         source = comfy.sampler_helpers.convert_cond(self.inversion.source)
         loaded = executor(model, noise_shape, {**conds, SOURCE: source}, *args, **kwargs)
         return loaded[0], conds, loaded[2]
 
-    def _check_shape(self, shape) -> None:
-        ours = self.inversion.trajectory.shape[1:]
-        if len(shape) != len(ours) or tuple(shape[1:]) != tuple(ours[1:]) or shape[0] % ours[0]:
-            raise ValueError(
-                f"latent_image: its shape is {tuple(shape)}, but that of the inverted picture {tuple(ours)}. "
-                "Connect `noise` of the inversion node, as it is or repeated as a whole."
-            )
-
-    def sample(self, executor, guider, sigmas, extra_args, *args, **kwargs):
+    def sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
+        """Sample with the source's conditioning at hand in the model options."""
+        self._check_start(noise, latent_image)
         source = self._process(guider)
         options = create_model_options_clone(extra_args["model_options"])
         options["transformer_options"][JOB] = InjectFeatures(self.inversion, source, self.sites)
@@ -139,9 +132,26 @@ class _LockstepSampling:
             keep = partial(_keep_outside, self.inversion)
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), keep]
         try:
-            return executor(guider, sigmas, {**extra_args, "model_options": options}, *args, **kwargs)
+            extra_args = {**extra_args, "model_options": options}
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
         finally:
             comfy.sampler_helpers.cleanup_models({SOURCE: source}, [])
+
+    def _check_start(self, noise: torch.Tensor, latent_image: torch.Tensor | None) -> None:
+        ours = self.inversion.trajectory[-1]
+        if noise.shape[1:] != ours.shape[1:] or len(noise) % len(ours):
+            raise ValueError(
+                f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(ours.shape)}. "
+                "Connect `noise` of the inversion node, as it is or repeated as a whole."
+            )
+        if latent_image is None or not noise.any():
+            return
+        start = latent_image[: len(ours)].to(ours)
+        if (start - ours).abs().max() < 1e-3 * ours.abs().max():
+            raise ValueError(
+                "noise: it would be added to `noise` of the inversion node, which is all the noise there must be. Use "
+                "SamplerCustomAdvanced with DisableNoise, or KSampler (Advanced) with add_noise disabled."
+            )
 
     def _process(self, guider) -> list[dict]:
         """The source's conditioning as the guider's own, with a part for each area that they have.
@@ -189,7 +199,7 @@ def uncompiled() -> contextlib.AbstractContextManager:
 
 
 def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:
-    """A pre-cfg function: part of the negative prediction is that for the source text (section 4.3)."""
+    """A pre-cfg function: part of the negative prediction is that for the source text (negative prompting)."""
     positive, negative, *rest = args["conds_out"]
     if args["conds"][1] is None:  # at cfg 1
         return args["conds_out"]
@@ -200,7 +210,7 @@ def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:
 
 
 def _keep_outside(inversion: Inversion, args: dict) -> torch.Tensor:
-    """A post-cfg function: where the inversion's noise mask is 0, first-order samplers go down the source's trajectory."""
+    """A post-cfg function: where the inversion's noise mask is 0, euler goes down the source's own trajectory."""
     denoised = args["denoised"]
     mask = comfy.utils.reshape_mask(inversion.noise_mask, denoised.shape).to(denoised)
     source = estimate_at(inversion, float(args["sigma"][0])).to(denoised)

@@ -13,8 +13,8 @@ class Pix2PixZeroFeaturePCA(io.ComfyNode):
             node_id="Pix2PixZeroFeaturePCA",
             display_name="Feature PCA (Pix2Pix-Zero)",
             category=CATEGORY,
-            description="Shows the features that Plug-and-Play takes over from an inverted picture: parts of one colour "
-            "are one thing to the model. A batch of pictures shares its colours.",
+            description="Shows the features that Plug-and-Play takes over from an inverted picture: parts of one "
+            "colour are one thing to the model. A batch of pictures shares its colours.",
             search_aliases=["features", "pca", "principal components", "plug-and-play", "visualize unet"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the picture was inverted with."),

@@ -250,10 +250,10 @@ def test_the_ksampler_node_gives_the_same(model, inversion, run_node):
     patched = patch(model, inversion, 0.8, 0.5)
     noise = {"samples": sampling.inverted_noise(inversion, model)}
     with torch.inference_mode():
+        texts = conditioning(seed=1), conditioning(seed=2)
         (latents,) = host_nodes.KSamplerAdvanced().sample(
-            patched, "disable", 0, STEPS, 2.0, "euler", "ddim_uniform", conditioning(seed=1), conditioning(seed=2), noise,
-            0, STEPS, "disable",
-        )  # fmt: skip
+            patched, "disable", 0, STEPS, 2.0, "euler", "ddim_uniform", *texts, noise, 0, STEPS, "disable"
+        )
     assert (latents["samples"] - sample(patched, inversion)).abs().max() < 1e-4 * latents["samples"].std()
 
 
@@ -507,6 +507,28 @@ def test_a_model_that_is_no_unet_is_refused(model, inversion):
 def test_a_latent_of_another_size_is_refused(model, inversion):
     with pytest.raises(ValueError, match="latent_image: its shape is.*Connect `noise`"):
         sample(patch(model, inversion), inversion, noise=latent(width=16)["samples"])
+
+
+def test_noise_on_top_of_the_inversions_noise_is_refused(model, inversion):
+    patched = patch(model, inversion)
+    noise = {"samples": sampling.inverted_noise(inversion, model)}
+    with torch.inference_mode(), pytest.raises(ValueError, match="noise: it would be added.*DisableNoise"):
+        host_nodes.KSampler().sample(
+            patched, 0, STEPS, 2.0, "euler", "ddim_uniform", conditioning(), conditioning(), noise
+        )
+
+
+def test_a_patch_that_cuts_attention_another_way_each_time_is_refused(model, inversion):
+    tiled, calls = model.clone(), []
+
+    def cut(n, context, value, extra_options):
+        calls.append(n)
+        return (n[:, ::2] if len(calls) > 8 else n), context, value
+
+    tiled.set_model_attn1_patch(cut)
+    tiled.set_model_attn1_output_patch(lambda n, extra_options: torch.cat([n, n], 1) if len(calls) > 8 else n)
+    with pytest.raises(ValueError, match="model: another patch cuts the picture.*swap_size"):
+        sample(patch(tiled, inversion), inversion)
 
 
 def test_the_blocks_of_stable_diffusion_are_the_papers():
