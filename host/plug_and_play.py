@@ -154,22 +154,14 @@ class _LockstepSampling:
             )
 
     def _process(self, guider) -> list[dict]:
-        """The source's conditioning as the guider's own, with a part for each area that they have.
-
-        It is processed apart from them, since the host hands areas and ControlNets on between conditionings.
-        """
+        """The source's conditioning, apart from the guider's own, between which the host hands ControlNets on."""
         source = {SOURCE: comfy.sampler_helpers.convert_cond(self.inversion.source)}
         comfy.samplers.preprocess_conds_hooks(source)
         comfy.samplers.filter_registered_hooks_on_conds(source, guider.model_options)
         device = guider.model_patcher.load_device
         picture = self.inversion.trajectory[0].to(device)
-        source = comfy.samplers.process_conds(
-            guider.inner_model, torch.zeros_like(picture), source, device, latent_image=picture
-        )[SOURCE]
-        for cond in guider.conds.values():
-            for entry in cond:
-                comfy.samplers.create_cond_with_same_area_if_none(source, entry)
-        return source
+        noise = torch.zeros_like(picture)
+        return comfy.samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture)[SOURCE]
 
 
 def _source_first(executor, model, conds, x_in, timestep, model_options):
@@ -316,10 +308,12 @@ class InjectFeatures:
         return everywhere if area is None else [{**entry, "area": area} for entry in everywhere]
 
     def visitor(self, transformer_options: dict) -> Callable:
-        features = [self._features[self._areas[uuid]] for uuid in transformer_options["uuids"]]
+        # An entry that another pack made up on the way is taken to speak for the whole picture.
+        areas = [self._areas.get(uuid) for uuid in transformer_options["uuids"]]
+        features = [self._features.get(area, {}) for area in areas]
 
         def visit(site, tensors):
-            if any(site not in part for part in features):  # the source's text has a time range that is over
+            if any(site not in part for part in features):  # the source's text has a time range, and this is outside
                 return tensors
             own = tensors[: len(features[0][site])]
             return (*(_stack([part[site][i] for part in features], t) for i, t in enumerate(own)), *tensors[len(own) :])

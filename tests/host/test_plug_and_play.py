@@ -288,7 +288,8 @@ def test_the_lowest_level_is_that_of_the_windows_last_step(inversion, share, lev
 def test_an_area_of_the_edit_gets_the_features_of_that_part_of_the_picture(model):
     inversion = invert(model, latent(width=16))
     text = conditioning(seed=1)[0][0]
-    left = [[text, {"area": (8, 8, 0, 0), "strength": 1.0}], [text, {}]]
+    control = AddToOutput()  # of the edit, and none of the source's business
+    left = [[text, {"area": (8, 8, 0, 0), "strength": 1.0, "control": control}], [text, {}]]
     recorder = Recorder()
     patched = patch(recorder.patch(model), inversion)
     with recorder.recording(model.model.diffusion_model):
