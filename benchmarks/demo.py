@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI t
 from pix2pix_zero.benchmarks.judge import Judge, load_judge  # noqa: E402
 from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model  # noqa: E402
 from pix2pix_zero.demo_model.scene import render, sample_scene, subject_mask  # noqa: E402
+from pix2pix_zero.editing.local_blend import LocalBlend  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
 from pix2pix_zero.host.captioner import load_demo_captioner  # noqa: E402
 from pix2pix_zero.host.sampling import invert_latent, sample_edit  # noqa: E402
@@ -121,8 +123,11 @@ class Bench:
     def word_swap(self) -> list:
         return self.encode([text.replace(self.edit.source, self.edit.target) for text in self.captions])
 
-    def redraw(self, positive: list, cfg: float, strength: float, **options) -> torch.Tensor:
-        samples = sample_edit(self.model, self.inversion, positive, self.described, cfg, strength, **options)
+    def redraw(self, positive: list, cfg: float, strength: float, blend: float = 0.0, **options) -> torch.Tensor:
+        blend = LocalBlend(blend) if blend else None
+        samples = sample_edit(
+            self.model, self.inversion, positive, self.described, cfg, strength, blend=blend, **options
+        )
         return self.vae.decode(samples)
 
     def reconstruct(self) -> torch.Tensor:
@@ -160,6 +165,9 @@ def main() -> None:
     parser.add_argument(
         "--strength", type=float, nargs="*", default=[0.0, node_default(Pix2PixZeroKSampler, "guidance_strength")]
     )
+    parser.add_argument(
+        "--blend", type=float, nargs="*", default=[0.0, node_default(Pix2PixZeroKSampler, "local_blend")]
+    )
     parser.add_argument("--preset", default=node_default(Pix2PixZeroKSampler, "preset"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     options = parser.parse_args()
@@ -170,7 +178,7 @@ def main() -> None:
     judge = load_judge()
     print(f"{options.edit}, {options.scenes} scenes, {bench.inversion.steps} steps, inverted in {bench.seconds:.0f} s")
     print(f"e.g. {bench.captions[0]!r}")
-    print(f"{'':36s} {'edited':>7s} {'background':>11s} {'whole':>7s} {'seconds':>8s}")
+    print(f"{'':48s} {'edited':>7s} {'background':>11s} {'whole':>7s} {'seconds':>8s}")
     rows = []
 
     def row(name: str, draw) -> None:
@@ -180,7 +188,7 @@ def main() -> None:
         figures = score(bench, judge, pictures)
         rows.append(pictures)
         print(
-            f"{name:36s} {figures['edited']:7.2f} {figures['background']:11.2f} {figures['whole']:7.2f} {seconds:8.1f}",
+            f"{name:48s} {figures['edited']:7.2f} {figures['background']:11.2f} {figures['whole']:7.2f} {seconds:8.1f}",
             flush=True,
         )
 
@@ -189,11 +197,10 @@ def main() -> None:
     row("plain DDIM reconstruction", bench.reconstruct)
     for cfg in options.cfg:
         row(f"word swap, cfg {cfg:g}", lambda: bench.redraw(bench.word_swap(), cfg, 0.0))
-        for strength in options.strength:
-            guided = f"guidance {strength:g}" if strength else "no guidance"
+        for strength, blend in product(options.strength, options.blend):
             row(
-                f"direction, cfg {cfg:g}, {guided}",
-                lambda: bench.redraw(bench.moved(), cfg, strength, preset=options.preset),
+                f"direction, cfg {cfg:g}, guidance {strength:g}, blend {blend:g}",
+                lambda: bench.redraw(bench.moved(), cfg, strength, blend, preset=options.preset),
             )
     OUTPUT.mkdir(exist_ok=True)
     sheet = OUTPUT / f"bench_{options.edit}.png"

@@ -22,8 +22,11 @@ REFERENCE_STEPS = 50
 class DenoisingPasses(Protocol):
     """The UNet evaluations that the samplers below are written in. `x`: [B, C, H, W] at noise level `sigma`."""
 
-    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Classifier-free guided estimate of the clean latent for the edited text."""
+    def denoise(self, x: torch.Tensor, sigma: float, hold_negative: bool = False) -> torch.Tensor:
+        """Classifier-free guided estimate of the clean latent for the edited text.
+
+        `hold_negative`: take the negative text's noise to be as far from the edited one's as in the last evaluation.
+        """
 
     def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """Estimate for one conditioning alone: "positive", "negative" or "source"."""
@@ -47,7 +50,7 @@ class DenoisingPasses(Protocol):
         """Gradient of the attention distance with respect to `x`, and the distance per sample [B]."""
 
     def denoise_and_match(
-        self, x: torch.Tensor, sigma: float, reference: Maps
+        self, x: torch.Tensor, sigma: float, reference: Maps, hold_negative: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`denoise`, and in the same UNet call of the positive branch its `map_gradient`: (estimate, gradient, distance)."""
 
@@ -60,18 +63,26 @@ class GuidanceSchedule:
     """When guidance acts, and how strongly.
 
     `strength`: size of a gradient step. `first`, `last`: it acts on noise levels `last` <= sigma <= `first`. `every`: it
-    acts on each so many-th step, with as many times the strength.
+    acts on one of so many steps, the middle one, with as many times the strength. `share`: in 0..1, part of the steps in
+    which it acts, from the noisiest on. `holds_negative`: the negative text is evaluated at every other step only.
     """
 
     strength: float
     first: float = float("inf")
     last: float = 0.0
     every: int = 1
+    share: float = 1.0
+    holds_negative: bool = False
 
-    def strength_at(self, sigma: float, step: int) -> float:
+    def strength_at(self, sigma: float, step: int, steps: int) -> float:
         """Size of the gradient step at `step`, counted from 0 at the noisiest. 0: no gradient is needed."""
-        acts = self.last <= sigma <= self.first and step % self.every == 0
+        turn = step % self.every == min(self.every, steps) // 2
+        acts = self.last <= sigma <= self.first and step < self.share * steps and turn
         return self.strength * self.every if acts else 0.0
+
+    def holds_negative_at(self, step: int) -> bool:
+        """Whether the negative text's prediction follows from the step before."""
+        return self.holds_negative and step % 2 == 1
 
 
 def attention_distance(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -108,17 +119,18 @@ def sample_guided(
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
-        sigma, sigma_next = sigmas[index], sigmas[index - 1]
-        strength = guidance.strength_at(sigma, inversion.steps - index)
+        step, sigma, sigma_next = inversion.steps - index, sigmas[index], sigmas[index - 1]
+        strength = guidance.strength_at(sigma, step, inversion.steps)
+        hold = guidance.holds_negative_at(step)
         shift = 0.0
         if strength:
             reference = reference_maps(index)
             if reference is None:
                 reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
-            denoised, gradient, _ = passes.denoise_and_match(x, sigma, reference)
+            denoised, gradient, _ = passes.denoise_and_match(x, sigma, reference, hold)
             shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
         else:
-            denoised = passes.denoise(x, sigma)
+            denoised = passes.denoise(x, sigma, hold)
         if blend is not None:
             blend.observe(passes.contrast(x, sigma), 1 - index / inversion.steps)
         x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next) + shift
@@ -127,7 +139,7 @@ def sample_guided(
         if blend is not None:
             x = blend.keep_source(x, inversion.trajectory[index - 1].to(x))
         x = keep_outside(x, index - 1)
-        on_step(inversion.steps - index, denoised, x)
+        on_step(step, denoised, x)
     return x
 
 
@@ -150,8 +162,8 @@ def sample_official(
     sigmas = [final_sigma, *(float(s) for s in inversion.sigmas[1:])]
     reference_x = x
     for index in range(inversion.steps, 0, -1):
-        sigma, sigma_next = sigmas[index], sigmas[index - 1]
-        strength = guidance.strength_at(sigma, inversion.steps - index)
+        step, sigma, sigma_next = inversion.steps - index, sigmas[index], sigmas[index - 1]
+        strength = guidance.strength_at(sigma, step, inversion.steps)
         negative_x = positive_x = x
         if strength:
             shifted = {}
@@ -178,5 +190,5 @@ def sample_official(
         )
         x = ddim.step(negative_x, ddim.predicted_eps(negative_x, denoised, sigma), sigma, sigma_next)
         x = keep_outside(x, index - 1)
-        on_step(inversion.steps - index, denoised, x)
+        on_step(step, denoised, x)
     return ddim.rescale(x, final_sigma, 0.0)

@@ -21,8 +21,8 @@ from ..attention_patches.sites import cross_attention_sites
 from ..editing.inversion import Inversion
 from ..editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ..editing.word_masks import WordMask, soft_mask
-from .attention_passes import JOB
 from .gradients import differentiable_attention
+from .map_jobs import JOB
 from .prompt_words import blend_tokens, find_words, read_factors, tokenize
 
 KEY = "pix2pix_zero_prompt_to_prompt"

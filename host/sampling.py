@@ -19,10 +19,11 @@ from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
 from ..editing.local_blend import LocalBlend
 from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
-from .attention_passes import UNetPasses, attention_state, with_map_jobs
 from .checkpointing import LEVELS
+from .map_jobs import attention_state, with_map_jobs
 from .memory import affordable_level, announce_memory, guided_pass_memory
 from .presets import PRESETS
+from .unet_passes import UNetPasses
 
 INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
 MAP_MEMORY = 2048 * 2**20
@@ -208,7 +209,7 @@ def sample_edit(
         maps = None
     sampling = model.get_model_object("model_sampling")
     levels = (sampling.percent_to_sigma(percent) for percent in window)
-    guidance = GuidanceSchedule(strength, *levels, chosen.every(inversion.steps))
+    guidance = GuidanceSchedule(strength, *levels, **chosen.schedule(inversion.steps))
     guided = with_map_jobs(model)
     if strength:
         guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1]))

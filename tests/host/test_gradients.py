@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.attention_passes import UNetPasses, with_map_jobs
+from pix2pix_zero.host.map_jobs import with_map_jobs
 from pix2pix_zero.host.sampling import invert_latent, sample_edit
+from pix2pix_zero.host.unet_passes import UNetPasses
 from small_unet import conditioning, latent, small_model
 
 TIMESTEP = 500

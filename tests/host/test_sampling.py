@@ -24,9 +24,9 @@ def model():
 
 
 @torch.inference_mode()
-def edit(model, inversion, positive=None, negative=None, strength=6e-4, **options):
+def edit(model, inversion, positive=None, negative=None, strength=6e-4, cfg=2.0, **options):
     positive = positive or conditioning(seed=1)
-    return sampling.sample_edit(model, inversion, positive, negative or conditioning(), 2.0, strength, **options)
+    return sampling.sample_edit(model, inversion, positive, negative or conditioning(), cfg, strength, **options)
 
 
 @torch.inference_mode()
@@ -312,12 +312,34 @@ def test_low_memory_gives_the_edit_of_the_default(model):
     assert (lean - default).abs().max() <= 1e-4 * default.std()
 
 
-@pytest.mark.parametrize(("steps", "guided"), [(20, 10), (4, 4)])
-def test_fast_guides_about_ten_steps(model, steps, guided):
+@pytest.mark.parametrize(("steps", "guided"), [(50, 13), (4, 4)])
+def test_fast_guides_a_part_of_many_steps(model, steps, guided):
     inversion = invert(model, steps=steps, map_memory=0)
-    edited, recorded = counted_edits(model, inversion, preset="fast")
+    edited, recorded = counted_edits(model, inversion, preset="fast", strength=1e-4)
     assert recorded == guided
     assert (edited - edit(model, inversion, strength=0.0)).abs().max() > 0.01 * edited.std()
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-4])
+def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
+    """At odd steps the negative's noise is that of the positive less what it was less in the step before."""
+    inversion, estimates = invert(model, steps=4), []
+
+    def note(args):
+        sigma = float(args["sigma"].flatten()[0])
+        predictions = [(args["input"] - args[name]) / sigma for name in ("cond_denoised", "uncond_denoised")]
+        estimates.append((args["input"], sigma, *predictions))
+        return args["denoised"]
+
+    watched = model.clone()
+    watched.set_model_sampler_post_cfg_function(note)
+    edit(watched, inversion, preset="fast", strength=strength, cfg=4.0)
+    assert len(estimates) == 4
+    for index in (1, 3):
+        distances = [positive - negative for _, _, positive, negative in estimates[index - 1 : index + 1]]
+        torch.testing.assert_close(*distances, rtol=1e-3, atol=1e-4)
+    fresh = [positive - negative for _, _, positive, negative in estimates[::2]]
+    assert (fresh[1] - fresh[0]).abs().max() > 1e-2 * fresh[0].abs().max(), "even steps evaluate it"
 
 
 @pytest.mark.parametrize("negative_seed", [0, 9], ids=["the caption as negative", "another negative"])

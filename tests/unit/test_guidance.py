@@ -52,7 +52,7 @@ class ToyPasses:
     def mix_branches(self, positive, negative, x, sigma):
         return negative + CFG * (positive - negative)
 
-    def denoise(self, x, sigma):
+    def denoise(self, x, sigma, hold_negative=False):
         branches = (self.denoise_branch(branch, x, sigma) for branch in ("positive", "negative"))
         return self.mix_branches(*branches, x, sigma)
 
@@ -71,8 +71,8 @@ class ToyPasses:
         edited, source = (self.denoise_branch(branch, x, sigma) for branch in ("positive", "source"))
         return (edited - source).abs().mean(1, keepdim=True)
 
-    def denoise_and_match(self, x, sigma, reference):
-        return self.denoise(x, sigma), *self.map_gradient("positive", x, sigma, reference)
+    def denoise_and_match(self, x, sigma, reference, hold_negative=False):
+        return self.denoise(x, sigma, hold_negative), *self.map_gradient("positive", x, sigma, reference)
 
 
 def inversion(batch=1, steps=STEPS):
@@ -219,7 +219,7 @@ def test_a_strength_means_the_same_for_any_number_of_steps():
     """Where gradients do not change, the shifts add up to the same: the number of steps is no second knob."""
 
     class Constant(ToyPasses):
-        def denoise(self, x, sigma):
+        def denoise(self, x, sigma, hold_negative=False):
             return x  # no noise is seen, so that each DDIM step keeps the latent, and with it the shifts
 
         def map_gradient(self, branch, x, sigma, reference):
@@ -233,9 +233,19 @@ def test_a_strength_means_the_same_for_any_number_of_steps():
 
 def test_guidance_of_every_third_step_has_the_same_total_strength():
     schedule = GuidanceSchedule(0.1, every=3)
-    strengths = [schedule.strength_at(1.0, step) for step in range(9)]
-    assert [strength > 0 for strength in strengths] == [True, False, False] * 3
+    strengths = [schedule.strength_at(1.0, step, 9) for step in range(9)]
+    assert [strength > 0 for strength in strengths] == [False, True, False] * 3
     assert sum(strengths) == pytest.approx(9 * 0.1)
+
+
+def test_guidance_acts_on_the_noisiest_share_of_the_steps():
+    schedule = GuidanceSchedule(0.1, share=0.8)
+    assert [schedule.strength_at(1.0, step, 10) for step in range(10)] == [0.1] * 8 + [0.0] * 2
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_even_one_step_is_guided(every):
+    assert GuidanceSchedule(0.1, every=every).strength_at(1.0, 0, 1) > 0
 
 
 @pytest.mark.parametrize("loop", [sample_guided, sample_official])
@@ -243,7 +253,22 @@ def test_no_maps_are_asked_for_where_guidance_pauses(loop):
     passes, levels = ToyPasses(), sigmas(STEPS).tolist()
     run(loop, inversion(), passes, every=2)
     for kind in ("record", "gradient"):
-        assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[1:6:2]
+        assert sorted({sigma for call, _, sigma in passes.calls if call == kind}) == levels[2:6:2]
+
+
+def test_the_negative_is_held_at_every_other_step_guided_or_not():
+    held = []
+
+    class Noting(ToyPasses):
+        def denoise(self, x, sigma, hold_negative=False):
+            held.append(hold_negative)
+            return super().denoise(x, sigma)
+
+    run(sample_guided, inversion(), Noting(), every=3, holds_negative=True)
+    assert held == [False, True, False, True, False]
+    held.clear()
+    run(sample_guided, inversion(), Noting())
+    assert not any(held)
 
 
 def test_default_loop_matches_the_edited_branch_with_the_source_at_every_level():

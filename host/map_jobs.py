@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from comfy import samplers
 from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
@@ -220,140 +219,14 @@ def _narrow(tensor: torch.Tensor, area) -> torch.Tensor:
     return tensor
 
 
-class _BranchEstimates:
-    """A post-CFG function that only looks: the estimates of the two branches; `negative` is None if it was left out."""
-
-    positive = negative = None
-
-    def __call__(self, args: dict) -> torch.Tensor:
-        self.positive = args["cond_denoised"]
-        self.negative = None if args["uncond"] is None else args["uncond_denoised"]
-        return args["denoised"]
-
-
-class UNetPasses:
-    """The evaluations of `editing.guidance.DenoisingPasses`, carried out by a running guider.
-
-    `model_k`: what a KSAMPLER's function is given; its `inner_model` is the guider. The guider's conditionings
-    "source", "positive" and "negative" are the branches.
-    """
-
-    def __init__(self, model_k, extra_args: dict, sites: list[AttentionSite], checkpointing: str = "none"):
-        self.model_k = model_k
-        self.guider = model_k.inner_model
-        options = extra_args["model_options"]
-        self.estimates = _BranchEstimates()
-        hooks = [*options.get("sampler_post_cfg_function", []), self.estimates]
-        self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
-        self.sites = sites
-        self.checkpointing = Checkpointing(checkpointing)
-
-    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return self.model_k(x, _levels(x, sigma), **self.extra_args)
-
-    def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        source = self.estimates.negative
-        if source is None or not self._negative_is_source():
-            source = self.denoise_branch("source", x, sigma)
-        return (self.estimates.positive - source).abs().mean(1, keepdim=True)
-
-    def _negative_is_source(self) -> bool:
-        negative, source = (
-            [entry.get("cross_attn") for entry in self.guider.conds[branch]] for branch in ("negative", "source")
-        )
-        if len(negative) != len(source):
-            return False
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(negative, source))
-
-    def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return self._evaluate(branch, x, sigma)
-
-    def mix_branches(
-        self, positive: torch.Tensor, negative: torch.Tensor, x: torch.Tensor, sigma: float
-    ) -> torch.Tensor:
-        conds = self.guider.conds
-        return samplers.cfg_function(
-            self.guider.inner_model,
-            positive,
-            negative,
-            self.guider.cfg,
-            x,
-            _levels(x, sigma),
-            model_options=self.extra_args["model_options"],
-            cond=conds["positive"],
-            uncond=conds["negative"],
-        )
-
-    def estimate_elsewhere(
-        self, denoised: torch.Tensor, x: torch.Tensor, x_there: torch.Tensor, sigma: float
-    ) -> torch.Tensor:
-        # An estimate is linear in latent and output: with a zero output, only the latent's part is left.
-        sampling = self.guider.inner_model.model_sampling
-        return denoised + sampling.calculate_denoised(_levels(x, sigma), torch.zeros_like(x), x_there - x)
-
-    def denoise_and_record(self, x: torch.Tensor, sigma: float, keep: Callable) -> torch.Tensor:
-        """`denoise`, with the maps of the positive branch handed to `keep((entry, site), maps)` on the way."""
-        job = RecordMaps(self.sites, self._entries("positive"), keep, stop=False)
-        options = _with_job(self.extra_args["model_options"], job)
-        return self.model_k(x, _levels(x, sigma), **{**self.extra_args, "model_options": options})
-
-    def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
-        maps = {}
-        self._evaluate(branch, x, sigma, RecordMaps(self.sites, self._entries(branch), maps.__setitem__, stop=True))
-        return maps
-
-    def map_gradient(
-        self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        job = self._match(branch, x, reference, stop=True)
-        self._evaluate(branch, x, sigma, job)
-        return job.gradient, job.distance
-
-    def denoise_and_match(
-        self, x: torch.Tensor, sigma: float, reference: Maps
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        job = self._match("positive", x, reference, stop=False)
-        theirs = self.extra_args["model_options"].get("sampler_calc_cond_batch_function")
-
-        def evaluate(args):
-            (positive, negative), options = args["conds"], args["model_options"]
-            rest = args["input"], args["sigma"]
-            (matched,) = samplers.calc_cond_batch(args["model"], [positive], *rest, _with_job(options, job))
-            if theirs is not None:
-                return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
-            return [matched, *samplers.calc_cond_batch(args["model"], [negative], *rest, options)]
-
-        options = {**self.extra_args["model_options"], "sampler_calc_cond_batch_function": evaluate}
-        denoised = self.model_k(x, _levels(x, sigma), **{**self.extra_args, "model_options": options})
-        return denoised, job.gradient, job.distance
-
-    def _match(self, branch: str, x: torch.Tensor, reference: Maps, stop: bool) -> MatchMaps:
-        areas = [entry.get("area") for entry in self.guider.conds[branch]]
-        return MatchMaps(self.sites, self._entries(branch), areas, reference, x, self.checkpointing, stop)
-
-    def _entries(self, branch: str) -> list:
-        return [entry["uuid"] for entry in self.guider.conds[branch]]
-
-    def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, job=None) -> torch.Tensor:
-        options = self.extra_args["model_options"]
-        if job is not None:
-            options = _with_job(options, job)
-        model, conds = self.guider.inner_model, [self.guider.conds[branch]]
-        (denoised,) = samplers.calc_cond_batch(model, conds, x, _levels(x, sigma), options)
-        return denoised
-
-
 def attention_state(model) -> tuple:
     """What decides the maps that a MODEL draws, beside its weights: equal for clones that are patched alike."""
     patches = model.model_options["transformer_options"]
     return model.patches_uuid, *(copy_nested_dicts(patches.get(name, {})) for name in ("patches", "patches_replace"))
 
 
-def _with_job(model_options: dict, job) -> dict:
+def with_job(model_options: dict, job) -> dict:
+    """Model options under which the UNet calls of a MODEL from `with_map_jobs` carry out `job`."""
     options = create_model_options_clone(model_options)
     options["transformer_options"][JOB] = job
     return options
-
-
-def _levels(x: torch.Tensor, sigma: float) -> torch.Tensor:
-    return x.new_full((len(x),), sigma)
