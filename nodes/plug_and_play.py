@@ -15,7 +15,7 @@ class Pix2PixZeroPlugAndPlay(io.ComfyNode):
             category=CATEGORY,
             description="Makes a model keep the layout of an inverted picture while it draws any text: features and "
             "self-attention of the picture are put in place of its own. Sample the model with SamplerCustomAdvanced, "
-            "DisableNoise, and the inversion's noise and sigmas.",
+            "DisableNoise, and the inversion's noise and sigmas; one more UNet call per step reads the picture.",
             search_aliases=["pnp", "plug-and-play", "feature injection", "self-attention injection", "structure"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the picture was inverted with. LoRAs may be added to it."),
@@ -46,9 +46,10 @@ class Pix2PixZeroPlugAndPlay(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="Below 1, cfg also leads away from the picture's own caption: 1 is only the sampler's "
-                    "negative, 0 only the caption. Try 0.75 if the source is a drawing or silhouette whose look stays. "
-                    "Costs one more UNet call per step.",
+                    tooltip="1: cfg leads away from the sampler's negative alone. Lower: also from the picture's own "
+                    "caption, 0 from that alone. Lower it if too much of the source's look stays, as with drawings and "
+                    "silhouettes (0.75), or if an empty negative lets the background drift. Below 1 it costs one more "
+                    "UNet call per step.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model")],

@@ -9,18 +9,18 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
-import numpy as np
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_extras import nodes_custom_sampler as stock
 from pix2pix_zero.attention_patches.plug_and_play import ResidualSite, feature_site, self_attention_sites
-from pix2pix_zero.demo_model.scene import caption, render, sample_scene
+from pix2pix_zero.benchmarks.demo import EDITS, Bench, draw_scenes, score
+from pix2pix_zero.benchmarks.judge import load_judge
+from pix2pix_zero.demo_model.loader import WEIGHTS
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
 from pix2pix_zero.host.plug_and_play import latent_at, lowest_level, uncompiled
-from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from small_unet import CONFIG, SmallSD, conditioning, latent, small_model
 
@@ -171,18 +171,30 @@ def edited_calls(model, inversion, rows, positive=None, cfg=2.0, **windows):
     return [call for call in recorder.calls if len(call.get("branch", ())) == rows]
 
 
+@pytest.fixture(scope="module")
+def bench():
+    edit = EDITS["cat2dog"]
+    with torch.inference_mode():
+        return Bench(edit, draw_scenes(edit, 5, 200_000), 20, WEIGHTS)
+
+
 @torch.inference_mode()
-def test_the_source_text_brings_the_demo_picture_back_better_than_plain_sampling():
-    demo, clip, vae = Pix2PixZeroDemoModel.execute().result
-    scenes = [sample_scene(seed, subject="cat") for seed in (1, 2)]
-    text = [host_nodes.CLIPTextEncode().encode(clip, caption(scene))[0] for scene in scenes]
-    source = vae.encode(torch.from_numpy(np.stack([render(scene) for scene in scenes])).float() / 255)
-    described = [[torch.cat([encoded[0][0] for encoded in text]), {}]]
-    inversion = invert(demo, {"samples": source}, described, steps=10)
-    plain, injected = (
-        sample(m, inversion, described, described, cfg=1.0) - source for m in (demo, patch(demo, inversion))
-    )
-    assert injected.abs().mean() < 0.7 * plain.abs().mean()
+def draw(bench, model, positive, cfg):
+    return bench.vae.decode(sample(model, bench.inversion, positive, bench.described, cfg))
+
+
+def test_the_source_text_brings_the_demo_pictures_back_better_than_plain_sampling(bench):
+    injected = patch(bench.model, bench.inversion)
+    plain, ours = (draw(bench, m, bench.described, 1.0) - bench.reconstructed_source for m in (bench.model, injected))
+    assert ours.abs().mean() < 0.7 * plain.abs().mean()
+
+
+def test_the_demo_cats_become_dogs_where_they_sit(bench):
+    injected, judge = patch(bench.model, bench.inversion, 0.6, 0.5), load_judge()
+    plain, ours = (score(bench, judge, draw(bench, m, bench.word_swap(), 2.5)) for m in (bench.model, injected))
+    assert ours["edited"] >= 0.8
+    assert ours["background"] < 0.5 * plain["background"]
+    assert ours["whole"] < 0.6 * plain["whole"]
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
