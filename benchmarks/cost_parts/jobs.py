@@ -14,11 +14,10 @@ from .counting import Gradient, Watch, flop_counter
 from .memory import Peak
 from .reference import plain_gradient
 from .unets import FULL, QUICK, float64_unet
-from .variants import Edit, guided_share, load_variant, runs_in_executor
+from .variants import Edit, load_variant, runs_in_executor, usual_shares
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP_SIZE = 64
-USUAL_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -101,23 +100,19 @@ def count(job: Job) -> dict:
     if watch.first is not None:
         gradient = watch.first.gradient * run.variant.texts_per_gradient
         save_file({**asdict(watch.first), "gradient": gradient}, job.gradients)
-    weight = guided_weight(job.variant, job.steps[-1])
-    if weight < 1:
+    guided, held = usual_shares(job.variant)
+    if guided < 1:
         run.variant.strength = 0.0
         unguided = [counted(steps)[0] for steps in job.steps]
     return {
         "gflop_per_forward": forward / 1e9,
         "counts": counts,
         "unguided_counts": unguided,
-        "guided_weight": weight,
+        "guided_share": guided,
+        "held_share": held,
         "peak_bytes": peak,
         "finite": all(result["finite"] for result in counts),
     }
-
-
-def guided_weight(variant: str, steps: int) -> float:
-    """Few steps are all guided, of many only some: how much guided steps count, beside unguided ones, as in a usual edit."""
-    return guided_share(variant, max(steps, USUAL_STEPS)) / guided_share(variant, steps)
 
 
 def measure_time(job: Job) -> dict:
@@ -131,16 +126,18 @@ def measure_time(job: Job) -> dict:
     again = edit
     if run.variant.uses_inversion_again:
         _, again = run.timed(run.variant.redraw, run.edit, inverted, steps)
-    weight = guided_weight(job.variant, steps)
-    if weight < 1:
+    guided, held = usual_shares(job.variant)
+    if guided < 1:
         run.variant.strength = 0.0
         _, unguided = run.timed(run.variant.redraw, run.edit, inverted, steps)
-        edit, again = (weight * seconds + (1 - weight) * unguided for seconds in (edit, again))
+        _, forward = run.timed(run.variant.one_forward, run.edit)
+        edit, again = (
+            guided * seconds + (1 - guided) * unguided - held * steps * forward for seconds in (edit, again)
+        )
     phases = {"inversion": inversion, "edit": edit, "whole": inversion + edit, "edit_again": again}
     return {
         **{phase: wall for phase, (wall, _) in phases.items()},
         "whole_cpu": phases["whole"][1],
-        "guided_weight": weight,
         "peak_bytes": run.peak.above_base() if run.peak.on_gpu else None,
         "finite": bool(samples.isfinite().all()),
     }

@@ -57,8 +57,10 @@ def _spread(values: list[float]) -> dict | None:
 def _per_step(count: dict) -> dict:
     """What each step of a usual edit costs, and of operations what comes once."""
     guided, unguided = (_slopes(count[name]) for name in ("counts", "unguided_counts"))
-    weight, first = count["guided_weight"], count["counts"][0]
-    steps = {name: weight * guided[name] + (1 - weight) * unguided.get(name, 0.0) for name in guided}
+    share, first = count["guided_share"], count["counts"][0]
+    steps = {name: share * guided[name] + (1 - share) * unguided.get(name, 0.0) for name in guided}
+    for name in ("fe", "forward_rows"):
+        steps[name] -= count["held_share"]  # a step without its negative text is one forward pass less
     return {**steps, "fe_once": first["fe"] - first["steps"] * guided["fe"]}
 
 

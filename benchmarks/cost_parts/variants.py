@@ -1,7 +1,7 @@
 """The implementations that are compared: the same edit of the same picture, by the same number of steps."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import comfy.model_management
 import comfy.sample
@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler
 from diffusers.pipelines.deprecated.stable_diffusion_variants import pipeline_stable_diffusion_pix2pix_zero as theirs
 from diffusers.utils import logging
 
+from ...editing.guidance import GuidanceSchedule
 from ...editing.regularization import NoiseRegularization
 from ...host.presets import PRESETS
 from ...host.sampling import invert_latent, sample_edit
@@ -17,6 +18,7 @@ from .unets import Shape, comfyui_model, diffusers_unet
 
 CFG = 7.5
 STRENGTH = 0.1
+USUAL_STEPS = 50
 LATENT_SCALE = 0.18215
 logging.set_verbosity_error()
 SCHEDULE = dict(
@@ -126,7 +128,11 @@ class Authors(Diffusers):
 
 
 class Pack:
-    """This pack through ComfyUI's guider. To be used in inference mode, as in the executor."""
+    """This pack through ComfyUI's guider. To be used in inference mode, as in the executor.
+
+    Each step is guided and evaluates both texts, or none is guided (`strength` 0): a preset that spreads its guidance over
+    many steps would else show none of it in few. `usual_shares` says how its steps are mixed.
+    """
 
     texts_per_gradient = 1
     uses_inversion_again = True
@@ -150,7 +156,9 @@ class Pack:
 
     def redraw(self, edit: Edit, inverted, steps: int) -> torch.Tensor:
         texts = _conditioning(edit.positive), _conditioning(edit.negative)
-        return sample_edit(self.model, inverted, *texts, CFG, self.strength, preset=self.preset)
+        each_step = replace(PRESETS[self.preset], guided_steps=None, share=1.0, holds_negative=False)
+        with patch.dict(PRESETS, {self.preset: each_step}):
+            return sample_edit(self.model, inverted, *texts, CFG, self.strength, preset=self.preset)
 
 
 class Unguided(Pack):
@@ -190,10 +198,14 @@ def variant_names() -> list[str]:
     return [*PEERS, *PRESETS, *SCALE]
 
 
-def guided_share(name: str, steps: int) -> float:
-    """On which part of an edit's steps guidance acts."""
-    every = PRESETS[name].every(steps) if name in PRESETS else 1
-    return math.ceil(steps / every) / steps
+def usual_shares(name: str) -> tuple[float, float]:
+    """Of a usual edit's steps: the part that is guided, and the part that evaluates no negative text."""
+    if name not in PRESETS:
+        return 1.0, 0.0
+    schedule = GuidanceSchedule(STRENGTH, **PRESETS[name].schedule(USUAL_STEPS))
+    guided = sum(schedule.strength_at(1.0, step, USUAL_STEPS) > 0 for step in range(USUAL_STEPS))
+    held = sum(schedule.holds_negative_at(step) for step in range(USUAL_STEPS))
+    return guided / USUAL_STEPS, held / USUAL_STEPS
 
 
 def runs_in_executor(name: str) -> bool:

@@ -58,11 +58,12 @@ def test_default_adds_one_backward_pass_to_the_unguided_edit(variants):
     assert per_step["fe_once"] <= 1.01, "the estimate at the noise end, once"
 
 
-def test_fast_guides_only_some_of_the_steps(variants):
+def test_fast_guides_some_steps_and_leaves_the_negative_out_of_others(variants):
     per_step = step(variants, "fast")
-    part = 1 / PRESETS["fast"].every(50)
-    assert (per_step["forward_rows"], per_step["backward_rows"]) == pytest.approx((3, part))
-    assert per_step["fe"] <= UNGUIDED + part * GUIDANCE
+    guided, held = variants["fast"]["count"]["guided_share"], variants["fast"]["count"]["held_share"]
+    assert guided <= 1 / 3
+    assert (per_step["forward_rows"], per_step["backward_rows"]) == pytest.approx((3 - held, guided))
+    assert per_step["fe"] <= UNGUIDED - held + guided * GUIDANCE
     assert per_step["fe_once"] <= 1.01
 
 
