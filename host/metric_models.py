@@ -1,0 +1,240 @@
+"""The networks that judge edits: CLIP and DINO through transformers, LPIPS on torchvision's SqueezeNet.
+
+All run in fp32 and are loaded and offloaded by ComfyUI's model management. Pictures are [B, H, W, 3] in 0..1.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import safetensors
+import torch
+import torch.nn.functional as F
+
+from ..editing.metrics import perceptual_distance
+from . import metric_files as files
+from .captioner import WholeModelPatcher, rgb_bytes
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never measure
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, ViTModel
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class JudgingModel:
+    """A network in the hands of ComfyUI's memory management."""
+
+    def __init__(self, network: torch.nn.Module, activation_bytes: int):
+        # One level of wrapping, because the patcher sets `device` on its model, which a transformers model refuses.
+        self.patcher = WholeModelPatcher(
+            torch.nn.ModuleDict({"network": network.float().eval().requires_grad_(False)}),
+            load_device=comfy.model_management.text_encoder_device(),
+            offload_device=comfy.model_management.text_encoder_offload_device(),
+        )
+        self.activation_bytes = activation_bytes
+
+    def load(self) -> torch.device:
+        """Bring the weights to the device on which the network runs, and name it."""
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=self.activation_bytes, force_full_load=True
+        )
+        return next(self.network.parameters()).device
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.patcher.model["network"]
+
+
+class ClipJudge(JudgingModel):
+    """How well pictures fit texts, by CLIP (Radford et al. 2021)."""
+
+    def __init__(self, clip: "CLIPModel", tokenizer: "CLIPTokenizerFast", image_processor: "CLIPImageProcessor"):
+        super().__init__(clip, 64 * 2**20)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+
+    def similarity(self, pictures: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """100 times the cosine of each picture with each text: [B, texts]."""
+        device = self.load()
+        longest = self.network.config.text_config.max_position_embeddings
+        words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        pixels = self.image_processor(
+            images=list(rgb_bytes(pictures)), input_data_format="channels_last", return_tensors="pt"
+        )
+        seen = self.network(
+            input_ids=words.input_ids.to(device),
+            attention_mask=words.attention_mask.to(device),
+            pixel_values=pixels.pixel_values.to(device, torch.float32),
+        )
+        # Both are of unit length.
+        return (100 * seen.image_embeds @ seen.text_embeds.T).cpu()
+
+
+class DinoJudge(JudgingModel):
+    """Structure as Splice sees it (Tumanyan et al., CVPR 2022): the keys of a DINO vision transformer's last layer."""
+
+    SHORT_SIDE, LONGEST_SIDE = 224, 480
+
+    def __init__(self, vit: "ViTModel"):
+        super().__init__(vit, 256 * 2**20)
+        # Its name differs between versions of transformers; the last one registered is the last layer's.
+        self.key_projection = [
+            module for name, module in vit.named_modules() if name.rsplit(".", 1)[-1] in ("k_proj", "key")
+        ][-1]
+
+    def keys(self, pictures: torch.Tensor, value_range: float = 1.0) -> torch.Tensor:
+        """The keys of all heads side by side, the class token's first: [B, 1 + patches, width].
+
+        `value_range`: 255 leaves out the division by 255 before the normalization, as the code of PIE-Bench does.
+        """
+        device = self.load()
+        picture = pictures.movedim(-1, 1).float().to(device)
+        picture = F.interpolate(
+            picture, self._size(*picture.shape[-2:]), mode="bilinear", align_corners=False, antialias=True
+        )
+        mean, std = (picture.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        kept = []
+        hook = self.key_projection.register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            self.network(pixel_values=(picture * value_range - mean) / std, interpolate_pos_encoding=True)
+        finally:
+            hook.remove()
+        return kept[0].cpu()
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        short, long = sorted((height, width))
+        size = (self.SHORT_SIDE, int(self.SHORT_SIDE * long / short))
+        if size[1] > self.LONGEST_SIDE:
+            size = (int(self.LONGEST_SIDE * size[0] / size[1]), self.LONGEST_SIDE)
+        return size if height <= width else size[::-1]
+
+
+class LpipsNetwork(torch.nn.Module):
+    """The layers of LPIPS "squeeze" v0.1 with the parameter names of the `lpips` package's own state dict."""
+
+    SLICES = ((0, 2), (2, 5), (5, 8), (8, 10), (10, 11), (11, 12), (12, 13))
+    CHANNELS = (64, 128, 256, 384, 384, 512, 512)
+
+    def __init__(self):
+        from torchvision.models import squeezenet1_1
+
+        super().__init__()
+        layers = squeezenet1_1(weights=None).features
+        self.scaling_layer = torch.nn.Module()
+        self.scaling_layer.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.scaling_layer.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.net = torch.nn.Module()
+        for number, ((start, end), channels) in enumerate(zip(self.SLICES, self.CHANNELS)):
+            part = torch.nn.Sequential()
+            for layer in range(start, end):
+                part.add_module(str(layer), layers[layer])
+            setattr(self.net, f"slice{number + 1}", part)
+            weights = torch.nn.Module()
+            weights.model = torch.nn.ModuleDict({"1": torch.nn.Conv2d(channels, 1, 1, bias=False)})
+            setattr(self, f"lin{number}", weights)
+
+    def features(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """The seven layers' outputs for [B, 3, H, W] in 0..1."""
+        x = (2 * pictures - 1 - self.scaling_layer.shift) / self.scaling_layer.scale
+        kept = []
+        for number in range(len(self.SLICES)):
+            x = getattr(self.net, f"slice{number + 1}")(x)
+            kept.append(x)
+        return kept
+
+    def channel_weights(self) -> list[torch.Tensor]:
+        return [getattr(self, f"lin{number}").model["1"].weight.flatten() for number in range(len(self.SLICES))]
+
+
+class LpipsJudge(JudgingModel):
+    """Perceptual distance (Zhang et al., CVPR 2018) on SqueezeNet, the network PIE-Bench takes."""
+
+    SMALLEST = 32
+
+    def __init__(self, network: LpipsNetwork):
+        super().__init__(network, 256 * 2**20)
+
+    def distance(self, source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+        """LPIPS of pictures [B, H, W, 3]: [B], 0 for the same. Raises ValueError for pictures under 32 pixels."""
+        if min(source.shape[1:3]) < self.SMALLEST:
+            raise ValueError(f"source: LPIPS needs pictures of at least {self.SMALLEST} by {self.SMALLEST} pixels.")
+        device = self.load()
+        features = [self.network.features(pictures.movedim(-1, 1).float().to(device)) for pictures in (source, edited)]
+        return perceptual_distance(*features, self.network.channel_weights()).cpu()
+
+
+def load_clip(name: str, allow_download: bool = False) -> ClipJudge:
+    """The CLIP model that a user chose from `metric_files.model_names(CLIP)`. Raises ValueError if it cannot be read."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+    folder = files.complete_folder(files.CLIP, name, allow_download)
+    return ClipJudge(
+        _read_transformer(files.CLIP, CLIPModel, CLIPConfig, folder),
+        CLIPTokenizerFast.from_pretrained(folder, local_files_only=True),
+        CLIPImageProcessor.from_pretrained(folder, local_files_only=True),
+    )
+
+
+def load_dino(name: str, allow_download: bool = False) -> DinoJudge:
+    """The ViT that a user chose from `metric_files.model_names(DINO)`. Raises ValueError if it cannot be read."""
+    from transformers import ViTConfig, ViTModel
+
+    folder = files.complete_folder(files.DINO, name, allow_download)
+    return DinoJudge(_read_transformer(files.DINO, ViTModel, ViTConfig, folder, add_pooling_layer=False))
+
+
+def load_lpips(name: str) -> LpipsJudge:
+    """The LPIPS file that a user chose from `metric_files.lpips_names()`. Raises ValueError if it cannot be read.
+
+    It is the state dict of `lpips.LPIPS(net="squeeze")`, saved with `safetensors.torch.save_file`.
+    """
+    path = files.lpips_file(name)
+    network = LpipsNetwork()
+    # The package lists its linear layers a second time, under "lins".
+    weights = {key: value for key, value in _read_weights(path, "lpips_model").items() if not key.startswith("lins.")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"lpips_model: {path} does not hold the weights of LPIPS on SqueezeNet. Make it once, where the lpips package "
+            "is installed, from the state_dict() of lpips.LPIPS(net='squeeze') with safetensors.torch.save_file."
+        ) from error
+    return LpipsJudge(network)
+
+
+def _read_weights(path: Path, socket: str) -> dict[str, torch.Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself is no iterable)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{socket}: {path} cannot be read as safetensors: {error}. Its download was cut off: get it again."
+        ) from error
+
+
+def _read_transformer(kind: files.ModelKind, model_class, config_class, folder: Path, **options) -> torch.nn.Module:
+    """A transformers model with exactly the weights of its folder, in fp32."""
+    found = files.model_type(folder)
+    if found != kind.model_type:
+        raise ValueError(
+            f"{kind.socket}: {folder} holds a model of type '{found}', not '{kind.model_type}'. Choose a {kind.words}."
+        )
+    weights = _read_weights(folder / files.WEIGHTS, kind.socket)
+    # Older checkpoints store a constant that transformers now computes; the pooler of a ViT is not read.
+    weights = {
+        k: v.float() for k, v in weights.items() if not k.endswith("position_ids") and not k.startswith("pooler.")
+    }
+    config = config_class.from_pretrained(folder, local_files_only=True)
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    unfit = sorted(
+        str(key) for key in {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}
+    )
+    if unfit:
+        raise ValueError(
+            f"{kind.socket}: the weights in {folder} are not those of its {kind.words}: {len(unfit)} missing, left over or "
+            f"of another shape ({', '.join(unfit[:3])}). Get the folder again."
+        )
+    return model

@@ -1,0 +1,426 @@
+"""The metrics node on tiny models made on the spot, against the same figures by transformers and torchvision alone."""
+
+import importlib.util
+import json
+import logging
+import math
+import sys
+from dataclasses import fields
+
+import comfy.model_management
+import folder_paths
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pix2pix_zero.editing import metrics
+from pix2pix_zero.host import metric_files, metric_models
+from pix2pix_zero.host.edit_figures import EditFigures
+from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_judges import lpips_state_dict, make_clip_folder, make_dino_folder, make_lpips_file
+
+FIGURES = [field.name for field in fields(EditFigures)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    base = tmp_path_factory.mktemp("made")
+    make_clip_folder(base / "clip")
+    make_dino_folder(base / "dino")
+    make_lpips_file(base / "lpips.safetensors")
+    return base
+
+
+@pytest.fixture
+def models(made, tmp_path, monkeypatch):
+    """models/pix2pix_zero/metrics and models/clip_vision in temporary places; the first holds a model of each kind."""
+    base = tmp_path / "metrics"
+    for path in made.rglob("*"):
+        if path.is_file():
+            copy = base / path.relative_to(made)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    for name, place in ((metric_files.FOLDER_NAME, base), ("clip_vision", tmp_path / "clip_vision")):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(place)], {".safetensors"}))
+    return base
+
+
+@pytest.fixture
+def measure(run_node):
+    """``measure(**inputs)``: (report, {figure: value}) as the executor calls a node that takes lists."""
+
+    def run(**inputs):
+        lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
+        report, *values = run_node(Pix2PixZeroEditMetrics, **lists)
+        return report, dict(zip(FIGURES, values, strict=True))
+
+    return run
+
+
+def pictures(count, height=40, width=56, channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, channels, 5, 5, generator=generator)
+    return F.interpolate(coarse, (height, width), mode="bilinear").movedim(1, -1)
+
+
+def box_mask(height=40, width=56):
+    mask = torch.zeros(1, height, width)
+    mask[:, 8:24, 10:30] = 1
+    return mask
+
+
+def clip_similarity(folder, image, text):
+    """100 times the cosine, by the library's own preprocessing and its two separate encoders."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+    clip = CLIPModel.from_pretrained(folder).eval()
+    picture = Image.fromarray((image.numpy() * 255).round().astype(np.uint8))
+    pixels = CLIPImageProcessor.from_pretrained(folder)(images=picture, return_tensors="pt")
+    words = CLIPTokenizerFast.from_pretrained(folder)(text, return_tensors="pt", truncation=True, max_length=12)
+    with torch.no_grad():
+        seen = clip.visual_projection(clip.vision_model(**pixels).pooler_output)[0].double()
+        read = clip.text_projection(clip.text_model(**words).pooler_output)[0].double()
+    return 100 * (seen @ read / (seen.norm() * read.norm())).item()
+
+
+def dino_keys(folder, image, value_range=1.0):
+    """The last layer's keys by hand: torchvision's preprocessing, and the key weights on the layer's normalized input."""
+    from torchvision.transforms import Normalize, Resize
+    from transformers import ViTModel
+
+    picture = Resize(224, max_size=480)(image.movedim(-1, 0) * value_range)
+    picture = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(picture)[None]
+    vit = ViTModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = vit(picture, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+    last = {
+        key.split(".2.", 1)[1]: value for key, value in load_file(folder / "model.safetensors").items() if ".2." in key
+    }
+    x = F.layer_norm(states[-2], (16,), last["layernorm_before.weight"], last["layernorm_before.bias"], 1e-12)
+    return x @ last["attention.attention.key.weight"].T + last["attention.attention.key.bias"]
+
+
+def lpips_distance(a, b):
+    """Layer by layer on torchvision's whole SqueezeNet, pictures [H, W, 3] in 0..1."""
+    from torchvision.models import squeezenet1_1
+
+    weights = lpips_state_dict()
+    network = squeezenet1_1(weights=None).features
+    network.load_state_dict(
+        {key.split(".", 2)[2]: value for key, value in weights.items() if key.startswith("net.")}, strict=True
+    )
+    total = 0.0
+    x, y = (
+        ((t.movedim(-1, 0)[None] * 2 - 1) - weights["scaling_layer.shift"]) / weights["scaling_layer.scale"]
+        for t in (a, b)
+    )
+    taps = iter(range(7))
+    for number, layer in enumerate(network):
+        x, y = layer(x), layer(y)
+        if number in (1, 4, 7, 9, 10, 11, 12):
+            p, q = (t.double() / t.double().norm(dim=1, keepdim=True) for t in (x, y))
+            w = weights[f"lin{next(taps)}.model.1.weight"].double()
+            total += ((p - q) ** 2 * w).sum(1).mean().item()
+    return total
+
+
+def test_measures_what_needs_no_model_and_says_what_is_missing(measure):
+    source, edited = pictures(1), pictures(1, seed=1)
+    report, figures = measure(source=source, edited=edited)
+    mse = np.mean((source.double().numpy() - edited.double().numpy()) ** 2)
+    assert figures["mse"] == pytest.approx(mse, rel=1e-5)
+    assert figures["psnr"] == pytest.approx(-10 * math.log10(mse), rel=1e-5)
+    assert 0 < figures["ssim"] < 1
+    assert all(math.isnan(figures[name]) for name in FIGURES[3:])
+    assert "over the whole picture" in report
+    for name in ("lpips_model", "dino_model", "clip_model"):
+        assert f"no {name} is chosen" in report
+
+
+def test_with_a_mask_only_the_rest_counts_whatever_happens_inside(measure, models):
+    source, mask = pictures(1), box_mask()
+    edited = (source + 0.05 * pictures(1, seed=1)).clamp(0, 1)
+    wild = torch.where(mask[..., None].bool(), pictures(1, seed=2), edited)
+    report, figures = measure(source=source, edited=edited, mask=mask, lpips_model="lpips.safetensors")
+    _, wilder = measure(source=source, edited=wild, mask=mask, lpips_model="lpips.safetensors")
+    for name in ("psnr", "ssim", "mse", "lpips"):
+        assert figures[name] == wilder[name]
+    square = (source.double() - edited.double()) ** 2
+    outside = mask[0] == 0
+    assert figures["mse"] == pytest.approx(square[0][outside].mean().item(), rel=1e-5)
+    assert figures["mse_inside"] == pytest.approx(square[0][~outside].mean().item(), rel=1e-5)
+    assert wilder["mse_inside"] > figures["mse_inside"]
+    kept = torch.where(mask[..., None].bool(), source, edited)
+    assert figures["lpips"] == pytest.approx(lpips_distance(source[0], kept[0]), rel=1e-4)
+    assert "outside the mask" in report
+
+
+def test_a_mask_of_another_size_is_resized(measure):
+    source, edited = pictures(1), pictures(1, seed=1)
+    _, full = measure(source=source, edited=edited, mask=box_mask())
+    half = box_mask()[:, ::2, ::2]
+    _, resized = measure(source=source, edited=edited, mask=half)
+    assert resized["mse"] == pytest.approx(full["mse"], rel=0.05)
+
+
+def test_a_mask_over_everything_leaves_nothing_to_measure(measure):
+    report, figures = measure(source=pictures(1), edited=pictures(1, seed=1), mask=torch.ones(1, 40, 56))
+    assert math.isnan(figures["psnr"]) and math.isnan(figures["ssim"])
+    assert figures["mse_inside"] > 0
+    assert "a mask covers the whole picture" in report
+
+
+def test_clip_figures_are_those_of_transformers(measure, models):
+    source, edited, mask = pictures(1), pictures(1, seed=1), box_mask()
+    words = ["a photo of a cat", "a photo of a dog"]
+    kept = [clip_similarity(models / "clip", edited[0], text) for text in words]
+    first = kept.index(max(kept))
+    for source_text, target_text, accuracy in (
+        (words[1 - first], words[first], 1),
+        (words[first], words[1 - first], 0),
+    ):
+        _, figures = measure(
+            source=source, edited=edited, mask=mask, source_text=source_text, target_text=target_text, clip_model="clip"
+        )
+        expected = clip_similarity(models / "clip", edited[0], target_text)
+        assert figures["clip_similarity"] == pytest.approx(max(expected, 0), abs=1e-3)
+        inside = clip_similarity(models / "clip", (edited * mask[..., None])[0], target_text)
+        assert figures["clip_similarity_inside"] == pytest.approx(max(inside, 0), abs=1e-3)
+        assert figures["clip_accuracy"] == accuracy
+    with torch.inference_mode():
+        raw = metric_models.load_clip("clip").similarity(edited, words)[0].tolist()
+    assert raw == pytest.approx(kept, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 56), (96, 20)])
+def test_structure_distance_is_that_of_the_last_layers_keys(measure, models, size):
+    source, edited = pictures(1, *size), pictures(1, *size, seed=1)
+    similar = []
+    for image in (source, edited):
+        keys = F.normalize(dino_keys(models / "dino", image[0])[0].double(), dim=-1)
+        similar.append(keys @ keys.T)
+    _, figures = measure(source=source, edited=edited, dino_model="dino")
+    assert figures["structure_distance"] == pytest.approx(((similar[0] - similar[1]) ** 2).mean().item(), rel=1e-3)
+    assert measure(source=source, edited=source, dino_model="dino")[1]["structure_distance"] == 0
+
+
+def test_keys_on_the_scale_of_pie_bench_skip_the_division_by_255(models):
+    image = pictures(1)
+    with torch.inference_mode():
+        keys = metric_models.load_dino("dino").keys(image, value_range=255)
+    torch.testing.assert_close(keys, dino_keys(models / "dino", image[0], 255), atol=1e-3, rtol=1e-3)
+
+
+def test_dino_weights_without_a_pooler_load(models, measure):
+    make_dino_folder(models / "bare", pooler=False)
+    _, with_pooler = measure(source=pictures(1), edited=pictures(1, seed=1), dino_model="dino")
+    _, without = measure(source=pictures(1), edited=pictures(1, seed=1), dino_model="bare")
+    assert without["structure_distance"] > 0 and with_pooler["structure_distance"] > 0
+
+
+def test_a_batch_is_the_mean_of_its_pictures_and_the_report_lists_each(measure, models):
+    source, edited, mask = pictures(3), pictures(3, seed=1), box_mask()
+    options = {"clip_model": "clip", "dino_model": "dino", "lpips_model": "lpips.safetensors"}
+    targets = ["a red cat", "the dog", "a photo of a cat"]
+    alone = [
+        measure(source=source[i : i + 1], edited=edited[i : i + 1], mask=mask, source_text="a dog",
+                target_text=targets[i], **options)[1]
+        for i in range(3)
+    ]  # fmt: skip
+    report, together = measure(
+        source=source, edited=edited, mask=mask, source_text="a dog", target_text="\n".join(targets), **options
+    )
+    for name in FIGURES:
+        assert together[name] == pytest.approx(np.mean([figures[name] for figures in alone]), rel=1e-5), name
+    for number, figures in enumerate(alone, 1):
+        assert f"Picture {number}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}" in report
+    assert "Not measured" not in report
+
+    as_lists = {"source": list(source.split(1)), "edited": list(edited.split(1)), "target_text": targets}
+    assert measure(**as_lists, mask=mask, source_text="a dog", **options)[0] == report
+
+
+def test_one_source_serves_several_edits_and_lists_may_hold_other_sizes(measure):
+    source, edited = pictures(1), pictures(2, seed=1)
+    _, shared = measure(source=source, edited=edited)
+    _, repeated = measure(source=source.repeat(2, 1, 1, 1), edited=edited)
+    assert shared["mse"] == pytest.approx(repeated["mse"], rel=1e-6)
+    other = [pictures(1, 24, 24), pictures(1, 24, 24, seed=1)]
+    _, mixed = measure(source=[source, other[0]], edited=[edited[:1], other[1]])
+    expected = [((a - b) ** 2).mean().item() for a, b in ((source, edited[:1]), other)]
+    assert mixed["mse"] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_alpha_is_left_out_and_one_channel_is_grey(measure):
+    source, edited = pictures(1), pictures(1, seed=1)
+    alpha = torch.cat([edited, pictures(1, channels=1, seed=5)], dim=-1)
+    assert measure(source=source, edited=alpha)[1]["mse"] == measure(source=source, edited=edited)[1]["mse"]
+    grey = edited[..., :1]
+    assert measure(source=source, edited=grey)[0] == measure(source=source, edited=grey.repeat(1, 1, 1, 3))[0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"edited": pictures(1, 40, 48)}, "^edited: picture 1 is 48x40, its source 56x40. Resize"),
+        ({"edited": pictures(3)}, "^source: it brings 2 pictures for 3 pictures"),
+        ({"source": pictures(3)}, "^edited: it brings 2 pictures for 3 pictures"),
+        ({"mask": torch.zeros(3, 40, 56)}, "^mask: it brings 3 masks for 2 pictures"),
+        ({"target_text": "a\nb\nc"}, "^target_text: it brings 3 lines for 2 pictures"),
+        ({"source_text": ["a", "b", "c"]}, "^source_text: it brings 3 lines for 2 pictures"),
+        ({"edited": torch.full((2, 40, 56, 3), torch.nan)}, "^edited: it holds NaN"),
+        ({"source": torch.zeros(2, 40, 56, 5)}, "^source: expected"),
+        ({"mask": torch.full((1, 4, 4), torch.inf)}, "^mask: expected .* finite"),
+    ],
+)
+def test_errors_name_the_socket(measure, inputs, words):
+    with pytest.raises(ValueError, match=words):
+        measure(**{"source": pictures(2), "edited": pictures(2, seed=1), **inputs})
+
+
+def test_lpips_refuses_pictures_that_its_network_cannot_take(measure, models):
+    with pytest.raises(ValueError, match="^source: LPIPS needs pictures of at least 32 by 32"):
+        measure(source=pictures(1, 24, 40), edited=pictures(1, 24, 40), lpips_model="lpips.safetensors")
+
+
+def test_offers_the_folders_that_fit_and_the_well_known_models(models):
+    (models / "unknown").mkdir()
+    make_clip_folder(models.parent / "clip_vision" / "borrowed")
+    inputs = {item.id: item for item in Pix2PixZeroEditMetrics.define_schema().inputs}
+    known = metric_files.CLIP.well_known, metric_files.DINO.well_known
+    assert inputs["clip_model"].options == ["none", "borrowed", "clip", "unknown", *known[0]]
+    assert inputs["dino_model"].options == ["none", "dino", "unknown", *known[1]]
+    assert inputs["lpips_model"].options == ["none", "lpips.safetensors"]
+    assert all(inputs[name].default == "none" for name in ("clip_model", "dino_model", "lpips_model"))
+
+
+def test_reads_a_clip_folder_below_clip_vision(models, measure):
+    (models / "clip").rename(models.parent / "moved")
+    (models.parent / "clip_vision").mkdir()
+    (models.parent / "moved").rename(models.parent / "clip_vision" / "clip")
+    _, figures = measure(source=pictures(1), edited=pictures(1), target_text="a cat", clip_model="clip")
+    assert not math.isnan(figures["clip_similarity"])
+
+
+def test_the_first_sockets_are_those_of_shared_workflows():
+    schema = Pix2PixZeroEditMetrics.define_schema()
+    assert schema.node_id == "Pix2PixZeroEditMetrics"
+    assert [item.id for item in schema.inputs][:3] == ["source", "edited", "mask"]
+    assert [item.optional for item in schema.inputs] == [False, False, *[True] * (len(schema.inputs) - 2)]
+    assert [item.display_name for item in schema.outputs] == ["report", *FIGURES]
+
+
+def test_the_models_are_in_the_hands_of_the_hosts_memory_management(models):
+    with torch.inference_mode():
+        judge = metric_models.load_dino("dino")
+        judge.keys(pictures(1))
+    assert any(loaded.model is judge.patcher for loaded in comfy.model_management.current_loaded_models)
+    assert {parameter.dtype for parameter in judge.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["../clip", "..", "a/b", "/etc", "C:\\x"])
+@pytest.mark.parametrize("socket", ["clip_model", "dino_model", "lpips_model"])
+def test_refuses_names_that_leave_the_folder(models, measure, socket, name):
+    with pytest.raises(ValueError, match=f"^{socket}: .*is not the name of a model"):
+        measure(source=pictures(1), edited=pictures(1), **{socket: name})
+
+
+def test_lists_what_a_folder_lacks_and_never_reads_a_pickle(models, measure):
+    options = {"source": pictures(1), "edited": pictures(1)}
+    for name in ("preprocessor_config.json", "merges.txt"):
+        (models / "clip" / name).unlink()
+    lacking = r"Missing: preprocessor_config\.json, tokenizer\.json or vocab\.json and merges\.txt\."
+    with pytest.raises(ValueError, match=f"^clip_model: .*{lacking}"):
+        measure(**options, clip_model="clip")
+    (models / "dino" / "model.safetensors").rename(models / "dino" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"^dino_model: .*pytorch_model\.bin, a pickle"):
+        measure(**options, dino_model="dino")
+    with pytest.raises(ValueError, match="^dino_model: there is no DINO .* 'mine'"):
+        measure(**options, dino_model="mine")
+    with pytest.raises(ValueError, match="^lpips_model: there is no file"):
+        measure(**options, lpips_model="mine.safetensors")
+
+
+def test_refuses_weights_that_do_not_fit(models, measure):
+    options = {"source": pictures(1), "edited": pictures(1)}
+    weights = load_file(models / "dino" / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, models / "dino" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^dino_model: the weights in .* 1 missing.*layernorm\.weight"):
+        measure(**options, dino_model="dino")
+    save_file({"x": torch.zeros(1)}, models / "lpips.safetensors")
+    with pytest.raises(ValueError, match="^lpips_model: .*does not hold the weights of LPIPS on SqueezeNet"):
+        measure(**options, lpips_model="lpips.safetensors")
+    (models / "lpips.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="^lpips_model: .*cannot be read as safetensors"):
+        measure(**options, lpips_model="lpips.safetensors")
+    config = models / "clip" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "blip"}))
+    with pytest.raises(ValueError, match="^clip_model: .*of type 'blip', not 'clip'"):
+        measure(**options, clip_model="clip")
+
+
+def test_a_changed_file_changes_the_fingerprint(models):
+    chosen = {"clip_model": ["clip"], "dino_model": ["none"], "lpips_model": ["lpips.safetensors"]}
+    before = Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen)
+    assert Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen) == before
+    make_lpips_file(models / "lpips.safetensors", seed=1)
+    assert Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen) != before
+
+
+@pytest.fixture
+def hub(monkeypatch, made):
+    """A stand-in for the Hugging Face hub that serves the tiny DINO folder and writes down what is asked of it."""
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def file_exists(self, repo_id, filename, *, revision="main"):
+            return filename == "model.safetensors"
+
+    def snapshot_download(repo_id, *, revision, local_dir, allow_patterns):
+        calls.append((repo_id, revision, local_dir, allow_patterns))
+        local_dir.mkdir(parents=True)
+        for path in (made / "dino").iterdir():
+            (local_dir / path.name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_downloads_only_when_ticked_and_only_once(models, hub, measure, caplog):
+    options = {"source": pictures(1), "edited": pictures(1), "dino_model": "facebook/dino-vitb8"}
+    with pytest.raises(ValueError, match="^dino_model: .*tick allow_download"):
+        measure(**options)
+    assert hub == []
+    with caplog.at_level(logging.INFO):
+        measure(**options, allow_download=True)
+    ((repo_id, revision, folder, patterns),) = hub
+    assert (repo_id, revision, folder) == ("facebook/dino-vitb8", "main", models / "dino-vitb8")
+    assert set(patterns) == {"config.json", "model.safetensors"}
+    assert "Downloading facebook/dino-vitb8" in caplog.text
+    measure(**options, allow_download=True)
+    measure(**options)
+    assert len(hub) == 1
+
+
+@pytest.mark.parametrize(
+    "module", ["host.metric_files", "host.metric_models", "host.edit_figures", "host.edit_report", "nodes.metrics"]
+)
+def test_the_node_imports_without_transformers_and_the_hub(module, monkeypatch):
+    for name in ("transformers", "huggingface_hub", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.find_spec(f"pix2pix_zero.{module}")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_figures_of_the_plain_mathematics_are_the_nodes(measure):
+    source, edited, mask = pictures(1), pictures(1, seed=1), box_mask()
+    _, figures = measure(source=source, edited=edited, mask=mask)
+    kept = torch.where(mask[..., None].bool(), source, edited)
+    expected = metrics.structural_similarity(source.movedim(-1, 1), kept.movedim(-1, 1), 1 - mask[:, None])
+    assert figures["ssim"] == pytest.approx(expected.item(), abs=1e-6)
