@@ -1,0 +1,105 @@
+"""How good are edits beside other methods on the same weights, against ground truth? `python dev.py bench quality`
+
+Every method has one knob. It is set on tuning scenes: of the values that make the edit in 95 % of them, the one with the
+lowest error to the true picture. Then the method is measured on test scenes. Edits of the whole picture (day to night,
+a style) leave no background, so background figures are left out there. Writes tables, bench_quality.json, the trade-off
+curves bench_quality.png and a contact sheet for each edit to demo_output/.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import comfy.utils
+import torch
+from comfy.cli_args import args as host_options
+
+host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI that looks for a device
+
+from pix2pix_zero.benchmarks.judge import load_judge  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.drawing import contact_sheet, trade_off  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.methods import METHODS  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.report import table  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.tuning import compare, unedited  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench  # noqa: E402
+
+OUTPUT = Path(__file__).resolve().parent.parent / "demo_output"
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    names = [method.name for method in METHODS]
+    parser = argparse.ArgumentParser(prog="dev.py bench quality", description=__doc__)
+    parser.add_argument("--scenes", type=int, help="of each edit, to measure on (default: 64)")
+    parser.add_argument("--tuning-scenes", type=int, help="of each edit, to set the knobs on (default: as many)")
+    parser.add_argument("--steps", type=int, help="default: 50; `fast` takes 15 at most")
+    parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS), metavar="NAME", help=", ".join(EDITS))
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--values", type=int, help="how many values of each knob to try, from the middle (default: all)"
+    )
+    parser.add_argument("--threads", type=int, help="default: torch's choice; 1 with --quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 scenes, 1 to tune on, 4 steps, one knob value: to try the benchmark"
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (default: demo_output)")
+    options = parser.parse_args(arguments)
+    options.scenes = options.scenes or (2 if options.quick else 64)
+    options.tuning_scenes = options.tuning_scenes or (1 if options.quick else options.scenes)
+    options.steps = options.steps or (4 if options.quick else 50)
+    options.values = options.values or (1 if options.quick else max(len(method.values) for method in METHODS))
+    options.threads = options.threads or (1 if options.quick else None)
+    return options
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> None:
+    options = options_of(arguments)
+    logging.getLogger().setLevel(logging.WARNING)
+    comfy.utils.set_progress_bar_enabled(False)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    methods = [method.with_values(options.values) for method in METHODS if method.name in options.methods]
+    models, judge = DemoModels.load(), load_judge()
+    results = {}
+    for name in options.edits:
+        edit = EDITS[name]
+        tuning, test = (
+            Workbench(models, edit, draw_scenes(edit, count, seed), options.steps)
+            for count, seed in ((options.tuning_scenes, TUNING_SEED), (options.scenes, TEST_SEED))
+        )
+        results[name], pictures = unedited(test, judge)
+        sheet = {
+            "source": test.scenes.sources,
+            "ground truth": test.scenes.truths,
+            "plain DDIM": pictures["plain DDIM"],
+        }
+        for method in methods:
+            result, edited = compare(method, tuning, test, judge, lambda line: say(f"{name}, {line}"))
+            results[name].append(result)
+            sheet[f"{method.name}\n{result.knob} {result.value:g}"] = edited
+        print(f"\n{name}, {options.scenes} test scenes, {options.steps} steps\n\n{table(results[name])}", flush=True)
+        contact_sheet(sheet).save(options.output / f"bench_quality_{name}.png")
+        write(results, options)
+    print("\nMeans over the test scenes, with 95 % intervals. * under 95 % hits at any knob value on the tuning scenes")
+    print(f"wrote bench_quality.json, bench_quality.png and the contact sheets to {options.output.name}/")
+
+
+def write(results: dict, options: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    found = {name: [asdict(result) for result in rows] for name, rows in results.items()}
+    report = json.dumps({"settings": settings, "torch": torch.__version__, "results": found}, indent=1)
+    (options.output / "bench_quality.json").write_text(report + "\n", encoding="utf-8")
+    trade_off(results).save(options.output / "bench_quality.png")
+
+
+if __name__ == "__main__":
+    main()

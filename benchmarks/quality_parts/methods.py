@@ -1,0 +1,126 @@
+"""The methods that are compared, each with the one knob that trades how much is edited for how much is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from comfy_extras import nodes_custom_sampler as stock
+from torch import Tensor
+
+import nodes as host_nodes
+
+from ...editing.local_blend import LocalBlend
+from ...host.sampling import inverted_noise, sample_edit
+from ...nodes.plug_and_play import Pix2PixZeroPlugAndPlay
+from ...nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
+from ...nodes.sampler import Pix2PixZeroKSampler
+from . import diffusers_pipeline
+from .workbench import Workbench, node_default, one_of, row_of
+
+CFG = (1.25, 1.5, 2.0, 3.0, 5.0)
+FAST_STEPS = 15
+SDEDIT_CFG = 3.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """`draw(bench, knob)` gives LATENT samples [B, C, H, W], one for each scene."""
+
+    name: str
+    knob: str
+    values: tuple[float, ...]
+    draw: Callable[[Workbench, float], Tensor]
+
+    def with_values(self, count: int) -> "Method":
+        """The same with `count` values of its knob, those in the middle."""
+        skipped = max(0, len(self.values) - count) // 2
+        return replace(self, values=self.values[skipped : skipped + count])
+
+
+def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes) -> Tensor:
+    """The guided sampler's node with its defaults, but for `changes`."""
+    names = ("guidance_strength", "start_percent", "end_percent", "preset", "local_blend")
+    values = {name: node_default(Pix2PixZeroKSampler, name) for name in names} | changes
+    return sample_edit(
+        bench.model,
+        bench.inversion(steps),
+        bench.moved,
+        bench.described,
+        cfg,
+        values["guidance_strength"],
+        (values["start_percent"], values["end_percent"]),
+        values["preset"],
+        LocalBlend(values["local_blend"]) if values["local_blend"] else None,
+    )
+
+
+def fast(bench: Workbench, cfg: float) -> Tensor:
+    return this_pack(bench, cfg, min(FAST_STEPS, bench.steps), preset="fast")
+
+
+def without_blend(bench: Workbench, cfg: float) -> Tensor:
+    return this_pack(bench, cfg, local_blend=0.0)
+
+
+def official(bench: Workbench, cfg: float) -> Tensor:
+    return this_pack(bench, cfg, preset="official")
+
+
+def word_swap(bench: Workbench, cfg: float) -> Tensor:
+    """Nothing but another caption, on the same inversion and with its residuals."""
+    return sample_edit(bench.model, bench.inversion(), bench.wanted, bench.described, cfg, 0.0)
+
+
+def reconstruction(bench: Workbench, _: float = 0.0) -> Tensor:
+    """The unedited picture by plain DDIM, without the residuals that would bring it back exactly."""
+    plain = replace(bench.inversion(), residuals=None)
+    return sample_edit(bench.model, plain, bench.described, bench.described, 1.0, 0.0)
+
+
+def sdedit(bench: Workbench, denoise: float) -> Tensor:
+    """SDEdit (Meng et al., ICLR 2022): the host's KSampler from a noisy picture, with the edited caption."""
+    (negative,) = host_nodes.CLIPTextEncode().encode(bench.clip, "")
+    settings = (0, bench.steps, SDEDIT_CFG, "ddim", "ddim_uniform")
+    latent = {"samples": bench.latent}
+    return host_nodes.KSampler().sample(bench.model, *settings, bench.wanted, negative, latent, denoise)[0]["samples"]
+
+
+def prompt_to_prompt(bench: Workbench, cfg: float, **changes) -> Tensor:
+    """The node's defaults, picture by picture since each has a caption of its own."""
+    inversion = bench.inversion()
+    values = {name: node_default(Pix2PixZeroPromptToPrompt, name) for name in ("cross_until", "self_until")} | changes
+    edited = []
+    for index, texts in enumerate(zip(bench.captions, bench.wanted_captions)):
+        source = one_of(inversion, index)
+        model, positive = Pix2PixZeroPromptToPrompt.execute(bench.model, source, bench.clip, *texts, **values).result
+        edited.append(_stock_sampler(model, source, positive, row_of(bench.described, index), cfg))
+    return torch.cat(edited)
+
+
+def plug_and_play(bench: Workbench, cfg: float, **changes) -> Tensor:
+    names = ("feature_until", "attention_until", "negative_alpha")
+    values = {name: node_default(Pix2PixZeroPlugAndPlay, name) for name in names} | changes
+    inversion = bench.inversion()
+    (model,) = Pix2PixZeroPlugAndPlay.execute(bench.model, inversion, **values).result
+    return _stock_sampler(model, inversion, bench.wanted, bench.described, cfg)
+
+
+def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float) -> Tensor:
+    (guider,) = stock.CFGGuider.execute(model, positive, negative, cfg).result
+    (nothing,) = stock.DisableNoise.execute().result
+    (sampler,) = stock.KSamplerSelect.execute("euler").result
+    noise, sigmas = {"samples": inverted_noise(inversion, model)}, inversion.sigmas.flip(0)
+    return stock.SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, noise).result[0]["samples"]
+
+
+METHODS = [
+    Method("default", "cfg", CFG, this_pack),
+    Method("fast", "cfg", CFG, fast),
+    Method("without blend", "cfg", CFG, without_blend),
+    Method("official", "cfg", CFG, official),
+    Method("diffusers", "cfg", CFG, diffusers_pipeline.redraw),
+    Method("word swap", "cfg", CFG, word_swap),
+    Method("SDEdit", "denoise", (0.3, 0.45, 0.6, 0.75, 0.9), sdedit),
+    Method("Prompt-to-Prompt", "cfg", CFG, prompt_to_prompt),
+    Method("Plug-and-Play", "cfg", CFG, plug_and_play),
+]

@@ -1,0 +1,115 @@
+"""The demo model, and what the methods share of one set of scenes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import nodes as host_nodes
+
+from ...demo_model.loader import WEIGHTS, load_demo_model
+from ...editing.inversion import Inversion
+from ...editing.regularization import NoiseRegularization
+from ...host.batching import stack_conditionings
+from ...host.captioner import load_demo_captioner
+from ...host.sampling import invert_latent
+from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
+from ...nodes.inversion import Pix2PixZeroInversion
+from .scenes import QualityEdit, Scenes
+
+
+def node_default(node_class: type, socket: str):
+    """The default value that a node shows for one of its inputs."""
+    return next(item.default for item in node_class.define_schema().inputs if item.id == socket)
+
+
+@dataclass(frozen=True)
+class DemoModels:
+    """Everything that is loaded once."""
+
+    model: object
+    clip: object
+    vae: object
+    captioner: object
+
+    @classmethod
+    def load(cls) -> "DemoModels":
+        return cls(*load_demo_model(), load_demo_captioner(WEIGHTS))
+
+
+class Workbench:
+    """One edit of some scenes. Methods read from it and return LATENT samples; `timed` tells what that took."""
+
+    def __init__(self, models: DemoModels, edit: QualityEdit, scenes: Scenes, steps: int):
+        self.model, self.clip, self.vae = models.model, models.clip, models.vae
+        self.edit, self.scenes, self.steps = edit, scenes, steps
+        self.captions = models.captioner.caption(scenes.sources)
+        self.wanted_captions = [text.replace(*edit.swap) for text in self.captions]
+        self.described, self.wanted = self.encode(self.captions), self.encode(self.wanted_captions)
+        concept = edit.concept
+        (self.direction,) = Pix2PixZeroEditDirection.execute(self.clip, concept.source, concept.target).result
+        (self.moved,) = Pix2PixZeroApplyDirection.execute(self.described, self.direction, concept.strength).result
+        self.latent = self.vae.encode(scenes.sources)
+        self.source = self.vae.decode(self.latent)
+        self.truth = self.vae.decode(self.vae.encode(scenes.truths))
+        self._kept: dict[object, tuple[object, float]] = {}
+        self._saved = 0.0
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def encode(self, texts: list[str]) -> list:
+        """CONDITIONING with a row for each text, encoded by the host's own node."""
+        encoded = [host_nodes.CLIPTextEncode().encode(self.clip, text)[0] for text in texts]
+        return stack_conditionings(encoded, "captions")
+
+    def inversion(self, steps: int | None = None) -> Inversion:
+        """The scenes, inverted as the node does when nothing on it is changed but the steps."""
+        steps = steps or self.steps
+        return self.once(steps, lambda: self._invert(steps))
+
+    def _invert(self, steps: int) -> Inversion:
+        names = ("autocorrelation_weight", "kl_weight", "regularization_steps", "autocorrelation_rolls")
+        regularization = NoiseRegularization(*(node_default(Pix2PixZeroInversion, name) for name in names))
+        method = node_default(Pix2PixZeroInversion, "method")
+        latent = {"samples": self.latent}
+        return invert_latent(self.model, self.described, latent, steps, 0, regularization, method)
+
+    def once(self, key: object, make: Callable[[], object]):
+        """What `make` returns, kept for every knob and method that asks for the same; its seconds count each time."""
+        if key in self._kept:
+            self._saved += self._kept[key][1]
+        else:
+            start = time.perf_counter()
+            self._kept[key] = make(), time.perf_counter() - start
+        return self._kept[key][0]
+
+    def timed(self, draw: Callable[["Workbench", float], Tensor], knob: float) -> tuple[Tensor, float]:
+        """(pictures [B, H, W, 3], seconds per picture with encoding left out and the inversion counted in)."""
+        self._saved = 0.0
+        start = time.perf_counter()
+        pictures = self.vae.decode(draw(self, knob))
+        return pictures, (time.perf_counter() - start + self._saved) / len(self)
+
+
+def one_of(inversion: Inversion, index: int) -> Inversion:
+    """The inversion of a single picture of a batch."""
+    row = slice(index, index + 1)
+    return replace(
+        inversion,
+        trajectory=inversion.trajectory[:, row],
+        residuals=None if inversion.residuals is None else inversion.residuals[:, row],
+        source=row_of(inversion.source, index),
+        maps=None,
+    )
+
+
+def row_of(conditioning: list, index: int) -> list:
+    """The CONDITIONING of a single picture of a batch."""
+    row = slice(index, index + 1)
+    return [
+        [text[row], {name: value[row] if torch.is_tensor(value) else value for name, value in extras.items()}]
+        for text, extras in conditioning
+    ]
