@@ -2,7 +2,8 @@
 
 The same random weights of Stable Diffusion 1.5's shape in diffusers' pipeline, in the authors' update and in this pack
 with each preset; for scale, the plain inversion and sampling of any edit and ComfyUI's KSampler. Each measurement runs in
-a process of its own, the timed ones in alternation. Writes tables and demo_output/bench_cost.json.
+a process of its own, the timed ones in alternation. Steps are those of a usual edit of 50: where a preset guides only some
+of them, guided and unguided ones are measured apart and mixed. Writes tables and demo_output/bench_cost.json.
 """
 
 import argparse
