@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pix2pix_zero.editing import metrics
 from pix2pix_zero.host import metric_files, metric_models
 from pix2pix_zero.host.edit_figures import EditFigures
 from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_judges import lpips_state_dict, make_clip_folder, make_dino_folder, make_lpips_file
 

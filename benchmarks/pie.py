@@ -1,0 +1,170 @@
+"""How good are edits of photographs? `python dev.py bench pie --data FOLDER --checkpoint FILE`
+
+Runs PIE-Bench (Ju et al., ICLR 2024) with a checkpoint, models and data of your own, and prints its table. FOLDER holds
+mapping_file.json and annotation_images as its authors hand them out. The edited pictures are kept in --output in the same
+layout, so that a run that was stopped goes on, and the authors' own code can judge them too. Nothing is downloaded unless
+--allow-download is given.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from comfy.cli_args import args as host_options
+
+host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI that looks for a device
+
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+from pix2pix_zero.benchmarks.pie_parts.pie_data import (  # noqa: E402
+    CATEGORIES,
+    PICTURES,
+    PieCase,
+    read_cases,
+    read_edit,
+    write_picture,
+)
+from pix2pix_zero.benchmarks.pie_parts.pie_figures import PieFigures, mean_figures, pie_figures, table  # noqa: E402
+from pix2pix_zero.benchmarks.pie_parts.pie_methods import METHODS, Edit, Editor  # noqa: E402
+from pix2pix_zero.demo_model.loader import load_demo_model  # noqa: E402
+from pix2pix_zero.host import metric_files as files  # noqa: E402
+from pix2pix_zero.host.captioner import load_captioner  # noqa: E402
+from pix2pix_zero.host.captioner_files import register_blip_folder  # noqa: E402
+from pix2pix_zero.host.edit_figures import Judges  # noqa: E402
+from pix2pix_zero.host.metric_models import load_clip, load_dino, load_lpips  # noqa: E402
+
+OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "pie"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dev.py bench pie", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the benchmark")
+    parser.add_argument(
+        "--checkpoint", help="a file, a name in models/checkpoints, or demo; not needed to judge pictures alone"
+    )
+    parser.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=[name for name in METHODS if name != "official"]
+    )
+    parser.add_argument(
+        "--judge",
+        nargs="*",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="judge pictures made elsewhere: FOLDER holds them as annotation_images does",
+    )
+    parser.add_argument("--category", nargs="*", choices=CATEGORIES, default=list(CATEGORIES), help="editing_type_id")
+    parser.add_argument("--limit", type=int, default=0, help="only so many edits")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=7.5, help="as in the published rows")
+    parser.add_argument("--guidance", type=float, default=0.1, help="guidance_strength of pix2pix-zero")
+    parser.add_argument(
+        "--captioner", default="", help="a captioner in models/blip for pix2pix-zero; else the benchmark's own texts"
+    )
+    parser.add_argument("--clip", default=files.NONE, help="a CLIP model in models/pix2pix_zero/metrics")
+    parser.add_argument("--dino", default=files.NONE, help="a DINO model there; dino-vitb8 for the published figures")
+    parser.add_argument("--lpips", default=files.NONE, help="an LPIPS .safetensors file there")
+    parser.add_argument(
+        "--structure-range",
+        type=float,
+        choices=(255.0, 1.0),
+        default=255.0,
+        help="255: DINO sees pixels in 0..255 unscaled, as the benchmark's code does. 1: as it was trained, for figures "
+        "like the pix2pix-zero paper's",
+    )
+    parser.add_argument("--allow-download", action="store_true", help="fetch well-known CLIP and DINO models")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--redo", action="store_true", help="draw edits again that are in --output")
+    options = parser.parse_args(arguments)
+    if options.methods and not options.checkpoint:
+        if not options.judge:
+            parser.error("--checkpoint: name one, or judge pictures made elsewhere with --judge NAME=FOLDER.")
+        options.methods = []
+    if any("=" not in each for each in options.judge):
+        parser.error("--judge: write NAME=FOLDER.")
+    return options
+
+
+def load_editor(options: argparse.Namespace) -> Editor:
+    """The checkpoint's MODEL, CLIP and VAE with the settings of the run. Raises ValueError if there is no such file."""
+    if options.checkpoint == "demo":
+        model, clip, vae = load_demo_model()
+    else:
+        path = options.checkpoint
+        if not Path(path).is_file():
+            path = folder_paths.get_full_path("checkpoints", path)
+        if path is None:
+            raise ValueError(f"--checkpoint: there is no file {options.checkpoint}, here or in models/checkpoints.")
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
+    captioner = None
+    if options.captioner:
+        register_blip_folder()
+        captioner = load_captioner(options.captioner, options.allow_download)
+    return Editor(model, clip, vae, options.steps, options.cfg, options.guidance, captioner)
+
+
+def load_judges(options: argparse.Namespace) -> Judges:
+    files.register_metrics_folder()
+    return Judges(
+        load_clip(options.clip, options.allow_download) if options.clip != files.NONE else None,
+        load_dino(options.dino, options.allow_download) if options.dino != files.NONE else None,
+        load_lpips(options.lpips) if options.lpips != files.NONE else None,
+    )
+
+
+def draw(case: PieCase, editor: Editor, options: argparse.Namespace) -> Iterator[tuple[str, Path, float]]:
+    """(method, edited picture, seconds or 0 if it was there) for each method; an inversion counts for who needs it first."""
+    edit = None
+    for method in options.methods:
+        path = options.output / method / PICTURES / case.name
+        start = time.perf_counter()
+        if options.redo or not path.is_file():
+            edit = edit or Edit(editor, case, case.source())
+            write_picture(METHODS[method](edit), path)
+            yield method, path, time.perf_counter() - start
+        else:
+            yield method, path, 0.0
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> dict[str, PieFigures]:
+    """Run the benchmark and return the mean figures of each row."""
+    options = parse(arguments)
+    logging.getLogger().setLevel(logging.WARNING)
+    cases = read_cases(options.data, tuple(options.category), options.limit)
+    judges = load_judges(options)
+    editor = load_editor(options) if options.methods else None
+    given = dict(each.split("=", 1) for each in options.judge)
+    figures: dict[str, dict[str, PieFigures]] = {name: {} for name in (*options.methods, *given)}
+    for number, case in enumerate(cases, 1):
+        source, mask = case.source(), case.mask()
+        rows = list(draw(case, editor, options)) if editor else []
+        rows += [(name, Path(folder) / case.name, 0.0) for name, folder in given.items()]
+        for name, path, _ in rows:
+            figures[name][case.key] = pie_figures(
+                source, read_edit(path, source), mask, case.target_text, judges, options.structure_range
+            )
+        print(f"{number}/{len(cases)} {case.key}: " + ", ".join(f"{n} {s:.0f} s" for n, _, s in rows if s), flush=True)
+    means = {name: mean_figures(list(each.values())) for name, each in figures.items()}
+    print(table(means))
+    options.output.mkdir(parents=True, exist_ok=True)
+    report = options.output / "figures.json"
+    pictures = {name: {key: asdict(row) for key, row in each.items()} for name, each in figures.items()}
+    settings = {name: str(value) for name, value in vars(options).items()}
+    report.write_text(json.dumps({"settings": settings, "pictures": pictures}, indent=1), encoding="utf-8")
+    print(f"wrote {report}")
+    return means
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))
