@@ -17,7 +17,8 @@ from ...nodes.sampler import Pix2PixZeroKSampler
 from . import diffusers_pipeline
 from .workbench import Workbench, node_default, one_of, row_of
 
-CFG = (1.25, 1.5, 2.0, 3.0, 5.0)
+CFG = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+THEIR_CFG = CFG[1:]  # at 1 diffusers' pipeline leaves the caption as it is
 FAST_STEPS = 15
 SDEDIT_CFG = 3.0
 
@@ -33,7 +34,7 @@ class Method:
 
     def with_values(self, count: int) -> "Method":
         """The same with `count` values of its knob, those in the middle."""
-        skipped = max(0, len(self.values) - count) // 2
+        skipped = max(0, len(self.values) - count + 1) // 2
         return replace(self, values=self.values[skipped : skipped + count])
 
 
@@ -117,10 +118,10 @@ METHODS = [
     Method("default", "cfg", CFG, this_pack),
     Method("fast", "cfg", CFG, fast),
     Method("without blend", "cfg", CFG, without_blend),
-    Method("official", "cfg", CFG, official),
-    Method("diffusers", "cfg", CFG, diffusers_pipeline.redraw),
+    Method("official", "cfg", THEIR_CFG, official),
+    Method("diffusers", "cfg", THEIR_CFG, diffusers_pipeline.redraw),
     Method("word swap", "cfg", CFG, word_swap),
     Method("SDEdit", "denoise", (0.3, 0.45, 0.6, 0.75, 0.9), sdedit),
     Method("Prompt-to-Prompt", "cfg", CFG, prompt_to_prompt),
-    Method("Plug-and-Play", "cfg", CFG, plug_and_play),
+    Method("Plug-and-Play", "cfg", (1.5, 2.0, 3.0, 5.0, 7.5), plug_and_play),
 ]

@@ -13,8 +13,9 @@ from pix2pix_zero.benchmarks.quality import main
 from pix2pix_zero.benchmarks.quality_parts import figures, methods, tuning
 from pix2pix_zero.benchmarks.quality_parts.diffusers_pipeline import demo_unet
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes
-from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
+from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench, node_default
 from pix2pix_zero.demo_model.scene import FURS, caption
+from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from scipy.ndimage import gaussian_filter
 
 UNEDITED = set(tuning.UNEDITED)
@@ -169,5 +170,19 @@ def test_the_knob_is_frozen_where_enough_is_edited(points, chosen):
 
 @pytest.fixture(scope="module")
 def cats(models):
+    edit = EDITS["cat2dog"]
     with torch.inference_mode():
-        return Workbench(models, EDITS["cat2dog"], draw_scenes(EDITS["cat2dog"], 4, TEST_SEED), 12)
+        return Workbench(models, edit, draw_scenes(edit, 4, TEST_SEED), methods.FAST_STEPS)
+
+
+def test_the_fast_edit_stays_good(cats, judge):
+    """Once, of the unchanged source's error to the ground truth it had 0.70, of its structure error 0.21, and of plain DDIM's
+    background error 0.31."""
+    with torch.inference_mode():
+        edited, _ = cats.timed(methods.fast, node_default(Pix2PixZeroKSampler, "cfg"))
+        plain = cats.vae.decode(methods.reconstruction(cats))
+        fast, ddim, source = (figures.measure(cats, judge, pictures) for pictures in (edited, plain, cats.source))
+    assert fast["hit"].mean() == 1
+    assert fast["whole"].mean() <= 0.8 * source["whole"].mean()
+    assert fast["structure"].mean() <= 0.25 * source["structure"].mean()
+    assert fast["background"].mean() <= 0.36 * ddim["background"].mean()
