@@ -9,9 +9,9 @@ layout, so that a run that was stopped goes on, and the authors' own code can ju
 import argparse
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,18 +119,17 @@ def load_judges(options: argparse.Namespace) -> Judges:
     )
 
 
-def draw(case: PieCase, editor: Editor, options: argparse.Namespace) -> Iterator[tuple[str, Path, float]]:
-    """(method, edited picture, seconds or 0 if it was there) for each method; an inversion counts for who needs it first."""
-    edit = None
+def draw(case: PieCase, editor: Editor, options: argparse.Namespace) -> dict[str, float]:
+    """Make the pictures that are not there yet: seconds by method; an inversion counts for the first that needs it."""
+    edit, seconds = None, {}
     for method in options.methods:
         path = options.output / method / PICTURES / case.name
-        start = time.perf_counter()
         if options.redo or not path.is_file():
+            start = time.perf_counter()
             edit = edit or Edit(editor, case, case.source())
             write_picture(METHODS[method](edit), path)
-            yield method, path, time.perf_counter() - start
-        else:
-            yield method, path, 0.0
+            seconds[method] = time.perf_counter() - start
+    return seconds
 
 
 @torch.inference_mode()
@@ -141,26 +140,35 @@ def main(arguments: list[str] | None = None) -> dict[str, PieFigures]:
     cases = read_cases(options.data, tuple(options.category), options.limit)
     judges = load_judges(options)
     editor = load_editor(options) if options.methods else None
-    given = dict(each.split("=", 1) for each in options.judge)
-    figures: dict[str, dict[str, PieFigures]] = {name: {} for name in (*options.methods, *given)}
-    for number, case in enumerate(cases, 1):
+    folders = {method: options.output / method / PICTURES for method in options.methods}
+    folders |= {name: Path(folder) for name, folder in (each.split("=", 1) for each in options.judge)}
+    figures: dict[str, dict[str, PieFigures]] = {name: {} for name in folders}
+    # All are drawn before any is judged, so that a small GPU need not exchange the checkpoint and the judges for each.
+    for number, case in enumerate(cases, 1) if editor else ():
+        seconds = draw(case, editor, options)
+        print(
+            f"{number}/{len(cases)} {case.key}: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()), flush=True
+        )
+    for case in cases:
         source, mask = case.source(), case.mask()
-        rows = list(draw(case, editor, options)) if editor else []
-        rows += [(name, Path(folder) / case.name, 0.0) for name, folder in given.items()]
-        for name, path, _ in rows:
+        for name, folder in folders.items():
+            edited = read_edit(folder / case.name, source)
             figures[name][case.key] = pie_figures(
-                source, read_edit(path, source), mask, case.target_text, judges, options.structure_range
+                source, edited, mask, case.target_text, judges, options.structure_range
             )
-        print(f"{number}/{len(cases)} {case.key}: " + ", ".join(f"{n} {s:.0f} s" for n, _, s in rows if s), flush=True)
     means = {name: mean_figures(list(each.values())) for name, each in figures.items()}
     print(table(means))
     options.output.mkdir(parents=True, exist_ok=True)
     report = options.output / "figures.json"
-    pictures = {name: {key: asdict(row) for key, row in each.items()} for name, each in figures.items()}
+    pictures = {name: {key: _known(row) for key, row in each.items()} for name, each in figures.items()}
     settings = {name: str(value) for name, value in vars(options).items()}
     report.write_text(json.dumps({"settings": settings, "pictures": pictures}, indent=1), encoding="utf-8")
     print(f"wrote {report}")
     return means
+
+
+def _known(figures: PieFigures) -> dict[str, float]:
+    return {name: value for name, value in asdict(figures).items() if math.isfinite(value)}
 
 
 if __name__ == "__main__":

@@ -25,20 +25,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class JudgingModel:
     """A network in the hands of ComfyUI's memory management."""
 
-    def __init__(self, network: torch.nn.Module, activation_bytes: int):
+    def __init__(self, network: torch.nn.Module):
         # One level of wrapping, because the patcher sets `device` on its model, which a transformers model refuses.
         self.patcher = WholeModelPatcher(
             torch.nn.ModuleDict({"network": network.float().eval().requires_grad_(False)}),
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
-        self.activation_bytes = activation_bytes
 
-    def load(self) -> torch.device:
-        """Bring the weights to the device on which the network runs, and name it."""
-        comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=self.activation_bytes, force_full_load=True
-        )
+    def load(self, activation_bytes: float) -> torch.device:
+        """Bring the weights to the device on which the network runs, beside so much to compute with, and name it."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=activation_bytes, force_full_load=True)
         return next(self.network.parameters()).device
 
     @property
@@ -50,13 +47,13 @@ class ClipJudge(JudgingModel):
     """How well pictures fit texts, by CLIP (Radford et al. 2021)."""
 
     def __init__(self, clip: "CLIPModel", tokenizer: "CLIPTokenizerFast", image_processor: "CLIPImageProcessor"):
-        super().__init__(clip, 64 * 2**20)
+        super().__init__(clip)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
 
     def similarity(self, pictures: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """100 times the cosine of each picture with each text: [B, texts]."""
-        device = self.load()
+        device = self.load(len(pictures) * vit_bytes(self.network.config.vision_config))
         longest = self.network.config.text_config.max_position_embeddings
         words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         pixels = self.image_processor(
@@ -77,7 +74,7 @@ class DinoJudge(JudgingModel):
     SHORT_SIDE, LONGEST_SIDE = 224, 480
 
     def __init__(self, vit: "ViTModel"):
-        super().__init__(vit, 256 * 2**20)
+        super().__init__(vit)
         # Its name differs between versions of transformers; the last one registered is the last layer's.
         self.key_projection = [
             module for name, module in vit.named_modules() if name.rsplit(".", 1)[-1] in ("k_proj", "key")
@@ -88,11 +85,10 @@ class DinoJudge(JudgingModel):
 
         `value_range`: 255 leaves out the division by 255 before the normalization, as the code of PIE-Bench does.
         """
-        device = self.load()
+        size = self._size(*pictures.shape[1:3])
+        device = self.load(len(pictures) * vit_bytes(self.network.config, size))
         picture = pictures.movedim(-1, 1).float().to(device)
-        picture = F.interpolate(
-            picture, self._size(*picture.shape[-2:]), mode="bilinear", align_corners=False, antialias=True
-        )
+        picture = F.interpolate(picture, size, mode="bilinear", align_corners=False, antialias=True)
         mean, std = (picture.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         kept = []
         hook = self.key_projection.register_forward_hook(lambda module, args, output: kept.append(output))
@@ -151,17 +147,26 @@ class LpipsJudge(JudgingModel):
     """Perceptual distance (Zhang et al., CVPR 2018) on SqueezeNet, the network PIE-Bench takes."""
 
     SMALLEST = 32
+    BYTES_PER_PIXEL = 400
+    """About what the features of the two pictures take."""
 
     def __init__(self, network: LpipsNetwork):
-        super().__init__(network, 256 * 2**20)
+        super().__init__(network)
 
     def distance(self, source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
         """LPIPS of pictures [B, H, W, 3]: [B], 0 for the same. Raises ValueError for pictures under 32 pixels."""
         if min(source.shape[1:3]) < self.SMALLEST:
             raise ValueError(f"source: LPIPS needs pictures of at least {self.SMALLEST} by {self.SMALLEST} pixels.")
-        device = self.load()
+        device = self.load(self.BYTES_PER_PIXEL * source[..., 0].numel())
         features = [self.network.features(pictures.movedim(-1, 1).float().to(device)) for pictures in (source, edited)]
         return perceptual_distance(*features, self.network.channel_weights()).cpu()
+
+
+def vit_bytes(config, size: tuple[int, int] | None = None) -> int:
+    """About what one picture of a vision transformer takes to compute, in fp32; `size` if it is not the usual one."""
+    height, width = size or (config.image_size, config.image_size)
+    tokens = (height // config.patch_size) * (width // config.patch_size) + 1
+    return 4 * tokens * (2 * config.num_attention_heads * tokens + config.intermediate_size + 4 * config.hidden_size)
 
 
 def load_clip(name: str, allow_download: bool = False) -> ClipJudge:

@@ -72,6 +72,7 @@ class Edit:
                 latent_image=self.latent,
                 steps=self.editor.steps,
                 method=method,
+                **({"map_memory": 0} if method == "ddim" else {}),  # only pix2pix-zero reads maps
             )
         return self.inversions[text, method]
 

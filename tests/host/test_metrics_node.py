@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.editing import metrics
 from pix2pix_zero.host import metric_files, metric_models
 from pix2pix_zero.host.edit_figures import EditFigures
@@ -27,7 +28,7 @@ FIGURES = [field.name for field in fields(EditFigures)]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     base = tmp_path_factory.mktemp("made")
-    make_clip_folder(base / "clip")
+    make_clip_folder(base / "clip", seed=4)  # one of those with positive similarities
     make_dino_folder(base / "dino")
     make_lpips_file(base / "lpips.safetensors")
     return base
@@ -158,11 +159,12 @@ def test_with_a_mask_only_the_rest_counts_whatever_happens_inside(measure, model
 
 
 def test_a_mask_of_another_size_is_resized(measure):
-    source, edited = pictures(1), pictures(1, seed=1)
-    _, full = measure(source=source, edited=edited, mask=box_mask())
-    half = box_mask()[:, ::2, ::2]
-    _, resized = measure(source=source, edited=edited, mask=half)
-    assert resized["mse"] == pytest.approx(full["mse"], rel=0.05)
+    source, mask = pictures(1), box_mask()
+    edited = source.clone()
+    edited[:, 10:22, 12:28] = 0
+    _, figures = measure(source=source, edited=edited, mask=mask[:, ::2, ::2])
+    assert figures["mse"] == 0
+    assert figures["mse_inside"] > 0.01
 
 
 def test_a_mask_over_everything_leaves_nothing_to_measure(measure):
@@ -170,6 +172,11 @@ def test_a_mask_over_everything_leaves_nothing_to_measure(measure):
     assert math.isnan(figures["psnr"]) and math.isnan(figures["ssim"])
     assert figures["mse_inside"] > 0
     assert "a mask covers the whole picture" in report
+
+    masks = torch.cat([torch.ones(1, 40, 56), box_mask()])
+    _, alone = measure(source=pictures(1), edited=pictures(1, seed=1), mask=box_mask())
+    _, both = measure(source=pictures(2)[:1], edited=pictures(1, seed=1).repeat(2, 1, 1, 1), mask=masks)
+    assert both["psnr"] == pytest.approx(alone["psnr"])
 
 
 def test_clip_figures_are_those_of_transformers(measure, models):
@@ -189,12 +196,13 @@ def test_clip_figures_are_those_of_transformers(measure, models):
         inside = clip_similarity(models / "clip", (edited * mask[..., None])[0], target_text)
         assert figures["clip_similarity_inside"] == pytest.approx(max(inside, 0), abs=1e-3)
         assert figures["clip_accuracy"] == accuracy
+        assert expected > 0 and inside > 0
     with torch.inference_mode():
         raw = metric_models.load_clip("clip").similarity(edited, words)[0].tolist()
     assert raw == pytest.approx(kept, abs=1e-3)
 
 
-@pytest.mark.parametrize("size", [(48, 48), (40, 56), (96, 20)])
+@pytest.mark.parametrize("size", [(48, 48), (40, 56), (96, 20), (250, 300)])
 def test_structure_distance_is_that_of_the_last_layers_keys(measure, models, size):
     source, edited = pictures(1, *size), pictures(1, *size, seed=1)
     similar = []
@@ -316,6 +324,7 @@ def test_the_models_are_in_the_hands_of_the_hosts_memory_management(models):
     with torch.inference_mode():
         judge = metric_models.load_dino("dino")
         judge.keys(pictures(1))
+        assert metric_models.vit_bytes(judge.network.config, (224, 480)) > metric_models.vit_bytes(judge.network.config)
     assert any(loaded.model is judge.patcher for loaded in comfy.model_management.current_loaded_models)
     assert {parameter.dtype for parameter in judge.network.parameters()} == {torch.float32}
 
@@ -424,3 +433,21 @@ def test_figures_of_the_plain_mathematics_are_the_nodes(measure):
     kept = torch.where(mask[..., None].bool(), source, edited)
     expected = metrics.structural_similarity(source.movedim(-1, 1), kept.movedim(-1, 1), 1 - mask[:, None])
     assert figures["ssim"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_it_runs_on_the_server_with_a_list_of_edits_and_says_inf_and_nan(server):
+    graph = Graph()
+    scene = graph.add("Pix2PixZeroDemoScene", subject="cat", seed=3)
+    edited = graph.add("ImageInvert", image=scene[0])
+    both = graph.add("ImageBatch", image1=scene[0], image2=edited[0])
+    texts = {"source_text": scene[2], "target_text": "a dog"}
+    apart = graph.add("Pix2PixZeroEditMetrics", source=scene[0], edited=both[0], mask=scene[1], **texts)
+    same = graph.add("Pix2PixZeroEditMetrics", source=scene[0], edited=scene[0])
+    shown = [graph.add("PreviewAny", source=link) for link in (apart[0], same[0], same[1], same[5])]
+    outputs = server.run(graph.api(server.object_info()))
+    report, plain, psnr, lpips = (outputs[node.key]["text"][0] for node in shown)
+    assert report.startswith("2 pictures. PSNR, SSIM, MSE and LPIPS outside the mask.")
+    assert "Picture 1: PSNR inf dB, SSIM 1.0000, MSE 0.000000" in report
+    assert "no clip_model is chosen" in report
+    assert plain.startswith("1 picture. ")
+    assert (psnr.lower(), lpips.lower()) in (("inf", "nan"), ("infinity", "nan"))
