@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .tuning import Result
+from .tuning import ENOUGH, Result
 
 PANEL = (520, 430)
 FRAME = (60, 34, 500, 370)  # left, top, right and bottom of a panel's axes
@@ -16,10 +16,11 @@ INK, GRID = "#222222", "#dddddd"
 
 
 def trade_off(results: dict[str, list[Result]]) -> Image.Image:
-    """One panel for each edit: how much is edited (hit rate) over what it costs, a line for each method over its knob.
+    """One panel for each edit: what is wrong where it should act over what it breaks elsewhere; down and left is better.
 
-    The cost is the background error, or the whole-picture error where the edit leaves no background. Lines are the tuning
-    scenes, discs the frozen knob on the test scenes. Up and left is better.
+    A line for each method over its knob on the tuning scenes, a large disc for the frozen knob on the test scenes. Discs
+    are hollow where the judge sees too few of the edits. Edits of the whole picture have no elsewhere: there it is
+    the whole picture's error over the structure error.
     """
     methods = list(dict.fromkeys(result.method for rows in results.values() for result in rows if result.curve))
     colours = dict(zip(methods, PALETTE * (1 + len(methods) // len(PALETTE))))
@@ -45,37 +46,38 @@ def _legend(canvas: Image.Image, top: int, colours: dict[str, str]) -> None:
 
 
 def _panel(edit: str, results: list[Result], colours: dict[str, str]) -> Image.Image:
-    cost = "background" if "background" in results[0].test else "whole"
+    local = "background" in results[0].test
+    cost, error = ("background", "inside") if local else ("structure", "whole")
+    shown = [figures for result in results for figures in (result.test, *(figures for _, figures in result.curve))]
     panel = Image.new("RGB", PANEL, "white")
     draw, font = ImageDraw.Draw(panel), _font(13)
     left, top, right, bottom = FRAME
-    most = 1.08 * max(
-        figures[cost][0] for result in results for figures in (result.test, *(f for _, f in result.curve))
-    )
+    widest, highest = (max(1.0, 1.08 * max(figures[name][0] for figures in shown)) for name in (cost, error))
 
-    def at(figures: dict) -> tuple[float, float]:
-        return left + (right - left) * figures[cost][0] / most, bottom - (bottom - top) * figures["hit"][0]
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * x / widest, bottom - (bottom - top) * y / highest
 
-    for share in (0.0, 0.25, 0.5, 0.75, 0.95, 1.0):
-        y = bottom - (bottom - top) * share
-        draw.line((left, y, right, y), fill=INK if share == 0 else GRID)
-        if share != 1.0:
-            draw.text((left - 8, y), f"{share:g}", fill=INK, font=font, anchor="rm")
-    spacing = next(step for step in (1, 2, 5, 10, 20, 50, 100) if most / step <= 8)
-    for tick in range(0, int(most) + 1, spacing):
-        x = left + (right - left) * tick / most
-        draw.line((x, top, x, bottom), fill=GRID)
-        draw.text((x, bottom + 6), str(tick), fill=INK, font=font, anchor="mt")
-    draw.text((left, 8), f"{edit}: hit rate", fill=INK, font=_font(15))
-    draw.text(((left + right) / 2, bottom + 26), f"{cost} error (0 to 255)", fill=INK, font=font, anchor="mt")
+    for tick in _ticks(widest):
+        draw.line((*at(tick, 0), *at(tick, highest)), fill=GRID)
+        draw.text((at(tick, 0)[0], bottom + 6), f"{tick:g}", fill=INK, font=font, anchor="mt")
+    for tick in _ticks(highest):
+        draw.line((*at(0, tick), *at(widest, tick)), fill=GRID)
+        draw.text((left - 8, at(0, tick)[1]), f"{tick:g}", fill=INK, font=font, anchor="rm")
+    draw.text((left, 8), f"{edit}: {error} error", fill=INK, font=_font(15))
+    draw.text(((left + right) / 2, bottom + 26), f"{cost} error", fill=INK, font=font, anchor="mt")
     for result in results:
-        colour, points = colours[result.method], [at(figures) for _, figures in result.curve]
-        draw.line(points, fill=colour, width=2)
-        for x, y in points:
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-        x, y = at(result.test)
-        draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour, outline=INK)
+        colour = colours[result.method]
+        draw.line([at(figures[cost][0], figures[error][0]) for _, figures in result.curve], fill=colour, width=2)
+        for figures, radius in ((result.test, 6), *((figures, 3) for _, figures in result.curve)):
+            x, y = at(figures[cost][0], figures[error][0])
+            inner = colour if figures["hit"][0] >= ENOUGH else "white"
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=inner, outline=colour, width=2)
     return panel
+
+
+def _ticks(most: float) -> list[float]:
+    spacing = next(step for step in (0.5, 1, 2, 5, 10, 20, 50, 100) if most / step <= 8)
+    return [spacing * index for index in range(int(most / spacing) + 1)]
 
 
 def contact_sheet(rows: dict[str, Tensor]) -> Image.Image:

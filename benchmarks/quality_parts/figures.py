@@ -15,17 +15,21 @@ def measure(bench: Workbench, judge: Judge, pictures: Tensor) -> dict[str, Tenso
     """Figures of edited pictures [B, H, W, 3], each [B].
 
     hit: 1 where the judge sees the edit. whole: mean absolute error to the ground truth, 0..255. structure: see
-    `structure_error`. Where the edit leaves a background: background, its mean absolute error, 0..255; psnr, in dB; ssim.
-    Source and ground truth are taken through the autoencoder, whose own error is not the method's.
+    `structure_error`. Where the edit leaves a background: inside, the error to the ground truth where the picture should
+    change, 0..255; background, the error to the source elsewhere, 0..255; its psnr, in dB; its ssim. Source and ground
+    truth are taken through the autoencoder, whose own error is not the method's.
     """
     question, wanted = bench.edit.asked
     hits = torch.tensor([float(answer == wanted) for answer in judge.answers(pictures)[question]])
+    error = 255 * (pictures - bench.truth).abs()
     figures = {
         "hit": hits,
-        "whole": 255 * (pictures - bench.truth).abs().mean((1, 2, 3)),
+        "whole": error.mean((1, 2, 3)),
         "structure": structure_error(judge, pictures, bench.truth),
     }
     if not bench.edit.whole_picture:
+        inside = 1 - bench.scenes.outside
+        figures["inside"] = (error * inside).sum((1, 2, 3)) / (3 * inside.sum((1, 2, 3)))
         figures |= background_figures(pictures, bench.source, bench.scenes.outside)
     return figures
 

@@ -123,5 +123,5 @@ METHODS = [
     Method("word swap", "cfg", CFG, word_swap),
     Method("SDEdit", "denoise", (0.3, 0.45, 0.6, 0.75, 0.9), sdedit),
     Method("Prompt-to-Prompt", "cfg", CFG, prompt_to_prompt),
-    Method("Plug-and-Play", "cfg", (1.5, 2.0, 3.0, 5.0, 7.5), plug_and_play),
+    Method("Plug-and-Play", "cfg", (*CFG, 7.5), plug_and_play),
 ]

@@ -6,6 +6,7 @@ COLUMNS = {
     "hit": ("hit", 2),
     "whole": ("whole", 2),
     "structure": ("structure", 2),
+    "inside": ("inside", 2),
     "background": ("background", 2),
     "psnr": ("PSNR", 1),
     "ssim": ("SSIM", 3),
