@@ -132,6 +132,24 @@ def draw(case: PieCase, editor: Editor, options: argparse.Namespace) -> dict[str
     return seconds
 
 
+def check_settings(options: argparse.Namespace) -> None:
+    """Write down what the pictures of each method are drawn with. Raises ValueError if some are there drawn otherwise."""
+    names = ("data", "checkpoint", "steps", "cfg", "guidance", "captioner")
+    wanted = {name: str(getattr(options, name)) for name in names}
+    records = [options.output / method / "drawn_with.json" for method in options.methods]
+    for record in records if not options.redo else ():
+        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else wanted
+        other = [f"--{name} {before.get(name)}" for name in names if before.get(name) != wanted[name]]
+        if other:
+            raise ValueError(
+                f"--output: {record.parent} holds pictures drawn with {', '.join(other)}. Name another folder, or draw "
+                "them again with --redo."
+            )
+    for record in records:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+
+
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> dict[str, PieFigures]:
     """Run the benchmark and return the mean figures of each row."""
@@ -139,7 +157,10 @@ def main(arguments: list[str] | None = None) -> dict[str, PieFigures]:
     logging.getLogger().setLevel(logging.WARNING)
     cases = read_cases(options.data, tuple(options.category), options.limit)
     judges = load_judges(options)
-    editor = load_editor(options) if options.methods else None
+    editor = None
+    if options.methods:
+        check_settings(options)
+        editor = load_editor(options)
     folders = {method: options.output / method / PICTURES for method in options.methods}
     folders |= {name: Path(folder) for name, folder in (each.split("=", 1) for each in options.judge)}
     figures: dict[str, dict[str, PieFigures]] = {name: {} for name in folders}

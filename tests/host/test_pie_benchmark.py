@@ -221,10 +221,11 @@ def test_the_table_has_the_benchmarks_scales(capsys):
 def test_a_stopped_run_goes_on_and_pictures_of_others_are_judged(drawn, data, judge_models, monkeypatch, tmp_path):
     means, output = drawn
     monkeypatch.setattr(pie, "METHODS", {name: None for name in SHOWN})
-    again = pie.main(
-        ["--data", str(data), "--checkpoint", "demo", "--category", "8", "--output", str(output), *judge_models]
-    )
+    run = ["--data", str(data), "--checkpoint", "demo", "--category", "8", "--output", str(output), *judge_models]
+    again = pie.main([*run, "--steps", "2", "--cfg", "1.5"])
     assert again == means
+    with pytest.raises(ValueError, match="^--output: .*drawn with --steps 2, --cfg 1.5. .*--redo"):
+        pie.main(run)
 
     strips = tmp_path / "theirs" / "8_edit"
     strips.mkdir(parents=True)
