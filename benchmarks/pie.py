@@ -159,8 +159,8 @@ def main(arguments: list[str] | None = None) -> dict[str, PieFigures]:
     judges = load_judges(options)
     editor = None
     if options.methods:
-        check_settings(options)
         editor = load_editor(options)
+        check_settings(options)
     folders = {method: options.output / method / PICTURES for method in options.methods}
     folders |= {name: Path(folder) for name, folder in (each.split("=", 1) for each in options.judge)}
     figures: dict[str, dict[str, PieFigures]] = {name: {} for name in folders}

@@ -266,9 +266,10 @@ def test_prompt_to_prompt_takes_the_annotated_words(data, tmp_path):
     assert math.isnan(means["prompt-to-prompt"].structure)
 
 
-def test_asks_for_a_checkpoint_or_pictures(data, capsys):
+def test_asks_for_a_checkpoint_or_pictures(data, capsys, tmp_path):
     with pytest.raises(SystemExit):
         pie.parse(["--data", str(data)])
     assert "--checkpoint: name one" in capsys.readouterr().err
     with pytest.raises(ValueError, match="^--checkpoint: there is no file nothing.safetensors"):
-        pie.main(["--data", str(data), "--checkpoint", "nothing.safetensors"])
+        pie.main(["--data", str(data), "--checkpoint", "nothing.safetensors", "--output", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
