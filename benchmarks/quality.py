@@ -21,7 +21,7 @@ host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI t
 
 from pix2pix_zero.benchmarks.judge import load_judge  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.drawing import contact_sheet, trade_off  # noqa: E402
-from pix2pix_zero.benchmarks.quality_parts.methods import METHODS  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.methods import METHODS, SETTINGS  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.report import table  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.tuning import compare, unedited  # noqa: E402
@@ -39,6 +39,14 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS), metavar="NAME", help=", ".join(EDITS))
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
+        "--set",
+        nargs="+",
+        type=setting,
+        default=[],
+        metavar="NAME=NUMBER",
+        help="inputs of the sampler's node to try in place of their defaults, such as guidance_strength=0.2",
+    )
+    parser.add_argument(
         "--values", type=int, help="how many values of each knob to try, from the middle (default: all)"
     )
     parser.add_argument("--threads", type=int, help="default: torch's choice; 1 with --quick")
@@ -53,6 +61,14 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     options.values = options.values or (1 if options.quick else max(len(method.values) for method in METHODS))
     options.threads = options.threads or (1 if options.quick else None)
     return options
+
+
+def setting(text: str) -> tuple[str, float]:
+    """A name in SETTINGS and its number. Raises ValueError for anything else."""
+    name, _, number = text.partition("=")
+    if name not in SETTINGS or name == "preset":
+        raise ValueError(text)
+    return name, float(number)
 
 
 def say(message: str) -> None:
@@ -73,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.edits:
         edit = EDITS[name]
         tuning, test = (
-            Workbench(models, edit, draw_scenes(edit, count, seed), options.steps)
+            Workbench(models, edit, draw_scenes(edit, count, seed), options.steps, dict(options.set))
             for count, seed in ((options.tuning_scenes, TUNING_SEED), (options.scenes, TEST_SEED))
         )
         results[name], pictures = unedited(test, judge)

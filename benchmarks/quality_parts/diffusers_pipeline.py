@@ -55,11 +55,11 @@ def make_pipeline():
     return pipe
 
 
-def redraw(bench: Workbench, cfg: float, strength: float = 0.1) -> Tensor:
-    """The pipeline's own inversion and edit, one picture at a time: of a batch it edits the first only."""
+def redraw(bench: Workbench, cfg: float) -> Tensor:
+    """The pipeline's own inversion and edit with its defaults, one picture at a time: of a batch it edits the first only."""
     pipe = make_pipeline()
     noise = bench.once("their inversion", lambda: [_invert(pipe, bench, index) for index in range(len(bench))])
-    return torch.cat([_edit(pipe, bench, index, noise[index], cfg, strength) for index in range(len(bench))])
+    return torch.cat([_edit(pipe, bench, index, noise[index], cfg) for index in range(len(bench))])
 
 
 def _invert(pipe, bench: Workbench, index: int) -> Tensor:
@@ -74,7 +74,7 @@ def _invert(pipe, bench: Workbench, index: int) -> Tensor:
         ).latents
 
 
-def _edit(pipe, bench: Workbench, index: int, noise: Tensor, cfg: float, strength: float) -> Tensor:
+def _edit(pipe, bench: Workbench, index: int, noise: Tensor, cfg: float) -> Tensor:
     height, width = (pipe.vae_scale_factor * side for side in noise.shape[-2:])
     with torch.inference_mode(False):
         source, target = (_for(pipe, text[0][0][index : index + 1]) for text in (bench.described, bench.moved))
@@ -88,7 +88,6 @@ def _edit(pipe, bench: Workbench, index: int, noise: Tensor, cfg: float, strengt
             height=height,
             width=width,
             guidance_scale=cfg,
-            cross_attention_guidance_amount=strength,
             output_type="latent",
         ).images
     return bench.model.model.process_latent_out(edited.cpu())

@@ -21,6 +21,8 @@ CFG = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 THEIR_CFG = CFG[1:]  # at 1 diffusers' pipeline leaves the caption as it is
 FAST_STEPS = 15
 SDEDIT_CFG = 3.0
+OFFICIAL_STRENGTH = 0.1  # of the authors and of diffusers
+SETTINGS = ("guidance_strength", "start_percent", "end_percent", "preset", "local_blend")
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,8 @@ class Method:
 
 
 def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes) -> Tensor:
-    """The guided sampler's node with its defaults, but for `changes`."""
-    names = ("guidance_strength", "start_percent", "end_percent", "preset", "local_blend")
-    values = {name: node_default(Pix2PixZeroKSampler, name) for name in names} | changes
+    """The guided sampler's node with its defaults, but for the bench's settings and `changes`."""
+    values = {name: node_default(Pix2PixZeroKSampler, name) for name in SETTINGS} | bench.settings | changes
     return sample_edit(
         bench.model,
         bench.inversion(steps),
@@ -64,7 +65,9 @@ def without_blend(bench: Workbench, cfg: float) -> Tensor:
 
 
 def official(bench: Workbench, cfg: float) -> Tensor:
-    return this_pack(bench, cfg, preset="official")
+    return this_pack(
+        bench, cfg, preset="official", guidance_strength=OFFICIAL_STRENGTH, start_percent=0.0, end_percent=1.0
+    )
 
 
 def word_swap(bench: Workbench, cfg: float) -> Tensor:

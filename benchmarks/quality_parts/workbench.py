@@ -40,11 +40,21 @@ class DemoModels:
 
 
 class Workbench:
-    """One edit of some scenes. Methods read from it and return LATENT samples; `timed` tells what that took."""
+    """One edit of some scenes. Methods read from it and return LATENT samples; `timed` tells what that took.
 
-    def __init__(self, models: DemoModels, edit: QualityEdit, scenes: Scenes, steps: int):
+    `settings`: inputs of this pack's sampler to try in place of their defaults.
+    """
+
+    def __init__(
+        self,
+        models: DemoModels,
+        edit: QualityEdit,
+        scenes: Scenes,
+        steps: int,
+        settings: dict[str, float] | None = None,
+    ):
         self.model, self.clip, self.vae = models.model, models.clip, models.vae
-        self.edit, self.scenes, self.steps = edit, scenes, steps
+        self.edit, self.scenes, self.steps, self.settings = edit, scenes, steps, settings or {}
         self.captions = models.captioner.caption(scenes.sources)
         self.wanted_captions = [text.replace(*edit.swap) for text in self.captions]
         self.described, self.wanted = self.encode(self.captions), self.encode(self.wanted_captions)

@@ -67,6 +67,17 @@ def test_methods_differ_from_each_other(results):
     assert len({round(error, 4) for error in errors}) == len(METHODS)
 
 
+def test_another_setting_of_the_sampler_can_be_tried(results, tmp_path):
+    main(["--quick", "--edits", "cat2dog", "--methods", "default", "--set", "local_blend=0", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "bench_quality.json").read_text(encoding="utf-8"))["results"]["cat2dog"]
+    assert found[-1]["test"] == results["without blend"]["test"] != results["default"]["test"]
+
+
+def test_a_setting_the_sampler_does_not_have_is_refused():
+    with pytest.raises(SystemExit):
+        main(["--quick", "--set", "loca_blend=0"])
+
+
 def test_the_sheets_hold_every_row(folder):
     with Image.open(folder / "bench_quality_cat2dog.png") as sheet:
         assert sheet.height == 128 * (3 + len(METHODS))
