@@ -212,6 +212,7 @@ def sample_edit(
     guidance = GuidanceSchedule(strength, *levels, **chosen.schedule(inversion.steps))
     guided = with_map_jobs(model)
     if strength:
+        # The least it can do with, so that weights stay where they are; more is used where it is free.
         guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1]))
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
