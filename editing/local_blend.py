@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 START = 0.2  # share of the steps after which the mask is trusted
 PEAK = 0.99
+EVERYWHERE = 0.7  # a mask larger than this part of the picture belongs to an edit of the whole: night, another style
 
 
 class LocalBlend:
@@ -39,10 +40,11 @@ def edit_mask(contrast: torch.Tensor, threshold: float) -> torch.Tensor:
     """Where `contrast` [B, 1, H, W] exceeds `threshold` times its peak: [B, 1, H, W] in 0..1.
 
     The mask rises from 0 at half the threshold to 1 at one and a half. The contrast is smoothed over about a tenth of the
-    picture first. The peak is taken per picture, outliers left out.
+    picture first. The peak is taken per picture, outliers left out. Where nearly all of a picture exceeds it, all does.
     """
     reach = max(1, round(min(contrast.shape[-2:]) / 32))
     padded = F.pad(contrast, (reach,) * 4, mode="replicate")
     smooth = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
     peak = smooth.flatten(1).quantile(PEAK, dim=1).clamp_min(torch.finfo(smooth.dtype).tiny)
-    return (smooth / peak.view(-1, 1, 1, 1) / threshold - 0.5).clamp(0, 1)
+    mask = (smooth / peak.view(-1, 1, 1, 1) / threshold - 0.5).clamp(0, 1)
+    return torch.where(mask.mean((1, 2, 3), keepdim=True) > EVERYWHERE, 1.0, mask)

@@ -34,6 +34,15 @@ def test_a_higher_threshold_keeps_less():
     assert areas[2] < 0.3
 
 
+def test_an_edit_of_nearly_the_whole_picture_is_one_of_all_of_it():
+    nearly = torch.ones(2, 1, 64, 64)
+    nearly[0, ..., :12] = 0.0
+    nearly[1, ..., :40] = 0.0
+    mask = edit_mask(nearly, 0.3)
+    assert (mask[0] == 1).all()
+    assert (mask[1] == 0).any()
+
+
 def test_the_edge_is_soft():
     mask = edit_mask(disc(), 0.3)
     assert ((mask > 0.05) & (mask < 0.95)).sum() > 20
