@@ -37,7 +37,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="dev.py bench cost", description=__doc__)
     parser.add_argument("--size", type=int, help="pixels of a side (default: 512 on a GPU, else 256; 64 with --quick)")
-    parser.add_argument("--steps", type=int, default=50 if on_gpu else 3, help="of the timed edits (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50 if on_gpu else 3, help="of the timed edits (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of timing (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: all cores; 1 with --quick")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES] if on_gpu else ["fp32"])

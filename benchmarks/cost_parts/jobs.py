@@ -131,9 +131,7 @@ def measure_time(job: Job) -> dict:
         run.variant.strength = 0.0
         _, unguided = run.timed(run.variant.redraw, run.edit, inverted, steps)
         _, forward = run.timed(run.variant.one_forward, run.edit)
-        edit, again = (
-            guided * seconds + (1 - guided) * unguided - held * steps * forward for seconds in (edit, again)
-        )
+        edit, again = (guided * seconds + (1 - guided) * unguided - held * steps * forward for seconds in (edit, again))
     phases = {"inversion": inversion, "edit": edit, "whole": inversion + edit, "edit_again": again}
     return {
         **{phase: wall for phase, (wall, _) in phases.items()},

@@ -80,7 +80,16 @@ def tables(variants: dict[str, dict]) -> str:
 
 def _counted(variants: dict[str, dict]) -> str:
     peer = variants.get(BASE, {}).get("count")
-    head = ("FE/step", "FE once", "forward rows (calls)/step", "backward", "peak MB", "/diffusers", "growth MB", "gradient")
+    head = (
+        "FE/step",
+        "FE once",
+        "forward rows (calls)/step",
+        "backward",
+        "peak MB",
+        "/diffusers",
+        "growth MB",
+        "gradient",
+    )
     rows = []
     for name, figures in variants.items():
         count, step, growth = figures["count"], figures["per_step"], figures["growth"]

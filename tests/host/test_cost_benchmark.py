@@ -85,7 +85,9 @@ def job():
 
 
 def test_a_job_runs_in_a_process_with_the_same_modules(job, monkeypatch):
-    repeat = "import json, os, sys; json.dump([json.loads(sys.argv[1]), sys.path, dict(os.environ)], open(sys.argv[2], 'w'))"
+    repeat = (
+        "import json, os, sys; json.dump([json.loads(sys.argv[1]), sys.path, dict(os.environ)], open(sys.argv[2], 'w'))"
+    )
     monkeypatch.setattr(child, "ENTRY", repeat)
     asked, path, environment = child.run_in_child(job, threads=3)
     assert Job(**{**asked, "steps": tuple(asked["steps"])}) == job
