@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.utils
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 
 from ..editing import metrics
 from .metric_models import ClipJudge, DinoJudge, LpipsJudge
+
+Figures = TypeVar("Figures")
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,10 @@ def clip_score(similarity: float) -> float:
     return max(similarity, 0.0)
 
 
-def mean_figures(figures: list[EditFigures]) -> EditFigures:
-    """The mean of each figure over the pictures that have it."""
-    means = {}
-    for field in fields(EditFigures):
+def mean_figures(figures: list[Figures]) -> Figures:
+    """The mean of each figure over the pictures that have it: `figures` are one kind of dataclass of numbers."""
+    kind, means = type(figures[0]), {}
+    for field in fields(kind):
         known = [value for value in (getattr(each, field.name) for each in figures) if not math.isnan(value)]
         means[field.name] = sum(known) / len(known) if known else math.nan
-    return EditFigures(**means)
+    return kind(**means)

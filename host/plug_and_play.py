@@ -4,9 +4,7 @@ The MODEL carries wrappers only. What belongs to one sampling, the source's proc
 the present noise level, lives in that sampling's own model options and goes with them.
 """
 
-import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ..editing.inversion import Inversion
+from .gradients import uncompiled
 
 PACK = "pix2pix_zero_"
 JOB = PACK + "plug_and_play"
@@ -177,17 +176,10 @@ def _carry_out(executor, x, t, c_concat=None, c_crossattn=None, control=None, tr
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     unet, visit = executor.class_obj.diffusion_model, job.visitor(transformer_options)
     try:
-        with uncompiled(), tapped(unet, job.sites, visit, transformer_options) as options:
+        with uncompiled(executor.class_obj), tapped(unet, job.sites, visit, transformer_options) as options:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     except LastSiteReached:
         return torch.zeros_like(x)
-
-
-def uncompiled() -> contextlib.AbstractContextManager:
-    """Code that torch.compile made does not see forward hooks that come and go."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
 
 
 def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:

@@ -7,7 +7,7 @@ is no matter of scale, so it can be chosen: `structure_range` 255 for the benchm
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from pix2pix_zero.editing import metrics
@@ -74,15 +74,6 @@ def pie_figures(
         if judges.lpips is not None:
             values["lpips"] = judges.lpips.distance(*black)
     return PieFigures(**{name: float(value) for name, value in values.items()})
-
-
-def mean_figures(figures: list[PieFigures]) -> PieFigures:
-    """The mean of each figure over the pictures that have it."""
-    means = {}
-    for field in fields(PieFigures):
-        known = [value for value in (getattr(each, field.name) for each in figures) if not math.isnan(value)]
-        means[field.name] = sum(known) / len(known) if known else math.nan
-    return PieFigures(**means)
 
 
 def table(rows: dict[str, PieFigures]) -> str:

@@ -9,6 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 import torch.nn.functional as F
+from guided_pass import TIMESTEP, latents, loaded_model, sigma_of
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.map_jobs import with_map_jobs
@@ -16,37 +17,12 @@ from pix2pix_zero.host.sampling import invert_latent, sample_edit
 from pix2pix_zero.host.unet_passes import UNetPasses
 from small_unet import conditioning, latent, small_model
 
-TIMESTEP = 500
 SITES = 11
-
-
-def new_model(**options):
-    """A loaded MODEL whose weights are inference tensors, as in the executor."""
-    with torch.inference_mode():
-        model = small_model(**options)
-        for name, parameter in model.model.diffusion_model.named_parameters():
-            if ".attn2.to_q" in name or ".attn2.to_k" in name:
-                parameter.data *= 0.5  # Softer maps: in sharper ones even fp32 autograd is off by up to 3e-5.
-        comfy.model_management.load_models_gpu([model])
-    assert all(parameter.is_inference() for parameter in model.model.parameters())
-    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return new_model()
-
-
-def sigma_of(model) -> float:
-    return float(model.model.model_sampling.sigmas[TIMESTEP])
-
-
-def latents(model, batch=1, height=8, width=12):
-    """(source, edited) latents of the model's space at the tests' noise level."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 4, height, width, generator=generator)
-    scale = (1 + sigma_of(model) ** 2) ** 0.5
-    return scale * x, scale * (x + 0.3 * torch.randn(x.shape, generator=generator))
+    return loaded_model()
 
 
 def with_extras(texts, **extras):
@@ -270,7 +246,7 @@ def test_patched_weights_count(model):
 
 
 def test_weights_stored_in_half_precision_and_cast_for_each_layer():
-    model = new_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
+    model = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
     x_source, x = latents(model)
     text = conditioning(seed=1)
     ours = guider_gradient(model, text, x_source, x)
@@ -279,7 +255,7 @@ def test_weights_stored_in_half_precision_and_cast_for_each_layer():
 
 def test_weights_that_share_one_cast_buffer(monkeypatch):
     """Offloading passes every weight through a buffer that the next layers overwrite before the backward pass."""
-    model = new_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
+    model = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
     with torch.inference_mode():
         buffers = [torch.empty(max(p.numel() for p in model.model.parameters())) for _ in range(2)]
 
@@ -426,7 +402,7 @@ def test_an_edit_that_breaks_off_leaves_no_trace(model, act, error):
 @pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["usual", "flat"])
 def test_gradients_of_a_model_that_computes_in_fp16_do_not_underflow(sharpness):
     """Flat maps have gradients below fp16's smallest number."""
-    model = new_model(weight_dtype=torch.float16, compute_dtype=torch.float16)
+    model = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float16)
     with torch.inference_mode():
         for name, parameter in model.model.diffusion_model.named_parameters():
             if ".attn2.to_k" in name:

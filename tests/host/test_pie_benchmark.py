@@ -14,7 +14,7 @@ from pix2pix_zero.benchmarks import pie
 from pix2pix_zero.benchmarks.pie_parts import pie_data, pie_figures, pie_methods
 from pix2pix_zero.demo_model.scene import render, sample_scene, subject_mask
 from pix2pix_zero.host import metric_files
-from pix2pix_zero.host.edit_figures import Judges
+from pix2pix_zero.host.edit_figures import Judges, mean_figures
 from scipy.ndimage import correlate1d
 from tiny_judges import make_clip_folder, make_dino_folder, make_lpips_file
 
@@ -206,7 +206,7 @@ def test_a_mask_over_everything_leaves_only_what_looks_at_the_whole():
     figures = pie_figures.pie_figures(picture, picture, torch.ones(1, 12, 12), "a dog", Judges(judge, judge, judge))
     known = {name for name, value in asdict(figures).items() if not math.isnan(value)}
     assert known == {"structure", "clip_whole", "clip_edited"}
-    assert pie_figures.mean_figures([figures, pie_figures.PieFigures(psnr=20.0)]).psnr == 20.0
+    assert mean_figures([figures, pie_figures.PieFigures(psnr=20.0)]).psnr == 20.0
 
 
 def test_the_table_has_the_benchmarks_scales(capsys):

@@ -20,7 +20,8 @@ from pix2pix_zero.demo_model.loader import WEIGHTS
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
-from pix2pix_zero.host.plug_and_play import latent_at, lowest_level, uncompiled
+from pix2pix_zero.host.gradients import uncompiled
+from pix2pix_zero.host.plug_and_play import latent_at, lowest_level
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from small_unet import CONFIG, SmallSD, conditioning, latent, small_model
 
@@ -455,7 +456,7 @@ def test_compiled_code_does_not_keep_hooks_out():
     with torch.inference_mode():
         plain = compiled(x)
         with layer.register_forward_hook(lambda module, args, out: out + 1):
-            with uncompiled():
+            with uncompiled(layer):
                 hooked = compiled(x)
         after = compiled(x)
     assert torch.equal(hooked, plain + 1)
