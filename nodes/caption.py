@@ -34,7 +34,7 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
                     "there. Without the tick nothing is ever downloaded.",
                 ),
             ],
-            outputs=[Captioner.Output(display_name="captioner")],
+            outputs=[Captioner.Output(display_name="captioner", tooltip="For Caption Image.")],
         )
 
     @classmethod

@@ -21,9 +21,9 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
             search_aliases=["demo checkpoint", "example model", "tiny stable diffusion"],
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Clip.Output(display_name="clip"),
-                io.Vae.Output(display_name="vae"),
+                io.Model.Output(display_name="model", tooltip="The UNet, as from any checkpoint."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder, for captions and directions."),
+                io.Vae.Output(display_name="vae", tooltip="Takes pictures to latents and back."),
             ],
         )
 
@@ -70,7 +70,7 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                 combo("pose", list(scenes.POSES), RANDOM, "Sitting animals are the easier edit."),
             ],
             outputs=[
-                io.Image.Output(display_name="image"),
+                io.Image.Output(display_name="image", tooltip="The scene, 128x128."),
                 io.Mask.Output(display_name="mask", tooltip="Where the animal is."),
                 io.String.Output(display_name="caption", tooltip="What the picture shows, in one sentence."),
             ],

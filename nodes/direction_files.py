@@ -57,7 +57,7 @@ class Pix2PixZeroLoadDirection(io.ComfyNode):
                     tooltip="A file in models/pix2pix_zero/directions. It works with the text encoder it was made with.",
                 )
             ],
-            outputs=[Direction.Output(display_name="direction")],
+            outputs=[Direction.Output(display_name="direction", tooltip="The saved direction, for Apply Direction.")],
         )
 
     @classmethod

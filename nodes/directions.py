@@ -33,7 +33,7 @@ class Pix2PixZeroEditDirection(io.ComfyNode):
                     "in meaning to the source, the cleaner the edit.",
                 ),
             ],
-            outputs=[Direction.Output(display_name="direction")],
+            outputs=[Direction.Output(display_name="direction", tooltip="From source to target, for Apply Direction.")],
         )
 
     @classmethod
@@ -67,7 +67,7 @@ class Pix2PixZeroEditDirectionFromSentences(io.ComfyNode):
                     "concept exchanged work best.",
                 ),
             ],
-            outputs=[Direction.Output(display_name="direction")],
+            outputs=[Direction.Output(display_name="direction", tooltip="From source to target, for Apply Direction.")],
         )
 
     @classmethod
@@ -105,7 +105,7 @@ class Pix2PixZeroCombineDirections(io.ComfyNode):
                     tooltip="Raise it if the second edit is too weak beside the other. Below 0 it is reversed.",
                 ),
             ],
-            outputs=[Direction.Output(display_name="direction")],
+            outputs=[Direction.Output(display_name="direction", tooltip="Both edits in one.")],
         )
 
     @classmethod
@@ -138,7 +138,11 @@ class Pix2PixZeroApplyDirection(io.ComfyNode):
                     "lower it if more changes than should. 0 edits nothing, below 0 edits the other way.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning")],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="The edited caption: the sampler's positive."
+                )
+            ],
         )
 
     @classmethod

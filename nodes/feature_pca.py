@@ -45,7 +45,7 @@ class Pix2PixZeroFeaturePCA(io.ComfyNode):
                     "Later blocks show finer parts and more of the appearance.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The features as colours, one picture each.")],
         )
 
     @classmethod

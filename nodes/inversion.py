@@ -106,9 +106,19 @@ class Pix2PixZeroInversion(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Inversion.Output(display_name="inversion", is_output_list=True),
-                io.Latent.Output(display_name="noise", is_output_list=True),
-                io.Sigmas.Output(display_name="sigmas", is_output_list=True),
+                Inversion.Output(
+                    display_name="inversion",
+                    is_output_list=True,
+                    tooltip="The picture and its way to noise, for the guided sampler and the sister methods.",
+                ),
+                io.Latent.Output(
+                    display_name="noise",
+                    is_output_list=True,
+                    tooltip="The noise, for stock samplers that add none themselves (DisableNoise).",
+                ),
+                io.Sigmas.Output(
+                    display_name="sigmas", is_output_list=True, tooltip="The steps to redraw it in, for stock samplers."
+                ),
             ],
         )
 

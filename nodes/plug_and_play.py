@@ -52,7 +52,7 @@ class Pix2PixZeroPlugAndPlay(io.ComfyNode):
                     "UNet call per step.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model")],
+            outputs=[io.Model.Output(display_name="model", tooltip="For the stock samplers, with any text.")],
         )
 
     @classmethod

@@ -82,8 +82,10 @@ class Pix2PixZeroPromptToPrompt(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Conditioning.Output(display_name="positive"),
+                io.Model.Output(display_name="model", tooltip="For the stock samplers."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The target caption, encoded: the sampler's positive."
+                ),
             ],
         )
 

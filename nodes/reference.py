@@ -51,7 +51,10 @@ class Pix2PixZeroReference(io.ComfyNode):
                     tooltip="The noise the picture is drawn from. Change it for another picture.",
                 ),
             ],
-            outputs=[Inversion.Output(display_name="inversion"), io.Latent.Output(display_name="latent")],
+            outputs=[
+                Inversion.Output(display_name="inversion", tooltip="The picture and the way to it, for edits."),
+                io.Latent.Output(display_name="latent", tooltip="The picture before the edit."),
+            ],
         )
 
     @classmethod

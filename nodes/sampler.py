@@ -99,7 +99,9 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", is_output_list=True),
+                io.Latent.Output(
+                    display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."
+                ),
                 io.Mask.Output(
                     display_name="edited_area",
                     is_output_list=True,
