@@ -10,7 +10,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy import model_sampling as kinds
 
 from ..attention_patches.sites import cross_attention_sites, is_unet
 from ..editing import ddim
@@ -22,31 +21,13 @@ from ..editing.regularization import NoiseRegularization, regularize_noise
 from .checkpointing import LEVELS
 from .map_jobs import attention_state, with_map_jobs
 from .memory import affordable_level, announce_memory, guided_pass_memory
+from .model_checks import check_diffusion
+from .noise_levels import ddim_grid, places_on_table
 from .presets import PRESETS
 from .unet_passes import UNetPasses
 
 INVERSION_METHODS = ("direct", "ddim", "official", "diffusers")
 MAP_MEMORY = 2048 * 2**20
-
-
-def ddim_grid(model, steps: int) -> torch.Tensor:
-    """ComfyUI's `ddim_uniform` noise levels, descending to 0: [steps+1], or more where `steps` does not divide 1000.
-
-    Raises ValueError for a model that does not diffuse on discrete variance-preserving steps, or steps outside 1..1000.
-    """
-    sampling = model.get_model_object("model_sampling")
-    if not (
-        isinstance(sampling, kinds.ModelSamplingDiscrete)
-        and isinstance(sampling, (kinds.EPS, kinds.V_PREDICTION))
-        and not isinstance(sampling, (kinds.EDM, kinds.X0))
-    ):
-        raise ValueError(
-            "model: this one is a flow or EDM model, on which DDIM inversion is not defined. "
-            "Use a model that predicts eps or v: SD 1.x, SD 2.x or SDXL."
-        )
-    if not 1 <= steps <= 1000:
-        raise ValueError(f"steps: {steps} is outside 1 to 1000.")
-    return comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", steps)
 
 
 def clean_latent(model, latent_image: dict, socket: str = "latent_image") -> torch.Tensor:
@@ -72,13 +53,14 @@ def invert_latent(
     regularization: NoiseRegularization,
     method: str = "direct",
     map_memory: int = MAP_MEMORY,
+    scheduler: str = "ddim_uniform",
 ) -> Inversion:
     """Invert a LATENT described by the CONDITIONING `positive`. Raises ValueError as `ddim_grid` and `clean_latent`.
 
     The cross-attention maps of its UNet calls are kept for `sample_edit`, up to `map_memory` bytes, where they are made
     on the sampler's own levels: methods "direct" and "ddim".
     """
-    sigmas = ddim_grid(model, steps).flip(0)
+    sigmas = ddim_grid(model, steps, scheduler).flip(0)
     samples = clean_latent(model, latent_image)
     check_conditioning(positive, len(samples), "positive")
     transitions = _transitions(model, sigmas, method)
@@ -130,7 +112,7 @@ def invert_latent(
 def _transitions(model, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:
     sampling = model.get_model_object("model_sampling")
     if method == "official":
-        return ddim.official_transitions(sampling.timestep(sigmas[1:].to(sampling.sigmas)), sampling.sigmas)
+        return ddim.official_transitions(places_on_table(sampling, sigmas[1:]), sampling.sigmas)
     if method == "diffusers":
         return ddim.diffusers_transitions(sigmas, sampling.sigmas)
     return ddim.inversion_transitions(sigmas)
@@ -190,6 +172,7 @@ def sample_edit(
 
     Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
     """
+    check_diffusion(model)
     if inversion.model() is not model.model:
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Inversion and to this sampler."
@@ -272,10 +255,17 @@ def _keep_outside(inversion: Inversion, x: torch.Tensor, level: int) -> torch.Te
 
 
 def generate_reference(
-    model, positive: list, negative: list, latent_image: dict, steps: int, cfg: float, seed: int
+    model,
+    positive: list,
+    negative: list,
+    latent_image: dict,
+    steps: int,
+    cfg: float,
+    seed: int,
+    scheduler: str = "ddim_uniform",
 ) -> tuple[Inversion, torch.Tensor]:
     """Generate a picture by DDIM from seeded noise and keep its trajectory: (inversion, LATENT samples)."""
-    sigmas = ddim_grid(model, steps)
+    sigmas = ddim_grid(model, steps, scheduler)
     samples = clean_latent(model, latent_image)
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, len(samples), socket)
