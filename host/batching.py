@@ -6,24 +6,9 @@ by one arrives as one latent and B texts, and these belong in one run, text i wi
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-
-
-def run_per_picture(
-    run: Callable[..., tuple], inputs: dict[str, list], batches: list[int], texts: tuple[str, ...]
-) -> list[list]:
-    """Call `run` for each item of the lists as ComfyUI would, after joining the texts of a batch into one conditioning.
-
-    `inputs`: every socket's list. `batches`: pictures in each item of the picture socket's list; if it has one item and
-    a socket of `texts` brings a text for each of its pictures, they are joined. Returns one list per output of `run`.
-    """
-    for name in texts:
-        if len(batches) == 1 and len(inputs[name]) == batches[0]:
-            inputs = {**inputs, name: [stack_conditionings(inputs[name], name)]}
-    count = max(map(len, inputs.values()))
-    results = [run(**{name: items[min(i, len(items) - 1)] for name, items in inputs.items()}) for i in range(count)]
-    return [list(column) for column in zip(*results)]
 
 
 def stack_conditionings(conditionings: list[list], socket: str) -> list:
@@ -48,3 +33,24 @@ def _stack_entries(entries: tuple, socket: str) -> list:
     if extras.get("pooled_output") is not None:
         extras["pooled_output"] = torch.cat([extra["pooled_output"] for _, extra in entries])
     return [torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text in texts]), extras]
+
+
+def run_per_picture(
+    run: Callable[..., tuple],
+    inputs: dict[str, list],
+    batches: list[int],
+    texts: tuple[str, ...],
+    join: Callable[[list, str], Any] = stack_conditionings,
+) -> list[list]:
+    """Call `run` for each item of the lists as ComfyUI would, after joining the texts of a batch.
+
+    `inputs`: every socket's list. `batches`: pictures in each item of the picture socket's list; if it has one item and
+    a socket of `texts` brings a text for each of its pictures, they are joined, by default to one conditioning. Returns one
+    list per output of `run`.
+    """
+    for name in texts:
+        if len(batches) == 1 and len(inputs[name]) == batches[0]:
+            inputs = {**inputs, name: [join(inputs[name], name)]}
+    count = max(map(len, inputs.values()))
+    results = [run(**{name: items[min(i, len(items) - 1)] for name, items in inputs.items()}) for i in range(count)]
+    return [list(column) for column in zip(*results)]

@@ -40,7 +40,7 @@ def _identity(token):
 def read_factors(text: str) -> list[tuple[str, float]]:
     """(word, factor) of each "word: factor" in lines or between commas. Raises ValueError naming the faulty one."""
     factors = []
-    for entry in _entries(text):
+    for entry in entries(text):
         word, _, number = entry.rpartition(":")
         try:
             factor = float(number)
@@ -52,7 +52,8 @@ def read_factors(text: str) -> list[tuple[str, float]]:
     return factors
 
 
-def _entries(text: str) -> list[str]:
+def entries(text: str) -> list[str]:
+    """The words or phrases between commas or in lines."""
     return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
 
 
@@ -73,10 +74,10 @@ def blend_tokens(
 
     Those of `phrases`, or of the words that differ, or of those that are weighted. Raises ValueError if there are none.
     """
-    if _entries(phrases):
-        for phrase in _entries(phrases):
+    if entries(phrases):
+        for phrase in entries(phrases):
             find_words(clip, phrase, "blend_words", before, after)
-        named = [tokenize(clip, phrase, "blend_words").words for phrase in _entries(phrases)]
+        named = [tokenize(clip, phrase, "blend_words").words for phrase in entries(phrases)]
         return tuple(positions(word for words in named for word in prompt.find(words)) for prompt in (before, after))
     removed, added = (_telling(words) for words in (token_map.removed, token_map.added))
     if not removed and not added:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    attention_heatmap,
     caption,
     demo,
     direction_files,
@@ -10,14 +11,17 @@ from . import (
     feature_pca,
     inversion,
     metrics,
+    noise_report,
     plug_and_play,
     prompt_to_prompt,
     reference,
     sampler,
     sentences,
+    strip,
 )
 
 NODES = [
+    *attention_heatmap.NODES,
     *caption.NODES,
     *demo.NODES,
     *direction_files.NODES,
@@ -25,11 +29,13 @@ NODES = [
     *feature_pca.NODES,
     *inversion.NODES,
     *metrics.NODES,
+    *noise_report.NODES,
     *plug_and_play.NODES,
     *prompt_to_prompt.NODES,
     *reference.NODES,
     *sampler.NODES,
     *sentences.NODES,
+    *strip.NODES,
 ]
 
 

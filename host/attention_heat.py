@@ -1,0 +1,204 @@
+"""Where in an inverted picture each word of its caption is read: the cross-attention maps as pictures."""
+
+import comfy.model_management
+import comfy.samplers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..attention_patches.prompt_to_prompt import site_levels
+from ..attention_patches.sites import AttentionSite, cross_attention_sites
+from ..editing.attention_heat import AttentionHeat
+from ..editing.inversion import Inversion
+from ..editing.token_alignment import Prompt, positions
+from . import charts
+from .map_jobs import attention_state, with_map_jobs
+from .plug_and_play import check_model
+from .prompt_words import entries, tokenize
+from .unet_passes import UNetPasses
+
+RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
+SMALLEST = 384
+"""Smaller pictures are enlarged, so that labels fit under them."""
+
+PALETTE = np.array(
+    [
+        [0, 0, 4],
+        [33, 12, 74],
+        [87, 16, 110],
+        [137, 34, 106],
+        [187, 55, 84],
+        [227, 89, 51],
+        [249, 140, 10],
+        [249, 201, 50],
+        [252, 255, 164],
+    ]
+)
+"""The colours of "inferno", evenly spaced: equal steps of heat look equal, in grey too."""
+
+
+def attention_heatmaps(
+    model,
+    inversion: Inversion,
+    clip,
+    caption: str | tuple[str, ...],
+    words: str | tuple[str, ...],
+    window: tuple[float, float] = (0.0, 1.0),
+    resolution: str = "all",
+    image: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A labelled heatmap for each word of each inverted picture: IMAGE [pictures * words, height, width, 3].
+
+    `caption`, `words`: for all pictures, or a tuple with one for each. `words`: between commas or in lines; empty for all
+    but little ones. `window`: part of the sampling, as (start, end) percents in 0..1. `resolution`: one of `RESOLUTIONS`,
+    the side of the maps as part of the latent's. `image`: to lay the heat over, an IMAGE [B or 1, height, width, 3].
+
+    Raises ValueError, naming the socket, for a model, text, word, window or resolution that does not fit.
+    """
+    check_model(inversion, model)
+    if clip is None:
+        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
+    if image is not None and len(image) not in (1, inversion.batch):
+        raise ValueError(f"image: it holds {len(image)} pictures, the inversion {inversion.batch}.")
+    captions, phrases = (_for_each(texts, inversion.batch) for texts in (caption, words))
+    prompts = [tokenize(clip, text, "caption") for text in captions]
+    chosen = [_choose_words(clip, text, prompt) for text, prompt in zip(phrases, prompts)]
+    heat = mean_attention(model, inversion, prompts[0].length, window, resolution)
+    pictures = []
+    for number, words in enumerate(chosen):
+        base = None if image is None else image[min(number, len(image) - 1)]
+        for label, tokens in words:
+            pictures.append(_draw(heat[number, tokens].sum(0), label, base))
+    return torch.stack([charts.as_image(picture) for picture in pictures])
+
+
+def _for_each(text: str | tuple[str, ...], count: int) -> list[str]:
+    return [text] * count if isinstance(text, str) else list(text) if len(text) == count else list(text) * count
+
+
+def _choose_words(clip, phrases: str, prompt: Prompt) -> list[tuple[str, list[int]]]:
+    """(what to write, positions of the tokens) of each phrase, or of each word that is not little."""
+    if not entries(phrases):
+        named = {}
+        for word in prompt.words:
+            if not word.little:
+                named.setdefault(word.text, []).append(word)
+        return [(text, positions(words)) for text, words in named.items()]
+    chosen = []
+    for phrase in entries(phrases):
+        found = prompt.find(tokenize(clip, phrase, "words").words)
+        if not found:
+            known = ", ".join(dict.fromkeys(word.text for word in prompt.words))
+            raise ValueError(f"words: {phrase!r} is not in the caption. Write it as it stands there: {known}.")
+        chosen.append((phrase, positions(found)))
+    return chosen
+
+
+@torch.inference_mode()
+def mean_attention(
+    model, inversion: Inversion, length: int, window: tuple[float, float], resolution: str
+) -> torch.Tensor:
+    """The attention that each token of the source's text draws: [B, length, H, W] fp32 of the latent's size.
+
+    The mean over heads, layers and the levels of the window; over all tokens, pixels sum to 1. Maps kept by the inversion
+    are used where the MODEL is patched as it was then; others are recorded from the stored latents. `length`: the text's
+    number of tokens. Raises ValueError for a window, resolution or text that does not fit.
+    """
+    text = inversion.source[0][0]
+    if len(inversion.source) != 1 or text is None:
+        raise ValueError(
+            f"inversion: its caption has {len(inversion.source)} parts (Conditioning Combine?). Invert the picture with a "
+            "single encoded text."
+        )
+    if text.shape[1] % length:
+        raise ValueError(
+            f"caption: it is {length} tokens long, but the text of the inversion {text.shape[1]}. Write the caption that the "
+            "picture was inverted with."
+        )
+    shapes = _map_shapes(model, inversion, resolution)
+    levels = _levels(model, inversion, window)
+    size = tuple(inversion.trajectory.shape[-2:])
+    heat = AttentionHeat(length)
+    missing = []
+    kept = inversion.maps
+    if kept is not None and kept.made_with != attention_state(model):
+        kept = None
+    for level in levels:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        maps = None if kept is None else kept.get(level, torch.device("cpu"))
+        if maps is None:
+            missing.append(level)
+            continue
+        for site, shape in shapes.items():
+            heat.add(maps[0, site], shape)
+    if missing:
+        _record(model, inversion, missing, shapes, heat)
+    return heat.mean(size)
+
+
+def _map_shapes(model, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
+    """(height, width) of the maps of each site that has the resolution."""
+    unet = model.model.diffusion_model
+    sites = cross_attention_sites(unet)
+    halvings = site_levels(unet)
+    names = {site: "1" if halvings[site] == 0 else f"1/{2 ** halvings[site]}" for site in sites}
+    chosen = [site for site in sites if resolution in ("all", names[site])]
+    if not chosen:
+        having = ", ".join(dict.fromkeys(sorted(names.values(), key=lambda name: (len(name), name))))
+        raise ValueError(f"resolution: this model has no attention to the text at {resolution}. It has it at {having}.")
+    height, width = inversion.trajectory.shape[-2:]
+    return {site: (-(-height // 2 ** halvings[site]), -(-width // 2 ** halvings[site])) for site in chosen}
+
+
+def _levels(model, inversion: Inversion, window: tuple[float, float]) -> list[int]:
+    """The levels of the inversion in a window of the sampling, from the noisiest on."""
+    sampling = model.get_model_object("model_sampling")
+    first, last = (float(sampling.percent_to_sigma(percent)) for percent in window)
+    levels = [i for i in range(inversion.steps, 0, -1) if last <= float(inversion.sigmas[i]) <= first]
+    if not levels:
+        raise ValueError(
+            f"start_percent, end_percent: none of the inversion's {inversion.steps} steps lies between {window[0]:g} and "
+            f"{window[1]:g}. Take a wider window."
+        )
+    return levels
+
+
+def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: AttentionHeat) -> None:
+    """Count the maps of UNet calls on the stored latents of some levels."""
+
+    def walk(model_k, x, sigmas, extra_args, callback, disable):
+        passes = UNetPasses(model_k, extra_args, list(shapes))
+        for level in levels:
+            maps = passes.record_maps("positive", inversion.trajectory[level].to(x), float(inversion.sigmas[level]))
+            for site, shape in shapes.items():
+                heat.add(maps[0, site].cpu(), shape)
+        return x
+
+    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+    guider.inner_set_conds({"positive": inversion.source})
+    picture = model.model.process_latent_out(inversion.trajectory[0])
+    sigmas = inversion.sigmas.flip(0)
+    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(walk), sigmas, disable_pbar=True)
+
+
+def _draw(heat: torch.Tensor, label: str, image: torch.Tensor | None) -> Image.Image:
+    """The heat [H, W] in colours, over the picture if there is one, with the word and the largest share under it."""
+    size = [8 * side for side in heat.shape] if image is None else image.shape[:2]
+    scale = -(-SMALLEST // min(size))
+    height, width = (scale * side for side in size)
+    low, high = float(heat.min()), float(heat.max())
+    even = ((heat - low) / max(high - low, 1e-12))[None, None]
+    even = F.interpolate(even, (height, width), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1).numpy()
+    places = np.linspace(0, 1, len(PALETTE))
+    colours = np.stack([np.interp(even, places, PALETTE[:, i]) for i in range(3)], -1)
+    if image is not None:
+        below = charts.as_pillow(image).resize((width, height), Image.Resampling.BICUBIC).convert("L")
+        share = 0.35 + 0.4 * even[..., None]
+        colours = share * colours + (1 - share) * np.asarray(below, dtype=np.float64)[..., None]
+    line = max(36, round(min(height, width) / 14))
+    sheet = charts.Sheet(width, height + line)
+    sheet.paste(Image.fromarray(colours.round().astype(np.uint8)), 0, 0, width, height, Image.Resampling.NEAREST)
+    sheet.text(12, height + line / 2, label, 0.5 * line, anchor="lm", within=0.6 * width)
+    sheet.text(width - 12, height + line / 2, f"up to {high:.0%} of attention", 0.4 * line, charts.FAINT_INK, "rm")
+    return sheet.finish()

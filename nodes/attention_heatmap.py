@@ -1,0 +1,88 @@
+"""Show where in an inverted picture the model reads each word (the maps that guide pix2pix-zero, section 3.3)."""
+
+from comfy_api.latest import io
+
+from ..host.attention_heat import RESOLUTIONS, attention_heatmaps
+from ..host.batching import run_per_picture
+from .types import CATEGORY, Inversion
+
+
+class Pix2PixZeroAttentionHeatmap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroAttentionHeatmap",
+            display_name="Attention Heatmap (Pix2Pix-Zero)",
+            category=CATEGORY,
+            description="Shows where in an inverted picture the model reads each word of the caption: the maps that hold "
+            "the layout during an edit. A word that lights up the wrong place cannot be edited well.",
+            is_input_list=True,
+            search_aliases=["attention map", "cross-attention", "daam", "word heatmap", "visualize attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the picture was inverted with."),
+                Inversion.Input("inversion", tooltip="The picture or batch of pictures, from Invert Picture."),
+                io.Clip.Input("clip", tooltip="The CLIP that encoded the caption of the inversion."),
+                io.String.Input(
+                    "caption",
+                    multiline=True,
+                    tooltip="The text the picture was inverted with, word for word.",
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    multiline=True,
+                    tooltip="Words or phrases of the caption, between commas or on lines: a picture for each. Empty: every "
+                    "word but little ones like 'a' and 'with'.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Leaves out the steps before this part of the sampling. The first steps are mostly noise: raise "
+                    "it if the heat is blurred.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Leaves out the steps after this part of the sampling. Lower it to see what fixes the layout.",
+                ),
+                io.Combo.Input(
+                    "resolution",
+                    options=list(RESOLUTIONS),
+                    default=RESOLUTIONS[0],
+                    advanced=True,
+                    tooltip="Which attention layers to look at, by their size as part of the latent's. The coarse ones tell "
+                    "things apart best, the fine ones show outlines. all: their mean.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture, to lay the heat over. Without it the heat is shown alone.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", is_output_list=True, tooltip="One heatmap per word, as a batch."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        batches = [inversion.batch for inversion in inputs["inversion"]]
+        return io.NodeOutput(
+            *run_per_picture(cls.show, inputs, batches, texts=("caption", "words"), join=lambda texts, _: tuple(texts))
+        )
+
+    @classmethod
+    def show(cls, model, inversion, clip, caption, words, start_percent, end_percent, resolution, image=None) -> tuple:
+        window = (start_percent, end_percent)
+        return (attention_heatmaps(model, inversion, clip, caption, words, window, resolution, image),)
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroAttentionHeatmap]
