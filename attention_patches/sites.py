@@ -21,13 +21,13 @@ def is_unet(diffusion_model) -> bool:
 def cross_attention_sites(unet) -> list[AttentionSite]:
     """Every cross-attention layer of ComfyUI's UNetModel in the order of its forward pass.
 
-    SD 1.5 has 16, SDXL has 70 (several per transformer, told apart by `index`). Raises ValueError for a model without
-    any, such as a diffusion transformer.
+    SD 1.x and 2.x have 16, SDXL has 70 (several per transformer, told apart by `index`). Raises ValueError for a model
+    without any, such as a diffusion transformer.
     """
     if not is_unet(unet):
         raise ValueError(
-            "model: it is not a UNet with cross-attention, so there are no maps to guide it by. "
-            "Use an SD 1.x, SD 2.x or SDXL model."
+            "model: it is not a UNet with cross-attention (but a diffusion transformer, perhaps), so there are no maps to "
+            "guide it by. Use an SD 1.x, SD 2.x or SDXL model."
         )
     groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
     return [
@@ -40,3 +40,10 @@ def cross_attention_sites(unet) -> list[AttentionSite]:
         for index, transformer in enumerate(layer.transformer_blocks)
         if transformer.attn2 is not None
     ]
+
+
+def attends_to_itself(unet, site: AttentionSite) -> bool:
+    """Whether the transformer block of a site has self-attention; a few small models attend to the text twice instead."""
+    blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}
+    (transformer,) = (layer for layer in blocks[site.block][site.number] if isinstance(layer, SpatialTransformer))
+    return not transformer.transformer_blocks[site.index].disable_self_attn

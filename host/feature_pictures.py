@@ -72,5 +72,5 @@ def features_of_inversion(
     guider = comfy.samplers.CFGGuider(with_jobs(model))
     guider.inner_set_conds({"positive": inversion.source})
     picture = model.model.process_latent_out(inversion.trajectory[0])
-    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(read), torch.tensor([sigma, 0.0]))
+    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(read), torch.tensor([sigma, 0.0]), seed=0)
     return found

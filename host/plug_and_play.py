@@ -21,6 +21,7 @@ from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ..editing.inversion import Inversion
 from .gradients import uncompiled
+from .model_checks import check_diffusion
 
 PACK = "pix2pix_zero_"
 JOB = PACK + "plug_and_play"
@@ -67,6 +68,7 @@ def with_jobs(model):
 
 def check_model(inversion: Inversion, model) -> None:
     """Raise ValueError unless the inversion was made with this MODEL, patched or not."""
+    check_diffusion(model)
     if inversion.model() is not model.model:
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Inversion and to this node."
@@ -160,7 +162,7 @@ class _LockstepSampling:
         device = guider.model_patcher.load_device
         picture = self.inversion.trajectory[0].to(device)
         noise = torch.zeros_like(picture)
-        return comfy.samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture)[SOURCE]
+        return comfy.samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture, seed=0)[SOURCE]
 
 
 def _source_first(executor, model, conds, x_in, timestep, model_options):

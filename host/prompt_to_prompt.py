@@ -17,12 +17,13 @@ from comfy.patcher_extension import WrappersMP
 
 from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention, site_levels
-from ..attention_patches.sites import cross_attention_sites
+from ..attention_patches.sites import attends_to_itself, cross_attention_sites
 from ..editing.inversion import Inversion
 from ..editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ..editing.word_masks import WordMask, soft_mask
 from .gradients import differentiable_attention
 from .map_jobs import JOB
+from .model_checks import check_diffusion
 from .prompt_words import blend_tokens, find_words, read_factors, tokenize
 
 KEY = "pix2pix_zero_prompt_to_prompt"
@@ -71,6 +72,7 @@ def edit_by_prompt(
     """
     if clip is None:
         raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
+    check_diffusion(model)
     if inversion.model() is not model.model:
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Inversion and to Prompt-to-Prompt."
@@ -159,7 +161,7 @@ def _process_source(guider, inversion: Inversion) -> list[dict]:
     device = guider.model_patcher.load_device
     picture = inversion.trajectory[0].to(device)
     noise = torch.zeros_like(picture)
-    source = samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture)[KEY]
+    source = samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture, seed=0)[KEY]
     if source[0].get("area") is not None:
         raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
     return source
@@ -230,9 +232,12 @@ class Sampling:
         self.source = source
         inversion = edit.inversion
         self.grid = [float(sigma) for sigma in inversion.sigmas]
-        levels = site_levels(guider.model_patcher.model.diffusion_model)
+        unet = guider.model_patcher.model.diffusion_model
+        levels = site_levels(unet)
         self.cross = [("attn2", site) for site in levels]
-        self.self_attention = [("attn1", site) for site, level in levels.items() if level > 0]
+        self.self_attention = [
+            ("attn1", site) for site, level in levels.items() if level > 0 and attends_to_itself(unet, site)
+        ]
         level = min(levels.values(), key=lambda level: abs(level - BLEND_LEVEL))
         self.watched = [place for place in self.cross if levels[place[1]] == level] if edit.blend else []
         height, width = (math.ceil(side / 2**level) for side in inversion.trajectory.shape[-2:])

@@ -19,6 +19,7 @@ from ..editing.local_blend import LocalBlend
 from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
 from .checkpointing import LEVELS
+from .edit_texts import beside_the_source
 from .map_jobs import attention_state, with_map_jobs
 from .memory import affordable_level, announce_memory, guided_pass_memory
 from .model_checks import check_diffusion
@@ -104,7 +105,7 @@ def invert_latent(
 
     guider = comfy.samplers.CFGGuider(with_map_jobs(model))
     guider.inner_set_conds({"positive": positive})
-    _sample(guider, walk, samples, sigmas, seed)
+    _sample(guider, walk, samples, sigmas, seed=0)
     mask = latent_image.get("noise_mask")
     return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), mask, residuals, maps)
 
@@ -124,7 +125,10 @@ def inverted_noise(inversion: Inversion, model) -> torch.Tensor:
 
 
 def _sample(guider, sampler_function, samples: torch.Tensor, sigmas: torch.Tensor, seed: int) -> torch.Tensor:
-    """Run `sampler_function` on LATENT samples, nothing added to them, with the host's preview and progress bar."""
+    """Run `sampler_function` on LATENT samples, nothing added to them, with the host's preview and progress bar.
+
+    `seed`: of what the host draws for a conditioning, such as unCLIP's noise: the same for inversion and edit.
+    """
     callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
     return guider.sample(
         torch.zeros_like(samples),
@@ -185,6 +189,7 @@ def sample_edit(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
             "Make it from the same conditioning, with Apply Edit Direction."
         )
+    positive, negative = (beside_the_source(texts, inversion.source) for texts in (positive, negative))
     chosen = PRESETS[preset]
     sites = cross_attention_sites(model.model.diffusion_model)
     maps = inversion.maps
@@ -285,5 +290,5 @@ def generate_reference(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    latent = _sample(guider, walk, model.model.process_latent_out(noise), sigmas, seed)
+    latent = _sample(guider, walk, model.model.process_latent_out(noise), sigmas, seed=0)
     return Inversion(torch.stack(trajectory[::-1]), sigmas.flip(0), positive, weakref.ref(model.model)), latent
