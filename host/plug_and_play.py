@@ -162,7 +162,8 @@ class _LockstepSampling:
         device = guider.model_patcher.load_device
         picture = self.inversion.trajectory[0].to(device)
         noise = torch.zeros_like(picture)
-        return comfy.samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture, seed=0)[SOURCE]
+        model = guider.inner_model
+        return comfy.samplers.process_conds(model, noise, source, device, latent_image=picture, seed=0)[SOURCE]
 
 
 def _source_first(executor, model, conds, x_in, timestep, model_options):
