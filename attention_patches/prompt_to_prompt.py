@@ -4,6 +4,7 @@ Both halves work on the final transformer options of one UNet call, as `Attentio
 and replace patches of other packs at the same place still compute the attention's output.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
 from ..editing.token_alignment import TokenMap
 from .maps import LastSiteReached, attention_maps
-from .sites import AttentionSite
+from .sites import AttentionSite, cross_attention_sites
 
 Place = tuple[str, AttentionSite]
 """("attn1" for self-attention or "attn2" for cross-attention, site)."""
@@ -156,3 +157,9 @@ def site_levels(unet) -> dict[AttentionSite, int]:
                 for index in range(len(getattr(layer, "transformer_blocks", ()))):
                     levels[AttentionSite(name, number, index)] = level
     return levels
+
+
+def map_shapes(unet, size: tuple[int, int]) -> dict[AttentionSite, tuple[int, int]]:
+    """(height, width) of the maps at each cross-attention site for a latent of a size (height, width)."""
+    levels = site_levels(unet)
+    return {site: tuple(math.ceil(side / 2 ** levels[site]) for side in size) for site in cross_attention_sites(unet)}

@@ -103,7 +103,7 @@ def sample_guided(
     passes: DenoisingPasses,
     x: torch.Tensor,
     guidance: GuidanceSchedule,
-    on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+    on_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Any],
     keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
     reference_maps: Callable[[int], Maps | None] = lambda index: None,
     blend: LocalBlend | None = None,
@@ -115,19 +115,20 @@ def sample_guided(
     larger shifts, so that a strength means the same for any number of them. `reference_maps(i)` are the maps kept of
     level i; where there are none, they are recorded from the stored latent. The reference does not drift, and the
     inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the source outside
-    an inpainting mask at level i. `blend` restores it wherever the edit does not act.
+    an inpainting mask at level i. `blend` restores it wherever the edit does not act. `on_step(step, denoised, x, distance)`
+    is called after every step, with the attention distance [B] that was found ahead of it, None where nothing guides it.
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
         step, sigma, sigma_next = inversion.steps - index, sigmas[index], sigmas[index - 1]
         strength = guidance.strength_at(sigma, step, inversion.steps)
         hold = guidance.holds_negative_at(step)
-        shift = 0.0
+        shift, distance = 0.0, None
         if strength:
             reference = reference_maps(index)
             if reference is None:
                 reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
-            denoised, gradient, _ = passes.denoise_and_match(x, sigma, reference, hold)
+            denoised, gradient, distance = passes.denoise_and_match(x, sigma, reference, hold)
             shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
         else:
             denoised = passes.denoise(x, sigma, hold)
@@ -139,7 +140,7 @@ def sample_guided(
         if blend is not None:
             x = blend.keep_source(x, inversion.trajectory[index - 1].to(x))
         x = keep_outside(x, index - 1)
-        on_step(step, denoised, x)
+        on_step(step, denoised, x, distance)
     return x
 
 
@@ -148,7 +149,7 @@ def sample_official(
     passes: DenoisingPasses,
     x: torch.Tensor,
     guidance: GuidanceSchedule,
-    on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+    on_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Any],
     keep_outside: Callable[[torch.Tensor, int], torch.Tensor],
     final_sigma: float,
 ) -> torch.Tensor:
@@ -165,11 +166,12 @@ def sample_official(
         step, sigma, sigma_next = inversion.steps - index, sigmas[index], sigmas[index - 1]
         strength = guidance.strength_at(sigma, step, inversion.steps)
         negative_x = positive_x = x
+        distance = None
         if strength:
             shifted = {}
             for branch, source_branch in (("negative", "negative"), ("positive", "source")):
                 reference = passes.record_maps(source_branch, reference_x, sigma)
-                gradient, _ = passes.map_gradient(branch, x, sigma, reference)
+                gradient, distance = passes.map_gradient(branch, x, sigma, reference)
                 shifted[branch] = x + guidance_shift(gradient / 2, sigma, strength)
             negative_x, positive_x = shifted["negative"], shifted["positive"]
         if guidance.strength:
@@ -190,5 +192,5 @@ def sample_official(
         )
         x = ddim.step(negative_x, ddim.predicted_eps(negative_x, denoised, sigma), sigma, sigma_next)
         x = keep_outside(x, index - 1)
-        on_step(step, denoised, x)
+        on_step(step, denoised, x, distance)
     return ddim.rescale(x, final_sigma, 0.0)

@@ -2,17 +2,18 @@
 
 import comfy.model_management
 import comfy.samplers
+import comfy.utils
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..attention_patches.prompt_to_prompt import site_levels
-from ..attention_patches.sites import AttentionSite, cross_attention_sites
+from ..attention_patches.prompt_to_prompt import map_shapes, site_levels
+from ..attention_patches.sites import AttentionSite
 from ..editing.attention_heat import AttentionHeat
 from ..editing.inversion import Inversion
 from ..editing.token_alignment import Prompt, positions
-from . import charts
+from . import charts, progress
 from .map_jobs import attention_state, with_map_jobs
 from .plug_and_play import check_model
 from .prompt_words import entries, tokenize
@@ -116,7 +117,7 @@ def mean_attention(
             f"caption: it is {length} tokens long, but the text of the inversion {text.shape[1]}. Write the caption that the "
             "picture was inverted with."
         )
-    shapes = _map_shapes(model, inversion, resolution)
+    shapes = _shapes_at(model, inversion, resolution)
     levels = _levels(model, inversion, window)
     size = tuple(inversion.trajectory.shape[-2:])
     heat = AttentionHeat(length)
@@ -124,6 +125,7 @@ def mean_attention(
     kept = inversion.maps
     if kept is not None and kept.made_with != attention_state(model):
         kept = None
+    bar = comfy.utils.ProgressBar(len(levels))
     for level in levels:
         comfy.model_management.throw_exception_if_processing_interrupted()
         maps = None if kept is None else kept.get(level, torch.device("cpu"))
@@ -132,23 +134,27 @@ def mean_attention(
             continue
         for site, shape in shapes.items():
             heat.add(maps[0, site], shape)
+        bar.update(1)
+        progress.show(f"Reading maps {bar.current}/{bar.total}")
     if missing:
-        _record(model, inversion, missing, shapes, heat)
+        _record(model, inversion, missing, shapes, heat, bar)
     return heat.mean(size)
 
 
-def _map_shapes(model, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
+def _shapes_at(model, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
     """(height, width) of the maps of each site that has the resolution."""
     unet = model.model.diffusion_model
-    sites = cross_attention_sites(unet)
-    halvings = site_levels(unet)
-    names = {site: "1" if halvings[site] == 0 else f"1/{2 ** halvings[site]}" for site in sites}
-    chosen = [site for site in sites if resolution in ("all", names[site])]
+    shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
+    levels = site_levels(unet)
+    chosen = {site: shape for site, shape in shapes.items() if resolution in ("all", _part(levels[site]))}
     if not chosen:
-        having = ", ".join(dict.fromkeys(sorted(names.values(), key=lambda name: (len(name), name))))
+        having = ", ".join(_part(level) for level in sorted({levels[site] for site in shapes}))
         raise ValueError(f"resolution: this model has no attention to the text at {resolution}. It has it at {having}.")
-    height, width = inversion.trajectory.shape[-2:]
-    return {site: (-(-height // 2 ** halvings[site]), -(-width // 2 ** halvings[site])) for site in chosen}
+    return chosen
+
+
+def _part(level: int) -> str:
+    return f"1/{2**level}" if level else "1"
 
 
 def _levels(model, inversion: Inversion, window: tuple[float, float]) -> list[int]:
@@ -164,7 +170,7 @@ def _levels(model, inversion: Inversion, window: tuple[float, float]) -> list[in
     return levels
 
 
-def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: AttentionHeat) -> None:
+def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: AttentionHeat, bar) -> None:
     """Count the maps of UNet calls on the stored latents of some levels."""
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
@@ -173,6 +179,8 @@ def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: 
             maps = passes.record_maps("positive", inversion.trajectory[level].to(x), float(inversion.sigmas[level]))
             for site, shape in shapes.items():
                 heat.add(maps[0, site].cpu(), shape)
+            bar.update(1)
+            progress.show(f"Recording maps {bar.current}/{bar.total}")
         return x
 
     guider = comfy.samplers.CFGGuider(with_map_jobs(model))

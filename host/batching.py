@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .progress import runs
+
 
 def stack_conditionings(conditionings: list[list], socket: str) -> list:
     """Several CONDITIONINGs as one with a row for each. A single one is returned as it is.
@@ -52,5 +54,5 @@ def run_per_picture(
         if len(batches) == 1 and len(inputs[name]) == batches[0]:
             inputs = {**inputs, name: [join(inputs[name], name)]}
     count = max(map(len, inputs.values()))
-    results = [run(**{name: items[min(i, len(items) - 1)] for name, items in inputs.items()}) for i in range(count)]
+    results = [run(**{name: items[min(i, len(items) - 1)] for name, items in inputs.items()}) for i in runs(count)]
     return [list(column) for column in zip(*results)]

@@ -11,6 +11,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from ..attention_patches.prompt_to_prompt import map_shapes
 from ..attention_patches.sites import cross_attention_sites, is_unet
 from ..editing import ddim
 from ..editing.guidance import GuidanceSchedule, sample_guided, sample_official
@@ -18,6 +19,7 @@ from ..editing.inversion import Inversion, direct_residuals, invert, on_grid
 from ..editing.local_blend import LocalBlend
 from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
+from . import progress
 from .checkpointing import LEVELS
 from .edit_texts import beside_the_source
 from .map_jobs import attention_state, with_map_jobs
@@ -87,7 +89,8 @@ def invert_latent(
 
         def on_step(index, denoised, x):
             estimates.append(denoised)
-            _report(callback, sigmas, index, denoised, x)
+            # The authors' inversion leaves out the first levels.
+            _report(callback, sigmas, "Inverting", index + len(sigmas) - 1 - len(transitions), denoised, x)
 
         visited = invert(
             x,
@@ -129,7 +132,7 @@ def _sample(guider, sampler_function, samples: torch.Tensor, sigmas: torch.Tenso
 
     `seed`: of what the host draws for a conditioning, such as unCLIP's noise: the same for inversion and edit.
     """
-    callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    callback = progress.over_runs(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1))
     return guider.sample(
         torch.zeros_like(samples),
         samples,
@@ -141,7 +144,8 @@ def _sample(guider, sampler_function, samples: torch.Tensor, sigmas: torch.Tenso
     ).to(comfy.model_management.intermediate_device())
 
 
-def _report(callback, sigmas, index, denoised, x):
+def _report(callback, sigmas, phase: str, index: int, denoised, x, note: str = "") -> None:
+    progress.show(f"{phase} {index + 1}/{len(sigmas) - 1}{note}")
     if callback is not None:
         callback({"i": index, "denoised": denoised, "x": x, "sigma": sigmas[index], "sigma_hat": sigmas[index]})
 
@@ -191,7 +195,9 @@ def sample_edit(
         )
     positive, negative = (beside_the_source(texts, inversion.source) for texts in (positive, negative))
     chosen = PRESETS[preset]
-    sites = cross_attention_sites(model.model.diffusion_model)
+    unet = model.model.diffusion_model
+    sites = cross_attention_sites(unet)
+    attending = len(positive) * sum(height * width for height, width in map_shapes(unet, start.shape[-2:]).values())
     maps = inversion.maps
     if maps is not None and maps.made_with != attention_state(model):
         maps = None
@@ -210,12 +216,20 @@ def sample_edit(
             sample = partial(sample_guided, blend=blend)
             if maps is not None:
                 sample = partial(sample, reference_maps=lambda level: maps.get(level, x.device))
+
+        def on_step(step, denoised, x, distance):
+            if distance is None:
+                _report(callback, sigmas, "Sampling", step, denoised, x)
+            else:
+                note = f", map distance {float(distance.mean()) / attending:.3f}"
+                _report(callback, sigmas, "Guided step", step, denoised, x, note)
+
         return sample(
             inversion,
             UNetPasses(model_k, extra_args, sites, affordable_level(model, x, chosen.checkpointing)),
             inversion.trajectory[-1].to(x),
             guidance,
-            partial(_report, callback, sigmas),
+            on_step,
             partial(_keep_outside, inversion),
         )
 
@@ -284,7 +298,7 @@ def generate_reference(
             denoised = model_k(x, x.new_full((len(x),), sigma), **extra_args)
             x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
             trajectory.append(x.cpu())
-            _report(callback, sigmas, index, denoised, x)
+            _report(callback, sigmas, "Generating", index, denoised, x)
         return x
 
     guider = comfy.samplers.CFGGuider(model)

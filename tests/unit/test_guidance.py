@@ -318,9 +318,26 @@ def test_every_step_is_reported_in_order(loop):
         loop,
         inversion(),
         ToyPasses(),
-        on_step=lambda index, denoised, x: steps.append((index, denoised.shape, x.shape)),
+        on_step=lambda index, denoised, x, distance: steps.append((index, denoised.shape, x.shape)),
     )
     assert steps == [(index, (1, 4, 4, 5), (1, 4, 4, 5)) for index in range(STEPS)]
+
+
+@pytest.mark.parametrize("loop", [sample_guided, sample_official])
+def test_guided_steps_report_the_distance_they_found_and_others_none(loop):
+    """At the first step, where edit and source are still at one place, only the texts tell their maps apart."""
+    source, distances = inversion(batch=2), []
+    run(loop, source, ToyPasses(), every=2, on_step=lambda index, denoised, x, distance: distances.append(distance))
+    assert [distance is not None for distance in distances] == [False, True, False, True, False]
+    distances.clear()
+    run(loop, source, ToyPasses(), on_step=lambda index, denoised, x, distance: distances.append(distance))
+    seen = source.trajectory[-1] / vp_scale(float(source.sigmas[-1]))
+    own, reference = (
+        torch.stack([toy_unet(row, TEXTS[text], timesteps(STEPS)[-1])[1] for row in seen])
+        for text in ("positive", "source")
+    )
+    expected = torch.stack([their_distance(a, b) for a, b in zip(own, reference)])
+    torch.testing.assert_close(distances[0], expected)
 
 
 def test_the_source_is_kept_where_the_edit_does_not_act():
