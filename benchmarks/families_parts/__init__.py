@@ -1,0 +1,1 @@
+"""The parts of `python dev.py bench families`; the tests use its architectures, too."""
