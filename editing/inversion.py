@@ -64,6 +64,61 @@ def invert(
     return visited
 
 
+def invert_fixed_point(
+    latent: torch.Tensor,
+    sigmas: torch.Tensor,
+    denoise: Callable[[torch.Tensor, float, int], torch.Tensor],
+    regularize: Callable[[torch.Tensor], torch.Tensor],
+    iterations: int,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+) -> list[torch.Tensor]:
+    """Inversion whose every step the sampler's step undoes (Pan et al. 2023, AIDI; Garibi et al. 2024, ReNoise).
+
+    DDIM steps down along the noise predicted at the noisier latent, which `invert` has not reached yet: it steps up along
+    that of the cleaner one. Here x_i solves the equation of the step down, in sigma space
+
+        x_i = x_{i-1} + (sigma_i - sigma_{i-1}) eps(x_i, sigma_i),
+
+    by `iterations` substitutions into its right-hand side, from the regularized step of `invert` on; 0 are `invert`. A
+    picture that a substitution takes further from solving it stays at the best latent.
+
+    `latent`: clean latent [B, C, H, W]. `sigmas`: [N+1] ascending from 0. `denoise(x, sigma, level)`: the model's
+    estimate of the clean latent; `level` counts those of the trajectory where x is to stay on it, and is 0 elsewhere.
+    `on_step(index, denoised, x)` is called after every step, with the estimate at x, the latent it leads to. Returns the
+    N+1 latents.
+    """
+    levels = sigmas.tolist()
+    seen = ddim.rescale(latent, 0.0, levels[1])
+    eps = ddim.predicted_eps(seen, denoise(seen, levels[1], 0), levels[1])
+    visited = [latent]
+    for index, (sigma_from, sigma) in enumerate(zip(levels, levels[1:])):
+        before, final_level = visited[-1], index + 1
+
+        def evaluate(x, left):
+            denoised = denoise(x, sigma, 0 if left else final_level)
+            return x, denoised, ddim.step(before, ddim.predicted_eps(x, denoised, sigma), sigma_from, sigma)
+
+        best = evaluate(ddim.step(before, regularize(eps), sigma_from, sigma), iterations)
+        closer = torch.ones_like(before[:, :1, :1, :1], dtype=torch.bool)
+        for left in reversed(range(iterations)):
+            x, _, substituted = best
+            found = evaluate(torch.where(closer, substituted, x), left)
+            closer = closer & (_unsolved(*found) < _unsolved(*best))
+            best = tuple(torch.where(closer, new, old) for new, old in zip(found, best))
+            if not closer.any():
+                break
+        x, denoised, _ = best
+        eps = ddim.predicted_eps(x, denoised, sigma)
+        visited.append(x)
+        on_step(index, denoised, x)
+    return visited
+
+
+def _unsolved(x: torch.Tensor, denoised: torch.Tensor, substituted: torch.Tensor) -> torch.Tensor:
+    """How far a latent is from solving the equation of the step down, per picture: [B, 1, 1, 1]."""
+    return (substituted - x).square().sum((1, 2, 3), keepdim=True)
+
+
 def on_grid(
     visited: list[torch.Tensor], transitions: list[ddim.Transition], latent: torch.Tensor, sigmas: torch.Tensor
 ) -> torch.Tensor:

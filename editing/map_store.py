@@ -27,6 +27,10 @@ class MapStore:
         while self._levels and self.size > self.budget:
             del self._levels[next(iter(self._levels))]
 
+    def drop(self, level: int) -> None:
+        """Forget the maps of a level, if it is kept."""
+        self._levels.pop(level, None)
+
     def get(self, level: int, device: torch.device) -> "KeptMaps | None":
         """The maps of a level, or None if it is not kept."""
         kept = self._levels.get(level)
@@ -44,6 +48,9 @@ class KeptMaps:
     def __init__(self, codes: dict, device: torch.device):
         self._codes = codes
         self._device = device
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._codes
 
     def __getitem__(self, key: object) -> torch.Tensor:
         return decode(self._codes[key].to(self._device))

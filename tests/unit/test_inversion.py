@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pix2pix_zero.editing import ddim
-from pix2pix_zero.editing.inversion import invert, on_grid
+from pix2pix_zero.editing.inversion import invert, invert_fixed_point, on_grid
 from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, denoiser, sigmas, timesteps, toy_eps, vp_scale
 
 
@@ -130,3 +130,89 @@ def test_a_batch_inverts_as_its_pictures_alone():
     together = walk(latent, transitions, denoiser())[-1]
     alone = torch.cat([walk(row, transitions, denoiser())[-1] for row in latent.split(1)])
     torch.testing.assert_close(together, alone)
+
+
+def fixed_point_walk(latent, levels, denoise, iterations, regularize=lambda eps: eps):
+    """(latents, estimates at all but the first) of a fixed-point inversion."""
+    estimates = []
+    visited = invert_fixed_point(
+        latent,
+        levels,
+        lambda x, sigma, level: denoise(x, sigma),
+        regularize,
+        iterations,
+        lambda index, denoised, x: estimates.append(denoised),
+    )
+    return visited, estimates
+
+
+def test_fixed_point_inversion_solves_the_step_down_in_closed_form_and_sampling_undoes_it():
+    """Data N(mu, s^2): eps(x, sigma) = sigma (x - mu) / (s^2 + sigma^2), and the implicit equation is linear in x."""
+    latent, levels, mu, s = picture(), sigmas(10), 0.4, 0.8
+
+    def denoise(x, sigma):
+        return (s**2 * x + sigma**2 * mu) / (s**2 + sigma**2)
+
+    visited, _ = fixed_point_walk(latent, levels, denoise, 300)
+    exact = latent - mu
+    for x, before, sigma in zip(visited[1:], levels.tolist(), levels.tolist()[1:]):
+        exact = exact / (1 - (sigma - before) * sigma / (s**2 + sigma**2))
+        torch.testing.assert_close(x, mu + exact, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sample(visited[-1], levels, denoise), latent, rtol=1e-9, atol=1e-9)
+
+
+def test_every_iteration_brings_the_picture_closer():
+    latent, levels = picture(), sigmas(10)
+    errors = [
+        float((sample(fixed_point_walk(latent, levels, denoiser(), n)[0][-1], levels, denoiser()) - latent).norm())
+        for n in range(6)
+    ]
+    assert all(after < 0.8 * before for before, after in zip(errors, errors[1:]))
+    assert errors[-1] < 0.05 * errors[0]
+
+
+def test_fixed_point_inversion_without_iterations_is_plain_inversion():
+    latent, levels = picture(), sigmas(5)
+    visited, estimates = fixed_point_walk(latent, levels, denoiser(), 0, lambda eps: eps / 2)
+    expected = walk(latent, ddim.inversion_transitions(levels), denoiser(), lambda eps: eps / 2)
+    for ours, theirs in zip(visited, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for x, estimate, sigma in zip(visited[1:], estimates, levels.tolist()[1:], strict=True):
+        torch.testing.assert_close(estimate, denoiser()(x, sigma))
+
+
+def test_a_picture_that_iterations_would_lead_astray_stays_where_it_came_closest():
+    """eps = x^3: small pictures are drawn to the solution, large ones thrown from it. Neither disturbs the other."""
+    levels = torch.tensor([0.0, 0.2, 0.5], dtype=torch.float64)
+
+    def denoise(x, sigma):
+        return x - sigma * x**3
+
+    def unsolved(visited):
+        pairs = zip(visited, visited[1:], levels.tolist(), levels.tolist()[1:])
+        return [(before + (b - a) * x**3 - x).norm() for before, x, a, b in pairs]
+
+    tame, wild = picture()[:1] / 10, picture()[1:] * 2
+    together, _ = fixed_point_walk(torch.cat([tame, wild]), levels, denoise, 20)
+    for row, alone in enumerate((tame, wild)):
+        visited, estimates = fixed_point_walk(alone, levels, denoise, 20)
+        for ours, batched in zip(visited, together):
+            assert torch.equal(ours[0], batched[row])
+        torch.testing.assert_close(estimates[-1], denoise(visited[-1], 0.5))
+        guesses, _ = fixed_point_walk(alone, levels, denoise, 0)
+        assert unsolved(visited)[0] <= unsolved(guesses)[0]
+        assert (max(unsolved(visited)) < 1e-6) == (row == 0)
+
+
+def test_fixed_point_inversion_tells_which_evaluations_are_at_latents_that_stay():
+    latent, levels, calls = picture(), sigmas(3), []
+
+    def denoise(x, sigma, level):
+        calls.append((level, x))
+        return denoiser()(x, sigma)
+
+    visited = invert_fixed_point(latent, levels, denoise, lambda eps: eps, 2, lambda *step: None)
+    assert [level for level, _ in calls] == [0, 0, 0, 1, 0, 0, 2, 0, 0, 3]
+    for level, x in calls:
+        if level:
+            assert torch.equal(x, visited[level])

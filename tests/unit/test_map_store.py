@@ -45,3 +45,13 @@ def test_a_level_larger_than_the_budget_is_not_kept():
     store.trim()
     assert store.get(1, CPU) is None
     assert store.size == 0
+
+
+def test_a_dropped_level_is_forgotten_and_leaves_the_others():
+    store = MapStore(10**6)
+    store.add(1, "site", maps(1))
+    store.add(2, "site", maps(2))
+    store.drop(1)
+    store.drop(5)
+    assert store.get(1, CPU) is None
+    torch.testing.assert_close(store.get(2, CPU)["site"], maps(2), atol=1e-5, rtol=0)
