@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import webbrowser
 from pathlib import Path
 
 from .environment import Environment, lock, prepare
@@ -56,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--gpu", action="store_true", help="then run the tests that need a CUDA device, on it")
     serve = add("serve", _serve, "run ComfyUI with the pack; other arguments go to it", takes_more=True)
     serve.add_argument("--port", type=int, default=8188, help="default: %(default)s")
+    serve.add_argument("--open", action="store_true", help="open the first example in a browser")
     add("lint", _lint, "check the code with ruff; other arguments go to it", takes_more=True, host=False)
     bench = add("bench", _bench, "run benchmarks/NAME.py with the other arguments", takes_more=True)
     bench.add_argument("name", metavar="NAME", nargs="?", default="")
     add("train", _train, "train the demo model; other arguments go to the recipe", takes_more=True)
+    add("docs", _docs, "write the tables of help pages and the English texts; --pictures: also their pictures", True)
     add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
     return parser
 
@@ -85,7 +88,7 @@ def _pytest(environment: Environment, rest: list[str]) -> int:
     tests = ROOT / "tests"
     # pytest runs in ComfyUI's folder, so the files a person names are given their full path
     named = [argument for argument in rest if Path(argument.partition("::")[0]).exists()]
-    paths = [Path(argument).absolute() for argument in named] or [tests / "unit", tests / "host"]
+    paths = [Path(argument).absolute() for argument in named] or [tests / name for name in ("unit", "host", "browser")]
     rest = [argument for argument in rest if argument not in named]
     command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "--durations-min=1"]
     command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]
@@ -95,13 +98,17 @@ def _pytest(environment: Environment, rest: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace, rest: list[str]) -> int:
+    from .graphs import EXAMPLE
     from .server import Server, check_port_is_free
 
     check_port_is_free(options.port)
     environment = prepare(options.comfyui)
     keep = ROOT / ".comfyui" / "serve"
     with Server(environment, options.port, keep=keep, options=rest, foreground=True) as server:
-        print(f"\nComfyUI {environment.comfyui.version} with the pack: {server.url} (Ctrl-C ends it)\n", flush=True)
+        print(f"\nComfyUI {environment.comfyui.version} with the pack: {server.url} (Ctrl-C ends it)", flush=True)
+        print(f"The first example: {server.example_url(EXAMPLE.stem)}\n", flush=True)
+        if options.open and not webbrowser.open(server.example_url(EXAMPLE.stem)):
+            print("No browser was found; open the address above yourself.", flush=True)
         return server.wait()
 
 
@@ -135,6 +142,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if not any(argument.partition("=")[0] == "--work" for argument in rest):
         rest = ["--work", str(ROOT / ".comfyui" / "training"), *rest]
     return _run_module(environment, "pix2pix_zero.demo_model.train", rest)
+
+
+def _docs(options: argparse.Namespace, rest: list[str]) -> int:
+    return _run_module(prepare(options.comfyui), "pix2pix_zero.devtools.help_pages", rest)
 
 
 def _lock(options: argparse.Namespace, rest: list[str]) -> int:

@@ -13,22 +13,22 @@ from PIL import Image, ImageDraw, ImageFont
 HEIGHT, GAP, BAND = 256, 8, 28
 
 
-def draw_comparison(pictures: dict[str, Image.Image]) -> Image.Image:
-    """One row of pictures of the same height with their labels below."""
+def draw_comparison(pictures: dict[str, Image.Image], height: int = HEIGHT) -> Image.Image:
+    """One row of pictures, ``height`` pixels high, with their labels below."""
     font = ImageFont.load_default(size=14)
     scaled = {
         label: picture.convert("RGB").resize(
-            (picture.width * HEIGHT // picture.height, HEIGHT), Image.Resampling.LANCZOS
+            (picture.width * height // picture.height, height), Image.Resampling.LANCZOS
         )
         for label, picture in pictures.items()
     }
     width = sum(picture.width + GAP for picture in scaled.values()) + GAP
-    sheet = Image.new("RGB", (width, HEIGHT + GAP + BAND), "white")
+    sheet = Image.new("RGB", (width, height + GAP + BAND), "white")
     draw = ImageDraw.Draw(sheet)
     x = GAP
     for label, picture in scaled.items():
         sheet.paste(picture, (x, GAP))
-        draw.text((x + picture.width / 2, HEIGHT + GAP + BAND / 2), label, "black", font, anchor="mm")
+        draw.text((x + picture.width / 2, height + GAP + BAND / 2), label, "black", font, anchor="mm")
         x += picture.width + GAP
     return sheet
 

@@ -166,6 +166,10 @@ class Server:
         lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         return f"{lines[-1].strip() if lines else 'no output'} (log: {self.log})"
 
+    def example_url(self, name: str) -> str:
+        """The address that opens an example of the pack in the frontend."""
+        return f"{self.url}/?{urllib.parse.urlencode({'template': name, 'source': PACK_FOLDER})}"
+
     def wait(self) -> int:
         """Wait until the server ends by itself; its exit status."""
         return self._process.wait()

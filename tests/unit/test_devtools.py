@@ -379,3 +379,25 @@ def test_progress_is_told_by_the_nodes_own_names(capsys):
     assert "  Invert Picture 10/50" in lines and "  Invert Picture 50/50" in lines
     assert len(lines) <= 7, "a log is not flooded"
     assert "1 preview picture" in lines[-1]
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["a browser", "no browser"])
+def test_serve_tells_the_address_and_opens_the_first_example_when_asked(monkeypatch, capsys, found):
+    class Running(server.Server):
+        def __enter__(self):
+            return self
+
+        def wait(self):
+            return 0
+
+    opened = []
+    here = Environment(ComfyUI(ROOT, "0"), Path(sys.prefix))
+    monkeypatch.setattr(server, "Server", Running)
+    monkeypatch.setattr(cli, "prepare", lambda version: here)
+    monkeypatch.setattr(cli.webbrowser, "open", lambda address: opened.append(address) or found)
+    port = server.free_port()
+    assert cli.main(["serve", "--port", str(port)]) == 0 and not opened
+    assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
+    assert cli.main(["serve", "--port", str(port), "--open"]) == 0
+    assert opened == [f"http://127.0.0.1:{port}/?template=cat_to_dog_demo&source={server.PACK_FOLDER}"]
+    assert ("open the address above yourself" in capsys.readouterr().out) is not found

@@ -1,0 +1,271 @@
+"""The tables of the help pages and the English texts of the interface, both written from the nodes' schemas.
+
+A help page is ``web/docs/NODE.md``, in another language ``web/docs/NODE/LANGUAGE.md``. Its title and the two tables
+between ``<!-- inputs -->``, ``<!-- outputs -->`` and their ends belong to this program, all else to its author.
+``locales/en/nodeDefs.json`` belongs to it too; the other languages' files are written by hand and only put in order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .hosts import ROOT
+
+LOCALES = ROOT / "locales"
+PAGES = ROOT / "web" / "docs"
+CONTROL = "control_after_generate"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a language calls the parts of a table."""
+
+    head: tuple[str, str, str, str]  # input, description, type, default
+    output: str
+    optional: str
+    advanced: str
+    between: str  # two numbers
+    control: str | None = None  # the host's own name for the widget below a seed
+    none: str = ""
+
+
+LANGUAGES = {
+    "en": Words(
+        ("Input", "What it does", "Type", "Default"), "Output", "optional", "advanced", "{} to {}", none="No inputs."
+    ),
+    "ko": Words(
+        ("입력", "설명", "유형", "기본값"), "출력", "선택", "고급", "{}~{}", "생성 후 제어", "입력이 없습니다."
+    ),
+    "zh": Words(("输入", "说明", "类型", "默认值"), "输出", "可选", "高级", "{}～{}", "生成后的控制", "没有输入。"),
+    "ja": Words(
+        ("入力", "説明", "型", "デフォルト"), "出力", "任意", "高度", "{}～{}", "生成後の制御", "入力はありません。"
+    ),
+}
+TRANSLATIONS = tuple(language for language in LANGUAGES if language != "en")
+
+
+@dataclass(frozen=True)
+class Socket:
+    """An input of a node: its type, the settings of its widget, and whether it may be left open."""
+
+    kind: str
+    settings: dict
+    optional: bool
+
+
+def inputs_of(info: dict) -> dict[str, Socket]:
+    """The inputs of a node, in the order of its schema. ``info``: the node as ``/object_info`` describes it."""
+    return {
+        name: Socket(spec[0], spec[1] if len(spec) > 1 else {}, group == "optional")
+        for group in ("required", "optional")
+        for name, spec in info["input"].get(group, {}).items()
+    }
+
+
+def english(info: dict) -> dict:
+    """The node's texts as its schema has them, in the form of ``nodeDefs.json``."""
+    inputs = {name: _text(name, socket.settings.get("tooltip")) for name, socket in inputs_of(info).items()}
+    outputs = {
+        str(index): _text(name, tooltip)
+        for index, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
+    }
+    return {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+
+
+def _text(name: str, tooltip: str | None) -> dict:
+    return {"name": name, "tooltip": tooltip} if tooltip else {"name": name}
+
+
+def expected(info: dict) -> dict:
+    """:func:`english` with all that a translation names, also the widgets that the host adds."""
+    texts = english(info)
+    if any(socket.settings.get(CONTROL) for socket in inputs_of(info).values()):
+        texts["inputs"][CONTROL] = {"name": CONTROL}
+    return texts
+
+
+def paths(texts: dict, *above: str) -> dict[tuple[str, ...], str]:
+    """Each text by the keys that lead to it: ``("inputs", "cfg", "tooltip")``."""
+    found: dict[tuple[str, ...], str] = {}
+    for key, value in texts.items():
+        found.update(paths(value, *above, key) if isinstance(value, dict) else {(*above, key): value})
+    return found
+
+
+def read_texts(language: str) -> dict[str, dict]:
+    """The texts of all nodes in a language; ``{}`` when there are none yet."""
+    path = LOCALES / language / "nodeDefs.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def in_order(texts: dict, model: dict) -> dict:
+    """The same texts in the order of ``model``; what the model does not know comes last."""
+    keys = [*(key for key in model if key in texts), *(key for key in texts if key not in model)]
+    return {
+        key: in_order(texts[key], model.get(key, {})) if isinstance(texts[key], dict) else texts[key] for key in keys
+    }
+
+
+def input_table(info: dict, texts: dict, words: Words) -> str:
+    """The table of a node's inputs. ``texts``: the node's entry in ``nodeDefs.json``."""
+    rows = []
+    for name, socket in inputs_of(info).items():
+        text = texts["inputs"][name]
+        marks = [
+            word for word, set in ((words.optional, _widgetless(socket)), (words.advanced, _hidden(socket))) if set
+        ]
+        kind = " ".join([socket.kind, *(f"({mark})" for mark in marks)])
+        rows.append((_name(name, text["name"]), text.get("tooltip", ""), kind, _default(socket, words)))
+    return _table(words.head, rows) if rows else words.none
+
+
+def output_table(info: dict, texts: dict, words: Words) -> str:
+    """The table of a node's outputs."""
+    rows = [
+        (_name(name, texts["outputs"][str(index)]["name"]), texts["outputs"][str(index)].get("tooltip", ""), kind)
+        for index, (name, kind) in enumerate(zip(info["output_name"], info["output"], strict=True))
+    ]
+    return _table((words.output, *words.head[1:3]), rows)
+
+
+def _widgetless(socket: Socket) -> bool:
+    """Whether it is a socket that may stay open; a widget always has a value."""
+    return socket.optional and "default" not in socket.settings
+
+
+def _hidden(socket: Socket) -> bool:
+    return bool(socket.settings.get("advanced"))
+
+
+def _name(key: str, name: str) -> str:
+    return f"`{key}`" if name == key else f"**{name}**<br>`{key}`"
+
+
+def _default(socket: Socket, words: Words) -> str:
+    default = socket.settings.get("default")
+    if default is None or default == "":
+        return ""
+    shown = (
+        str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else default
+    )
+    low, high = socket.settings.get("min"), socket.settings.get("max")
+    wide = low is None or high is None or high > 2**31
+    return f"{shown}" if wide else f"{shown} ({words.between.format(f'{low:g}', f'{high:g}')})"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
+
+
+def rewrite(page: str, info: dict, texts: dict, language: str) -> str:
+    """A help page with its title and tables brought up to date.
+
+    Raises:
+        ValueError: The page lacks a title or the marks around a table.
+    """
+    words = LANGUAGES[language]
+    page, titles = re.subn(r"\A# .*$", lambda _: f"# {texts['display_name']}", page, flags=re.MULTILINE)
+    if not titles:
+        raise ValueError("the page does not start with '# '")
+    for part, table in (("inputs", input_table(info, texts, words)), ("outputs", output_table(info, texts, words))):
+        if part == "outputs" and not info["output_name"]:
+            continue
+        between = f"<!-- {part} -->\n\n{table}\n\n<!-- /{part} -->"
+        page, found = re.subn(rf"<!-- {part} -->.*?<!-- /{part} -->", lambda _: between, page, flags=re.DOTALL)  # noqa: B023
+        if found != 1:
+            raise ValueError(f"the page needs one <!-- {part} --> and one <!-- /{part} -->")
+    return page
+
+
+def page_path(node_id: str, language: str) -> Path:
+    """Where the frontend looks for a help page."""
+    return PAGES / f"{node_id}.md" if language == "en" else PAGES / node_id / f"{language}.md"
+
+
+def written(infos: list[dict]) -> dict[Path, str]:
+    """The content that each generated file should have, for the pages and translations that exist and are complete.
+
+    Args:
+        infos: All nodes of the pack as ``/object_info`` describes them.
+    """
+    files = {}
+    models = {info["name"]: expected(info) for info in infos}
+    for language in LANGUAGES:
+        texts = {name: english(info) for name, info in zip(models, infos, strict=True)}
+        if language != "en":
+            texts = in_order(read_texts(language), models)
+            for name, model in models.items():
+                if CONTROL in model["inputs"] and name in texts:
+                    texts[name].setdefault("inputs", {})[CONTROL] = {"name": LANGUAGES[language].control}
+            texts = in_order(texts, models)
+        if texts:
+            files[LOCALES / language / "nodeDefs.json"] = json.dumps(texts, ensure_ascii=False, indent=2) + "\n"
+        for info in infos:
+            path = page_path(info["name"], language)
+            own = texts.get(info["name"], {})
+            if path.is_file() and paths(own).keys() >= paths(models[info["name"]]).keys() - _control(
+                models[info["name"]]
+            ):
+                files[path] = rewrite(path.read_text(encoding="utf-8"), info, own, language)
+    return files
+
+
+def _control(model: dict) -> set[tuple[str, ...]]:
+    return {path for path in paths(model) if CONTROL in path}
+
+
+def gaps(infos: list[dict]) -> list[str]:
+    """What is missing or superfluous, in words: a page, a translation of a text, a text of nothing that exists."""
+    found = []
+    models = {info["name"]: expected(info) for info in infos}
+    for language in LANGUAGES:
+        pages = {page_path(name, language) for name in models}
+        present = set(PAGES.glob("*.md") if language == "en" else PAGES.glob(f"*/{language}.md"))
+        found += [f"{path.relative_to(ROOT).as_posix()} is missing" for path in sorted(pages - present)]
+        found += [f"{path.relative_to(ROOT).as_posix()} is of no node" for path in sorted(present - pages)]
+        if language == "en":
+            continue
+        wanted, translated = paths(models), paths(read_texts(language))
+        file = (LOCALES / language / "nodeDefs.json").relative_to(ROOT).as_posix()
+        found += [f"{file} lacks {'.'.join(path)}: {text}" for path, text in wanted.items() if path not in translated]
+        found += [f"{file} has {'.'.join(path)}, which does not exist" for path in translated if path not in wanted]
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """``python dev.py docs``: write what is generated, then say what is missing; exit status 1 if anything is."""
+    from comfy.cli_args import args
+
+    args.cpu = True
+    from ..nodes import NODES
+
+    if "--pictures" in arguments:
+        from .help_pictures import draw_pictures
+
+        draw_pictures([argument for argument in arguments if not argument.startswith("-")])
+    infos = [node.GET_NODE_INFO_V1() for node in NODES]
+    for path, content in written(infos).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT).as_posix()}")
+    missing = gaps(infos)
+    print("\n".join(missing) or "All pages and translations are complete.")
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,412 @@
+"""The pictures of the help pages: what the nodes make of the demo scenes on a real server.
+
+Every picture is one row of results with a label below each, ``web/docs/pictures/NAME.jpg``. Labels name inputs and their
+values, so that one picture serves all languages.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy
+from comfyui_version import __version__
+from PIL import Image
+
+from .comparison import draw_comparison
+from .environment import Environment
+from .graphs import EDITS, Graph, Node
+from .hosts import ROOT, ComfyUI
+from .process import DevError, one_thread
+from .server import GraphError, Server
+
+PICTURES = ROOT / "web" / "docs" / "pictures"
+CELL = 144  # pixels, the height of a row
+QUALITY = 82
+WIDEST = 900  # pixels, of a picture that brings its own labels
+
+
+class Demo(Graph):
+    """A graph on the demo model: the picture, its caption and its inversion, and edits of it."""
+
+    def __init__(self, edit: str = "cat2dog", seed: int = 5) -> None:
+        super().__init__()
+        self.edit = EDITS[edit]
+        self.model = self.add("Pix2PixZeroDemoModel")
+        self.scene = self.add("Pix2PixZeroDemoScene", seed=seed, **self.edit.scene)
+        self.caption = self.add(
+            "Pix2PixZeroCaption", captioner=self.add("Pix2PixZeroLoadCaptioner")[0], image=self.scene[0]
+        )
+        self.source = self.encode(self.caption[0])
+        self.latent = self.add("VAEEncode", pixels=self.scene[0], vae=self.model[2])
+        self.inversion = self.invert()
+
+    def encode(self, text: object) -> Node:
+        """The conditioning of a text."""
+        return self.add("CLIPTextEncode", clip=self.model[1], text=text)
+
+    def invert(self, **knobs: object) -> Node:
+        """The inversion of the scene."""
+        return self.add(
+            "Pix2PixZeroInversion",
+            model=self.model[0],
+            positive=self.source[0],
+            latent_image=self.latent[0],
+            **knobs,
+        )
+
+    def direction(self, source: str | None = None, target: str | None = None) -> Node:
+        """The direction of the edit, or another one."""
+        return self.add(
+            "Pix2PixZeroEditDirection",
+            clip=self.model[1],
+            source=source or self.edit.source,
+            target=target or self.edit.target,
+        )
+
+    def apply(self, direction: list | None = None, strength: float | None = None) -> Node:
+        """The edited caption."""
+        return self.add(
+            "Pix2PixZeroApplyDirection",
+            conditioning=self.source[0],
+            direction=direction or self.direction()[0],
+            strength=self.edit.strength if strength is None else strength,
+        )
+
+    def sample(self, positive: Node | None = None, inversion: Node | None = None, **knobs: object) -> Node:
+        """The guided sampler."""
+        return self.add(
+            "Pix2PixZeroKSampler",
+            model=self.model[0],
+            inversion=(inversion or self.inversion)[0],
+            positive=(positive or self.apply())[0],
+            negative=self.source[0],
+            **{"cfg": self.edit.cfg, **knobs},
+        )
+
+    def decode(self, samples: list) -> list:
+        """The picture of a latent."""
+        return self.add("VAEDecode", samples=samples, vae=self.model[2])[0]
+
+    def edited(self, *where: Node | None, **knobs: object) -> list:
+        """The picture that the guided sampler draws."""
+        return self.decode(self.sample(*where, **knobs)[0])
+
+    def stock(self, model: list, positive: list, cfg: float) -> list:
+        """The picture that the stock sampler draws from the inversion's noise."""
+        guider = self.add("CFGGuider", model=model, positive=positive, negative=self.source[0], cfg=cfg)
+        return self.decode(
+            self.add(
+                "SamplerCustomAdvanced",
+                noise=self.add("DisableNoise")[0],
+                guider=guider[0],
+                sampler=self.add("KSamplerSelect", sampler_name="euler")[0],
+                sigmas=self.inversion[2],
+                latent_image=self.inversion[1],
+            )[0]
+        )
+
+    def api(self, object_info: dict) -> dict:
+        """As the frontend sends it: optional widgets have their default too."""
+        api = super().api(object_info)
+        for node in api.values():
+            optional = object_info[node["class_type"]]["input"].get("optional", {})
+            defaults = {
+                name: spec[1]["default"] for name, spec in optional.items() if "default" in (spec[1:] or ({},))[0]
+            }
+            node["inputs"] = {**defaults, **node["inputs"]}
+        return api
+
+    def mask_picture(self, mask: list) -> list:
+        """A mask as a picture."""
+        return self.add("MaskToImage", mask=mask)[0]
+
+
+Picture = tuple[Demo, dict[str, list]]
+"""A graph, and for each label in the picture the output that it stands under."""
+
+RECIPES: dict[str, Callable[[], Picture]] = {}
+
+
+def recipe(make: Callable[[], Picture]) -> Callable[[], Picture]:
+    """Register the recipe of the picture that is named as the function."""
+    RECIPES[make.__name__] = make
+    return make
+
+
+@recipe
+def captions() -> Picture:
+    demo, row, batch = Demo(), {}, None
+    for subject, seed in (("cat", 5), ("horse", 12), ("zebra", 3), ("dog", 8)):
+        scene = demo.copy(demo.scene, subject=subject, seed=seed)[0]
+        batch = demo.add("ImageBatch", image1=batch, image2=scene)[0] if batch else scene
+        row[str(len(row) + 1)] = scene
+    demo.caption = demo.copy(demo.caption, image=batch)
+    return demo, row
+
+
+@recipe
+def demo_model() -> Picture:
+    demo = Demo()
+    texts = ("an orange cat in summer", "a gray dog in winter", "a zebra during the day", "a brown horse at night")
+    row = {}
+    for seed, text in enumerate(texts, start=3):
+        latent = demo.add("EmptyLatentImage", width=128, height=128, batch_size=1)
+        sampled = demo.add(
+            "KSampler",
+            model=demo.model[0],
+            seed=seed,
+            steps=30,
+            cfg=4.0,
+            sampler_name="euler",
+            scheduler="normal",
+            positive=demo.encode(text)[0],
+            negative=demo.encode("")[0],
+            latent_image=latent[0],
+            denoise=1.0,
+        )
+        row[text.split(" ", 1)[1]] = demo.decode(sampled[0])
+    return demo, row
+
+
+@recipe
+def demo_scene() -> Picture:
+    demo = Demo()
+    changes = {"subject": "dog", "glasses": "yes", "time_of_day": "night", "style": "oil pastel"}
+    row = {"seed 5": demo.scene[0]}
+    row |= {f"{key}: {value}": demo.copy(demo.scene, **{key: value})[0] for key, value in changes.items()}
+    return demo, {**row, "mask": demo.mask_picture(demo.scene[1])}
+
+
+@recipe
+def inversion() -> Picture:
+    demo = Demo()
+    same = {"cfg": 1.0, "guidance_strength": 0.0}
+    return demo, {
+        "source": demo.scene[0],
+        "noise": demo.decode(demo.inversion[1]),
+        "redrawn": demo.edited(demo.source, **same),
+        "cat to dog": demo.edited(),
+    }
+
+
+@recipe
+def reference() -> Picture:
+    demo = Demo()
+    text = demo.encode("a photo of an orange cat in summer during the day")
+    empty = demo.encode("")
+    knobs = {"cfg": 3.0}
+    generated = demo.add(
+        "Pix2PixZeroReference",
+        model=demo.model[0],
+        positive=text[0],
+        negative=empty[0],
+        latent_image=demo.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0],
+        **knobs,
+    )
+    demo.source = text
+    row = {"generated": demo.decode(generated[1])}
+    for target in ("dog", "horse"):
+        sampler = demo.sample(demo.apply(demo.direction("cat", target)[0]), generated, guidance_strength=0.5, **knobs)
+        demo.change(sampler, negative=empty[0])
+        row[f"cat to {target}"] = demo.decode(sampler[0])
+    return demo, row
+
+
+@recipe
+def edit_direction() -> Picture:
+    demo = Demo()
+    row = {"source": demo.scene[0]}
+    for source, target in (("cat", "dog"), ("summer", "winter"), ("flat drawing", "pencil sketch")):
+        row[f"{source} to {target}"] = demo.edited(demo.apply(demo.direction(source, target)[0]))
+    return demo, row
+
+
+@recipe
+def sentences() -> Picture:
+    demo = Demo("horse2zebra", 4)
+    written = {
+        concept: demo.add("Pix2PixZeroSentences", concept=concept, count=256, seed=0) for concept in ("horse", "zebra")
+    }
+    direction = demo.add(
+        "Pix2PixZeroEditDirectionFromSentences",
+        clip=demo.model[1],
+        source_sentences=written["horse"][0],
+        target_sentences=written["zebra"][0],
+    )
+    return demo, {"source": demo.scene[0], "horse to zebra": demo.edited(demo.apply(direction[0]))}
+
+
+@recipe
+def combine_directions() -> Picture:
+    demo = Demo()
+    dog, winter = demo.direction(), demo.direction("summer", "winter")
+    both = demo.add("Pix2PixZeroCombineDirections", direction_a=dog[0], direction_b=winter[0])
+    edits = {"a: cat to dog": dog, "b: summer to winter": winter, "a + b": both}
+    return demo, {"source": demo.scene[0], **{key: demo.edited(demo.apply(edit[0])) for key, edit in edits.items()}}
+
+
+@recipe
+def saved_direction() -> Picture:
+    row = {}
+    demo = Demo(seed=8)
+    for number, seed in enumerate((5, 8, 11), start=1):
+        demo.scene = demo.copy(demo.scene, seed=seed)
+        demo.caption = demo.copy(demo.caption, image=demo.scene[0])
+        demo.source = demo.encode(demo.caption[0])
+        demo.latent = demo.copy(demo.latent, pixels=demo.scene[0])
+        demo.inversion = demo.invert()
+        row[f"{number}"] = demo.scene[0]
+        row[f"{number}, cat to dog"] = demo.edited()
+    return demo, row
+
+
+@recipe
+def apply_direction() -> Picture:
+    demo = Demo()
+    strengths = (0.0, 0.5, 1.0, 1.5)
+    row = {f"strength {value:g}": demo.edited(demo.apply(strength=value)) for value in strengths}
+    return demo, {"source": demo.scene[0], **row}
+
+
+@recipe
+def sampler() -> Picture:
+    demo = Demo()
+    edited = demo.sample()
+    free = demo.edited(guidance_strength=0.0, local_blend=0.0)
+    return demo, {
+        "source": demo.scene[0],
+        "no guidance, no blend": free,
+        "latent": demo.decode(edited[0]),
+        "edited_area": demo.mask_picture(edited[1]),
+    }
+
+
+@recipe
+def sampler_cfg() -> Picture:
+    demo = Demo()
+    row = {f"cfg {value:g}": demo.edited(cfg=value) for value in (1.0, 1.5, 3.0)}
+    row |= {f"guidance {value:g}": demo.edited(cfg=3.0, guidance_strength=value) for value in (0.1, 1.0)}
+    return demo, row
+
+
+@recipe
+def plug_and_play() -> Picture:
+    demo = Demo()
+    row = {"source": demo.scene[0]}
+    for text in ("an orange dog", "a zebra"):
+        model = demo.add("Pix2PixZeroPlugAndPlay", model=demo.model[0], inversion=demo.inversion[0])
+        row[text] = demo.stock(model[0], demo.encode(f"{text} in summer during the day")[0], 5.0)
+    return demo, row
+
+
+@recipe
+def prompt_to_prompt() -> Picture:
+    demo = Demo()
+    demo.source = demo.encode("an orange cat in summer during the day")
+    demo.inversion = demo.invert()
+    row = {"source": demo.scene[0]}
+    for label, target in (("cat to dog", "an orange dog in summer"), ("cat to horse", "an orange horse in summer")):
+        patched = demo.add(
+            "Pix2PixZeroPromptToPrompt",
+            model=demo.model[0],
+            inversion=demo.inversion[0],
+            clip=demo.model[1],
+            source="an orange cat in summer during the day",
+            target=f"{target} during the day",
+            local_blend=0.3,
+        )
+        row[label] = demo.stock(patched[0], patched[1], 5.0)
+    return demo, row
+
+
+@recipe
+def feature_pca() -> Picture:
+    demo = Demo()
+    row = {"source": demo.scene[0]}
+    for kind in ("residual features", "queries", "keys"):
+        row[kind] = demo.add(
+            "Pix2PixZeroFeaturePCA", model=demo.model[0], inversion=demo.inversion[0], features=kind, percent=0.6
+        )[0]
+    return demo, row
+
+
+@recipe
+def metrics() -> Picture:
+    demo = Demo()
+    return demo, {
+        "source": demo.scene[0],
+        "edited": demo.edited(),
+        "mask": demo.mask_picture(demo.scene[1]),
+    }
+
+
+@recipe
+def noise_report() -> Picture:
+    demo = Demo()
+    plain = demo.invert(regularization_steps=0)
+    report = demo.add(
+        "Pix2PixZeroNoiseReport",
+        noise=demo.inversion[1],
+        inversion=demo.inversion[0],
+        compare_with=plain[1],
+    )
+    return demo, {"": report[0]}
+
+
+@recipe
+def attention_heatmap() -> Picture:
+    demo = Demo()
+    heat = demo.add(
+        "Pix2PixZeroAttentionHeatmap",
+        model=demo.model[0],
+        inversion=demo.inversion[0],
+        clip=demo.model[1],
+        caption=demo.caption[0],
+        words="cat, summer",
+        image=demo.scene[0],
+    )
+    return demo, {"": heat[0]}
+
+
+@recipe
+def strengths() -> Picture:
+    demo = Demo()
+    numbers = demo.add("Pix2PixZeroStrengths")
+    edited = demo.edited(demo.apply(strength=numbers[0]))
+    return demo, {"": demo.add("Pix2PixZeroStrip", images=edited, labels=numbers[1], source=demo.scene[0])[0]}
+
+
+def draw_pictures(names: list[str]) -> None:
+    """Run the recipes, all or those named, and write their pictures.
+
+    Raises:
+        DevError: There is no such recipe, or its graph failed.
+    """
+    if unknown := set(names) - set(RECIPES):
+        raise DevError(f"There is no picture {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}.")
+    path = Path(next(iter(comfy.__path__))).parent
+    environment = Environment(ComfyUI(path, __version__, own=not path.is_relative_to(ROOT)), Path(sys.prefix))
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with Server(environment, options=["--disable-api-nodes"], variables=one_thread()) as server:
+        info = server.object_info()
+        for name in names or RECIPES:
+            demo, row = RECIPES[name]()
+            shown = {label: demo.add("PreviewImage", images=output).key for label, output in row.items()}
+            told = demo.add("PreviewAny", source=demo.caption[0]).key
+            try:
+                outputs = server.run(demo.api(info))
+            except GraphError as error:
+                raise DevError(f"{name}: {error}") from None
+            pictures = {
+                label if number == 0 else f"{label} {number + 1}": Image.open(io.BytesIO(server.view(entry)))
+                for label, key in shown.items()
+                for number, entry in enumerate(outputs[key]["images"])
+            }
+            sheet = draw_comparison(pictures, CELL) if "" not in pictures else pictures[""].convert("RGB")
+            sheet.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+            path = PICTURES / f"{name}.jpg"
+            sheet.save(path, quality=QUALITY, optimize=True)
+            print(f"{name}: {path.stat().st_size / 1000:.0f} kB; caption: {outputs[told]['text']}", flush=True)
