@@ -8,6 +8,7 @@ from comfy import samplers
 
 from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
+from .edit_texts import same_tensor
 from .map_jobs import Checkpointing, MatchMaps, RecordMaps, with_job
 
 
@@ -84,12 +85,8 @@ class UNetPasses:
         return (self.estimates.positive - source).abs().mean(1, keepdim=True)
 
     def _negative_is_source(self) -> bool:
-        negative, source = (
-            [entry.get("cross_attn") for entry in self.guider.conds[branch]] for branch in ("negative", "source")
-        )
-        if len(negative) != len(source):
-            return False
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(negative, source))
+        negative, source = (self.guider.conds[branch] for branch in ("negative", "source"))
+        return len(negative) == len(source) and all(_same_inputs(a, b) for a, b in zip(negative, source))
 
     def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return self._evaluate(branch, x, sigma)
@@ -156,6 +153,12 @@ class UNetPasses:
         model, conds = self.guider.inner_model, [self.guider.conds[branch]]
         (denoised,) = samplers.calc_cond_batch(model, conds, x, _levels(x, sigma), options)
         return denoised
+
+
+def _same_inputs(*entries: dict) -> bool:
+    """Whether two entries of processed conditionings give the UNet the same text, label and further channels."""
+    inputs = ([entry["model_conds"].get(name) for entry in entries] for name in ("c_crossattn", "y", "c_concat"))
+    return all(same_tensor(*(getattr(value, "cond", None) for value in values)) for values in inputs)
 
 
 def _levels(x: torch.Tensor, sigma: float) -> torch.Tensor:
