@@ -111,8 +111,10 @@ def sample_guided(
     """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
 
     Algorithm 1 evaluates the UNet twice a step, for the gradient and again at the shifted latent. Here the same
-    evaluation gives both, and the shift follows the DDIM step; for many steps the two are the same. Fewer steps take
-    larger shifts, so that a strength means the same for any number of them. `reference_maps(i)` are the maps kept of
+    evaluation gives both: the UNet's output is taken to be the same at the shifted latent; for many steps the two are the
+    same. Where the model predicts eps, that adds the shift to what the DDIM step gives. Where it predicts v, a step down
+    from pure noise makes it smaller in proportion. Fewer steps take larger shifts, so that a strength means the same for
+    any number of them. `reference_maps(i)` are the maps kept of
     level i; where there are none, they are recorded from the stored latent. The reference does not drift, and the
     inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the source outside
     an inpainting mask at level i. `blend` restores it wherever the edit does not act. `on_step(step, denoised, x, distance)`
@@ -134,7 +136,9 @@ def sample_guided(
             denoised = passes.denoise(x, sigma, hold)
         if blend is not None:
             blend.observe(passes.contrast(x, sigma), 1 - index / inversion.steps)
-        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next) + shift
+        shifted = x + shift
+        estimate = passes.estimate_elsewhere(denoised, x, shifted, sigma) if strength else denoised
+        x = ddim.step(shifted, ddim.predicted_eps(shifted, estimate, sigma), sigma, sigma_next)
         if inversion.residuals is not None:
             x = x + inversion.residuals[index - 1].to(x)
         if blend is not None:
