@@ -51,10 +51,10 @@ def report_noise(
 def _noise_maps(latent: dict, inversion: Inversion | None, socket: str) -> torch.Tensor:
     """The maps [B, C, H, W], in units of true noise."""
     samples = latent["samples"].float()
-    if samples.ndim != 4 or min(samples.shape) < 1:
+    if samples.ndim != 4 or min(samples.shape[-2:]) < 2:
         raise ValueError(
-            f"{socket}: its shape is {list(samples.shape)}, but noise is [batch, channels, height, width]. Connect the noise "
-            "output of Invert Picture."
+            f"{socket}: its shape is {list(samples.shape)}, but noise is [batch, channels, height, width], at least 2 x 2. "
+            "Connect the noise output of Invert Picture."
         )
     if not samples.isfinite().all():
         raise ValueError(
