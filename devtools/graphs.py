@@ -49,6 +49,17 @@ class Graph:
         (key,) = (key for key, node in self._nodes.items() if node["class_type"] == class_type)
         return Node(key)
 
+    def keep(self, *nodes: Node) -> None:
+        """Drop every node that these do not need."""
+        needed: set[str] = set()
+        to_visit = [node.key for node in nodes]
+        while to_visit:
+            key = to_visit.pop()
+            if key not in needed:
+                needed.add(key)
+                to_visit += [value[0] for value in self._nodes[key]["inputs"].values() if isinstance(value, list)]
+        self._nodes = {key: node for key, node in self._nodes.items() if key in needed}
+
     def api(self, object_info: dict) -> dict:
         """The API form, with the nodes' own defaults wherever no value was given.
 
@@ -107,13 +118,20 @@ PICTURES = {
 }
 
 
+def example_graph() -> Graph:
+    """The one edit of the first example, with its caption shown and without the strip over strengths."""
+    graph = Graph(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    graph.keep(graph.only("SaveImage"), graph.only("PreviewAny"))
+    return graph
+
+
 def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
-    """The example workflow with another edit and scene, and the pictures to compare its result with.
+    """The first example with another edit and scene, and the pictures to compare its result with.
 
     Returns:
         The graph; for each key of :data:`PICTURES` the node that shows it; the node that shows the caption.
     """
-    graph = Graph(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    graph = example_graph()
     scene, direction, sampler, decoder = (
         graph.only(name)
         for name in ("Pix2PixZeroDemoScene", "Pix2PixZeroEditDirection", "Pix2PixZeroKSampler", "VAEDecode")

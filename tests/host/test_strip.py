@@ -1,13 +1,12 @@
 """Pictures side by side, and a list of strengths that draws one edit for each."""
 
 import io
-import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pix2pix_zero.devtools.graphs import EXAMPLE, Graph
+from pix2pix_zero.devtools.graphs import example_graph
 from pix2pix_zero.nodes.strip import Pix2PixZeroStrengths, Pix2PixZeroStrip
 
 
@@ -98,7 +97,7 @@ def test_other_words_than_numbers_are_refused(run_node, values):
 
 def test_a_list_of_strengths_draws_one_edit_each_and_the_nodes_say_what_they_do(server):
     """On the real server: the labelled strip, the line of text on each node, previews, and one bar for all edits."""
-    graph = Graph(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    graph = example_graph()
     sampler, source = graph.only("Pix2PixZeroKSampler"), graph.only("Pix2PixZeroDemoScene")
     inversion = graph.only("Pix2PixZeroInversion")
     graph.change(inversion, steps=3)

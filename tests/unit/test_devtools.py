@@ -332,6 +332,15 @@ def test_a_graph_takes_the_nodes_own_defaults_for_what_is_not_given():
     assert api["2"]["inputs"] == {"image": ["1", 0], "radius": 3, "kind": "box"}
 
 
+def test_a_graph_keeps_what_the_named_nodes_need():
+    graph = Graph()
+    first, other = graph.add("Draw"), graph.add("Draw")
+    second = graph.add("Blur", image=first[0], radius=3)
+    graph.add("Show", images=other[0])
+    graph.keep(graph.add("Save", images=second[0], mask=first[1]))
+    assert list(graph.api({name: {"input": {}} for name in ("Draw", "Blur", "Save")})) == ["1", "3", "5"]
+
+
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_every_demo_edit_changes_the_scene_it_starts_from(edit):
     assert {**edit.scene, **edit.edited_scene} != edit.scene
