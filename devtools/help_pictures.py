@@ -150,9 +150,14 @@ def captions() -> Picture:
 @recipe
 def demo_model() -> Picture:
     demo = Demo()
-    texts = ("an orange cat in summer", "a gray dog in winter", "a zebra during the day", "a brown horse at night")
+    texts = {
+        "orange cat, summer": "an orange cat in summer during the day",
+        "gray dog, winter": "a gray dog in winter during the day",
+        "zebra, summer": "a zebra in summer during the day",
+        "brown horse, night": "a brown horse in summer at night",
+    }
     row = {}
-    for seed, text in enumerate(texts, start=3):
+    for seed, (label, text) in enumerate(texts.items(), start=3):
         latent = demo.add("EmptyLatentImage", width=128, height=128, batch_size=1)
         sampled = demo.add(
             "KSampler",
@@ -167,7 +172,7 @@ def demo_model() -> Picture:
             latent_image=latent[0],
             denoise=1.0,
         )
-        row[text.split(" ", 1)[1]] = demo.decode(sampled[0])
+        row[label] = demo.decode(sampled[0])
     return demo, row
 
 
@@ -219,8 +224,12 @@ def reference() -> Picture:
 def edit_direction() -> Picture:
     demo = Demo()
     row = {"source": demo.scene[0]}
-    for source, target in (("cat", "dog"), ("summer", "winter"), ("flat drawing", "pencil sketch")):
+    for source, target in (("cat", "dog"), ("summer", "winter")):
         row[f"{source} to {target}"] = demo.edited(demo.apply(demo.direction(source, target)[0]))
+    glasses = demo.direction("cat", "cat wearing glasses")
+    row["with glasses"] = demo.edited(
+        demo.apply(glasses[0], EDITS["add_glasses"].strength), cfg=EDITS["add_glasses"].cfg
+    )
     return demo, row
 
 
@@ -241,7 +250,7 @@ def sentences() -> Picture:
 
 @recipe
 def combine_directions() -> Picture:
-    demo = Demo()
+    demo = Demo(seed=8)
     dog, winter = demo.direction(), demo.direction("summer", "winter")
     both = demo.add("Pix2PixZeroCombineDirections", direction_a=dog[0], direction_b=winter[0])
     edits = {"a: cat to dog": dog, "b: summer to winter": winter, "a + b": both}
@@ -298,27 +307,28 @@ def plug_and_play() -> Picture:
     row = {"source": demo.scene[0]}
     for text in ("an orange dog", "a zebra"):
         model = demo.add("Pix2PixZeroPlugAndPlay", model=demo.model[0], inversion=demo.inversion[0])
-        row[text] = demo.stock(model[0], demo.encode(f"{text} in summer during the day")[0], 5.0)
+        row[text] = demo.stock(model[0], demo.encode(f"{text} in summer during the day")[0], 3.0)
     return demo, row
 
 
 @recipe
 def prompt_to_prompt() -> Picture:
     demo = Demo()
-    demo.source = demo.encode("an orange cat in summer during the day")
+    caption = "a photo of a brown cat in summer during the day"
+    demo.source = demo.encode(caption)
     demo.inversion = demo.invert()
     row = {"source": demo.scene[0]}
-    for label, target in (("cat to dog", "an orange dog in summer"), ("cat to horse", "an orange horse in summer")):
+    for target in ("dog", "horse"):
         patched = demo.add(
             "Pix2PixZeroPromptToPrompt",
             model=demo.model[0],
             inversion=demo.inversion[0],
             clip=demo.model[1],
-            source="an orange cat in summer during the day",
-            target=f"{target} during the day",
+            source=caption,
+            target=caption.replace("cat", target),
             local_blend=0.3,
         )
-        row[label] = demo.stock(patched[0], patched[1], 5.0)
+        row[f"cat to {target}"] = demo.stock(patched[0], patched[1], 2.0)
     return demo, row
 
 
@@ -368,7 +378,11 @@ def attention_heatmap() -> Picture:
         words="cat, summer",
         image=demo.scene[0],
     )
-    return demo, {"": heat[0]}
+    row = {
+        word: demo.add("ImageFromBatch", image=heat[0], batch_index=index, length=1)[0]
+        for index, word in enumerate(("cat", "summer"))
+    }
+    return demo, {"source": demo.scene[0], **row}
 
 
 @recipe
