@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
 from ..host.batching import run_per_picture
+from ..host.noise_levels import SCHEDULERS
 from ..host.sampling import INVERSION_METHODS, MAP_MEMORY, invert_latent, inverted_noise
 from .types import CATEGORY, Inversion
 
@@ -104,6 +105,16 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     "50 steps at 512x512 fill 1700 MB; what does not fit is computed for each edit. Lower it if RAM is "
                     "short; 0 keeps none.",
                 ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SCHEDULERS),
+                    default=SCHEDULERS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw "
+                    "in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
+                    "many steps as you ask for.",
+                ),
             ],
             outputs=[
                 Inversion.Output(
@@ -142,12 +153,13 @@ class Pix2PixZeroInversion(io.ComfyNode):
         autocorrelation_rolls,
         method,
         map_memory,
+        scheduler=SCHEDULERS[0],
     ) -> tuple:
         regularization = NoiseRegularization(
             autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls
         )
         inversion = invert_latent(
-            model, positive, latent_image, steps, seed, regularization, method, int(map_memory * 2**20)
+            model, positive, latent_image, steps, seed, regularization, method, int(map_memory * 2**20), scheduler
         )
         return inversion, {"samples": inverted_noise(inversion, model)}, inversion.sigmas.flip(0)
 

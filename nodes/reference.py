@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..host.noise_levels import SCHEDULERS
 from ..host.sampling import generate_reference
 from .types import CATEGORY, Inversion
 
@@ -50,6 +51,16 @@ class Pix2PixZeroReference(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise the picture is drawn from. Change it for another picture.",
                 ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SCHEDULERS),
+                    default=SCHEDULERS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw "
+                    "in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
+                    "many steps as you ask for.",
+                ),
             ],
             outputs=[
                 Inversion.Output(display_name="inversion", tooltip="The picture and the way to it, for edits."),
@@ -58,8 +69,10 @@ class Pix2PixZeroReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, steps, cfg, seed) -> io.NodeOutput:
-        inversion, samples = generate_reference(model, positive, negative, latent_image, steps, cfg, seed)
+    def execute(
+        cls, model, positive, negative, latent_image, steps, cfg, seed, scheduler=SCHEDULERS[0]
+    ) -> io.NodeOutput:
+        inversion, samples = generate_reference(model, positive, negative, latent_image, steps, cfg, seed, scheduler)
         return io.NodeOutput(inversion, {"samples": samples})
 
 
