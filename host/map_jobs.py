@@ -5,8 +5,8 @@ hooks, areas, ControlNets and masks of the conditioning, runs as in any other sa
 """
 
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from comfy.model_management import soft_empty_cache
@@ -18,8 +18,10 @@ from ..attention_patches.matching import GradientScale, match_maps
 from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
 from .checkpointing import LEVELS, checkpointed
+from .entries import Entry, narrowed, own_tokens
 from .gradients import differentiable_attention, input_gradients, ordinary, uncompiled, unshared_skips
 from .memory import is_out_of_memory
+from .unet_calls import UNetCall
 
 JOB = "pix2pix_zero_job"
 
@@ -32,45 +34,28 @@ def with_map_jobs(model):
 
 
 class Checkpointing:
-    """The checkpointing level of an edit's guided passes; it rises when memory runs out, and stays there."""
+    """What an edit's guided passes do for memory; it is tightened when memory runs out, and stays so.
 
-    def __init__(self, level: str):
+    `level`: see `checkpointing.checkpointed`. `rows`: how many pictures are worked on at once, each entry of the
+    conditioning counting as one.
+    """
+
+    def __init__(self, level: str, rows: int):
         self.level = level
+        self.rows = rows
 
-    def tighten(self) -> bool:
-        """Go to the level that needs the least memory. False if it is that already."""
-        if self.level == LEVELS[-1]:
+    def tighten(self, rows: int) -> bool:
+        """Go to what needs the least memory for `rows`, then to fewer of them. False if there is nothing left."""
+        if self.level == LEVELS[-1] and rows == 1:
             return False
+        if self.level == LEVELS[-1]:
+            self.rows = math.ceil(rows / 2)
+        self.level = LEVELS[-1]
         logging.warning(
             "Pix2Pix-Zero: out of memory in a guided step. The edit goes on with less memory and more time, as in the "
             "preset 'low memory'."
         )
-        self.level = LEVELS[-1]
         return True
-
-
-@dataclass
-class UNetCall:
-    """One call of ComfyUI's `apply_model`, held back by a wrapper."""
-
-    executor: Callable
-    x: torch.Tensor
-    arguments: dict
-    transformer_options: dict
-
-    @property
-    def model(self):
-        return self.executor.class_obj
-
-    @property
-    def uuids(self) -> list:
-        """Of the conditioning entries in the batch, in order."""
-        return self.transformer_options["uuids"]
-
-    def __call__(self, x: torch.Tensor, transformer_options: dict, convert=lambda value: value) -> torch.Tensor:
-        arguments = {name: convert(value) for name, value in self.arguments.items()}
-        c_concat, c_crossattn, control = (arguments.pop(name) for name in ("c_concat", "c_crossattn", "control"))
-        return self.executor(x, arguments.pop("t"), c_concat, c_crossattn, control, transformer_options, **arguments)
 
 
 def _run_job(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
@@ -83,22 +68,25 @@ def _run_job(executor, x, t, c_concat=None, c_crossattn=None, control=None, tran
 
 
 class RecordMaps:
-    """Job: hand the maps to `keep((entry of the conditioning, site), maps)`, fp32 [B, heads, H*W, tokens].
+    """Job: hand the maps to `keep((number of the entry, site), maps)`, fp32 [B, heads, H*W, tokens].
 
     `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call.
     """
 
-    def __init__(self, sites: list[AttentionSite], entries: list, keep: Callable, stop: bool):
+    def __init__(self, sites: list[AttentionSite], entries: list[Entry], keep: Callable, stop: bool):
         self.sites = sites
         self.entries = entries
         self.keep = keep
         self.stop = stop
 
     def run(self, call: UNetCall) -> torch.Tensor:
+        numbers = _numbers(call, self.entries)
+
         def visit(site, q, k, heads):
-            maps = attention_maps(q, k, heads).chunk(len(call.uuids))
-            for uuid, part in zip(call.uuids, maps):
-                self.keep((self.entries.index(uuid), site), part)
+            lengths = own_tokens(k.shape[1], [self.entries[number] for number in numbers])
+            rows = zip(numbers, lengths, q.chunk(len(numbers)), k.chunk(len(numbers)))
+            for number, tokens, part_q, part_k in rows:
+                self.keep((number, site), attention_maps(part_q, part_k[:, :tokens], heads))
             if self.stop and site == self.sites[-1]:
                 raise LastSiteReached
             return q, k
@@ -113,6 +101,7 @@ class RecordMaps:
 class MatchMaps:
     """Job: the attention distance to `reference`, `distance` [B], and its `gradient` [B, C, H, W] afterwards.
 
+    Where several entries draw, each counts as much as its share of the estimate; one without a reference is not guided.
     `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call; no graph is
     recorded past the last site.
     """
@@ -120,8 +109,7 @@ class MatchMaps:
     def __init__(
         self,
         sites: list[AttentionSite],
-        entries: list,
-        areas: list,
+        entries: list[Entry],
         reference: Maps,
         x: torch.Tensor,
         checkpointing: Checkpointing,
@@ -129,7 +117,6 @@ class MatchMaps:
     ):
         self.sites = sites
         self.entries = entries
-        self.areas = areas
         self.reference = reference
         self.checkpointing = checkpointing
         self.stop = stop
@@ -137,42 +124,71 @@ class MatchMaps:
         self.distance = x.new_zeros(len(x))
 
     def run(self, call: UNetCall) -> torch.Tensor:
-        entries = [self.entries.index(uuid) for uuid in call.uuids]
-        output, gradient, distances = self._within_memory(call, entries)
-        for entry, part, amount in zip(entries, gradient.chunk(len(entries)), distances.chunk(len(entries))):
-            _narrow(self.gradient, self.areas[entry]).add_(part)
-            self.distance += amount
-        return output
+        numbers = _numbers(call, self.entries)
+        if any(
+            (len(call.x), *call.x.shape[2:]) != (len(numbers) * len(target), *target.shape[2:])
+            for target in (narrowed(self.gradient, self.entries[number].area) for number in numbers)
+        ):
+            raise ValueError(
+                "model: another node cuts the picture or the batch into parts of its own for the UNet, so that its "
+                "attention cannot be matched. Take out that node, or set guidance_strength to 0."
+            )
+        return self._run(call)
 
-    def _within_memory(self, call: UNetCall, entries: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        while True:
-            try:
-                with (
-                    input_gradients(call.model),
-                    checkpointed(call.model.diffusion_model, self.checkpointing.level, self.sites[-1]),
-                ):
-                    return self._differentiate(call, entries)
-            except Exception as error:
-                if not (is_out_of_memory(error) and self.checkpointing.tighten()):
-                    raise
-            # Here the exception and the tensors of its frames are gone.
-            soft_empty_cache()
+    def _run(self, call: UNetCall) -> torch.Tensor:
+        return torch.cat([self._within_memory(part) for part in call.parts(self.checkpointing.rows)])
 
-    def _differentiate(self, call: UNetCall, entries: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _within_memory(self, call: UNetCall) -> torch.Tensor:
+        numbers = _numbers(call, self.entries)
+        if not any((number, self.sites[0]) in self.reference for number in numbers):
+            return torch.zeros_like(call.x) if self.stop else call(call.x, call.transformer_options)
+        try:
+            with (
+                input_gradients(call.model),
+                checkpointed(call.model.diffusion_model, self.checkpointing.level, self.sites[-1]),
+            ):
+                output, gradient, distances = self._differentiate(call, numbers)
+        except Exception as error:
+            if not (is_out_of_memory(error) and self.checkpointing.tighten(len(call.x))):
+                raise
+        else:
+            for number, part, amount in zip(numbers, gradient.chunk(len(numbers)), distances):
+                self._add(number, call, part, amount)
+            return output
+        # Here the exception and the tensors of its frames are gone.
+        soft_empty_cache()
+        return self._run(call)
+
+    def _add(self, number: int, call: UNetCall, gradient: torch.Tensor, distance: torch.Tensor) -> None:
+        entry = self.entries[number]
+        pictures = slice(call.first, call.first + call.pictures)
+        if entry.share is not None:
+            share = entry.share[pictures]
+            gradient = gradient * share
+            distance = distance * share.sum((1, 2, 3)) / self.gradient[0, 0].numel()
+        narrowed(self.gradient, entry.area)[pictures].add_(gradient)
+        self.distance[pictures] += distance
+
+    def _differentiate(self, call: UNetCall, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor, list]:
         x = call.x.clone().requires_grad_(True)
         scale = GradientScale()
-        distances = {}
+        distances = [{} for _ in numbers]
         last_q = None
 
         def visit(site, q, k, heads):
             nonlocal last_q
-            reference = torch.cat([self.reference[entry, site] for entry in entries])
-            if reference.shape != (len(q), heads, q.shape[1], k.shape[1]):
-                raise ValueError(
-                    "positive: its text is encoded to another number of tokens than the caption the picture was "
-                    "inverted with. Make it from the same caption, with Apply Edit Direction, or shorten the text."
-                )
-            q, k, distances[site] = match_maps(q, k, reference, heads, scale)
+            lengths = own_tokens(k.shape[1], [self.entries[number] for number in numbers])
+            parts = [list(tensor.chunk(len(numbers))) for tensor in (q, k)]
+            for i, (number, tokens) in enumerate(zip(numbers, lengths)):
+                if (number, site) in self.reference:
+                    part_q, part_k = (tensors[i] for tensors in parts)
+                    reference = self.reference[number, site][call.first : call.first + call.pictures]
+                    _check_maps(reference, part_q, tokens, heads)
+                    own = part_k[:, :tokens]
+                    parts[0][i], own, distances[i][site] = match_maps(part_q, own, reference, heads, scale)
+                    # Repetitions of the text by the host are equal to it.
+                    parts[1][i] = own if tokens == k.shape[1] else torch.cat([own, part_k[:, tokens:]], 1)
+            q, k = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in parts)
             if site == self.sites[-1]:
                 last_q = q
                 if self.stop:
@@ -187,7 +203,22 @@ class MatchMaps:
             output = call(x, AttentionTap(self.sites, visit).install(options), ordinary)
         except LastSiteReached:
             output = torch.zeros_like(x)
-        return output.detach(), _gradient(last_q, x, scale), sum(distances.values())
+        gradient = _gradient(last_q, x, scale)
+        return output.detach(), gradient, [sum(of_entry.values(), x.new_zeros(())) for of_entry in distances]
+
+
+def _numbers(call: UNetCall, entries: list[Entry]) -> list[int]:
+    """Which of the entries are in the batch of a call, in its order."""
+    uuids = [entry.uuid for entry in entries]
+    return [uuids.index(uuid) for uuid in call.uuids]
+
+
+def _check_maps(reference: torch.Tensor, q: torch.Tensor, tokens: int, heads: int) -> None:
+    if reference.shape != (len(q), heads, q.shape[1], tokens):
+        raise ValueError(
+            "positive: its text is encoded to another number of tokens than the caption the picture was "
+            "inverted with. Make it from the same caption, with Apply Edit Direction, or shorten the text."
+        )
 
 
 def _gradient(last_q: torch.Tensor, x: torch.Tensor, scale: GradientScale) -> torch.Tensor:
@@ -207,16 +238,6 @@ def _gradient(last_q: torch.Tensor, x: torch.Tensor, scale: GradientScale) -> to
     raise ValueError(
         "model: the gradient of its attention maps overflows in fp16. Load the model in bf16 or fp32 for guided sampling."
     )
-
-
-def _narrow(tensor: torch.Tensor, area) -> torch.Tensor:
-    """The view of `tensor` that a conditioning area (sizes, then offsets) covers; all of it when there is none."""
-    if area is None:
-        return tensor
-    dims = len(area) // 2
-    for i in range(dims):
-        tensor = tensor.narrow(i + 2, area[dims + i], min(area[i], tensor.shape[i + 2] - area[dims + i]))
-    return tensor
 
 
 def attention_state(model) -> tuple:

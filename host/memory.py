@@ -186,6 +186,16 @@ def affordable_level(model, x: torch.Tensor, least: str) -> str:
     return LEVELS[-1]
 
 
+def affordable_rows(model, x: torch.Tensor, level: str, entries: int = 1) -> int:
+    """How many latents like those of `x` [B, C, H, W] can be guided at once with a checkpointing level, at least 1.
+
+    At most B times `entries`, the number of texts that draw each of them.
+    """
+    free = comfy.model_management.get_free_memory(x.device)
+    sizes = range(len(x) * entries, 1, -1)
+    return next((rows for rows in sizes if guided_pass_memory(model, (rows, *x.shape[1:]), level) <= free), 1)
+
+
 def announce_memory(model, amount: int):
     """A clone of the MODEL for whose sampling the host keeps `amount` bytes more free."""
     model = model.clone()

@@ -1,5 +1,6 @@
 """The evaluations of the guided samplers, carried out by a running ComfyUI guider."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +9,9 @@ from comfy import samplers
 
 from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
+from .checkpointing import LEVELS
 from .edit_texts import same_tensor
+from .entries import Entry, entries_of
 from .map_jobs import Checkpointing, MatchMaps, RecordMaps, with_job
 
 
@@ -37,7 +40,9 @@ class UNetPasses:
     "source", "positive" and "negative" are the branches.
     """
 
-    def __init__(self, model_k, extra_args: dict, sites: list[AttentionSite], checkpointing: str = "none"):
+    def __init__(
+        self, model_k, extra_args: dict, sites: list[AttentionSite], checkpointing: Checkpointing | None = None
+    ):
         self.model_k = model_k
         self.guider = model_k.inner_model
         options = extra_args["model_options"]
@@ -45,11 +50,11 @@ class UNetPasses:
         hooks = [*options.get("sampler_post_cfg_function", []), self.estimates]
         self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
         self.sites = sites
-        self.checkpointing = Checkpointing(checkpointing)
+        self.checkpointing = checkpointing or Checkpointing(LEVELS[0], sys.maxsize)
 
     def denoise(self, x: torch.Tensor, sigma: float, hold_negative: bool = False) -> torch.Tensor:
         if self._holds(hold_negative):
-            return self._denoise(x, sigma, partial(self._branches, None, True))
+            return self._denoise(x, sigma, partial(self._branches, [], True))
         return self._denoise(x, sigma)
 
     def _denoise(self, x: torch.Tensor, sigma: float, evaluate: Callable | None = None) -> torch.Tensor:
@@ -65,18 +70,22 @@ class UNetPasses:
         evaluated_by_another = "sampler_calc_cond_batch_function" in self.extra_args["model_options"]
         return hold_negative and self.estimates.negative is not None and not evaluated_by_another
 
-    def _branches(self, job, hold_negative: bool, args: dict) -> list[torch.Tensor]:
-        """Estimates for positive and negative text, one after the other, with `job` in the positive one's UNet call."""
+    def _branches(self, jobs: list, hold_negative: bool, args: dict) -> list[torch.Tensor]:
+        """Estimates for positive and negative text, one after the other, with a job in the positive one's UNet call.
+
+        It is taken out of `jobs`: should a function of another pack evaluate the branches again, it is done.
+        """
         (positive, negative), options = args["conds"], args["model_options"]
         rest = args["input"], args["sigma"]
-        working = options if job is None else with_job(options, job)
+        working = with_job(options, jobs.pop()) if jobs else options
         (edited,) = samplers.calc_cond_batch(args["model"], [positive], *rest, working)
         theirs = self.extra_args["model_options"].get("sampler_calc_cond_batch_function")
         if theirs is not None:
             return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
         if hold_negative:
             return [edited, edited + self.estimates.distance() * float(args["sigma"].flatten()[0])]
-        return [edited, *samplers.calc_cond_batch(args["model"], [negative], *rest, options)]
+        # Other packs tell the negative by its place in the list.
+        return [edited, samplers.calc_cond_batch(args["model"], [None, negative], *rest, options)[1]]
 
     def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         source = self.estimates.negative
@@ -116,43 +125,42 @@ class UNetPasses:
 
     def denoise_and_record(self, x: torch.Tensor, sigma: float, keep: Callable) -> torch.Tensor:
         """`denoise`, with the maps of the positive branch handed to `keep((entry, site), maps)` on the way."""
-        job = RecordMaps(self.sites, self._entries("positive"), keep, stop=False)
-        options = with_job(self.extra_args["model_options"], job)
-        return self.model_k(x, _levels(x, sigma), **{**self.extra_args, "model_options": options})
+        job = RecordMaps(self.sites, self._entries("positive", x, sigma), keep, stop=False)
+        return self._denoise(x, sigma, partial(self._branches, [job], False))
 
     def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
         maps = {}
-        self._evaluate(branch, x, sigma, RecordMaps(self.sites, self._entries(branch), maps.__setitem__, stop=True))
+        job = RecordMaps(self.sites, self._entries(branch, x, sigma), maps.__setitem__, stop=True)
+        self._evaluate(branch, x, sigma, job)
         return maps
 
     def map_gradient(
         self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        job = self._match(branch, x, reference, stop=True)
+        job = self._match(branch, x, sigma, reference, stop=True)
         self._evaluate(branch, x, sigma, job)
         return job.gradient, job.distance
 
     def denoise_and_match(
         self, x: torch.Tensor, sigma: float, reference: Maps, hold_negative: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        job = self._match("positive", x, reference, stop=False)
-        denoised = self._denoise(x, sigma, partial(self._branches, job, self._holds(hold_negative)))
+        job = self._match("positive", x, sigma, reference, stop=False)
+        denoised = self._denoise(x, sigma, partial(self._branches, [job], self._holds(hold_negative)))
         return denoised, job.gradient, job.distance
 
-    def _match(self, branch: str, x: torch.Tensor, reference: Maps, stop: bool) -> MatchMaps:
-        areas = [entry.get("area") for entry in self.guider.conds[branch]]
-        return MatchMaps(self.sites, self._entries(branch), areas, reference, x, self.checkpointing, stop)
+    def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stop: bool) -> MatchMaps:
+        return MatchMaps(self.sites, self._entries(branch, x, sigma), reference, x, self.checkpointing, stop)
 
-    def _entries(self, branch: str) -> list:
-        return [entry["uuid"] for entry in self.guider.conds[branch]]
+    def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:
+        return entries_of(self.guider.conds[branch], x, _levels(x, sigma))
 
     def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, job=None) -> torch.Tensor:
         options = self.extra_args["model_options"]
         if job is not None:
             options = with_job(options, job)
-        model, conds = self.guider.inner_model, [self.guider.conds[branch]]
-        (denoised,) = samplers.calc_cond_batch(model, conds, x, _levels(x, sigma), options)
-        return denoised
+        # Other packs tell the negative by its place in the list.
+        conds = [None, self.guider.conds[branch]] if branch == "negative" else [self.guider.conds[branch]]
+        return samplers.calc_cond_batch(self.guider.inner_model, conds, x, _levels(x, sigma), options)[-1]
 
 
 def _same_inputs(*entries: dict) -> bool:

@@ -1,0 +1,71 @@
+"""The entries of a processed conditioning: several texts that draw one estimate between them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from comfy.samplers import get_area_and_mult
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`area`: as the host has it, sizes, then offsets, or None for the whole picture. `tokens`: of its text, or None.
+
+    `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
+    """
+
+    uuid: object
+    area: list | None = None
+    tokens: int | None = None
+    share: torch.Tensor | None = None
+
+
+def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:
+    """The entries of a guider's conditioning at the latents `x` [B, C, H, W] and their noise level `timestep` [B]."""
+    shares = _shares(conditioning, x, timestep) if len(conditioning) > 1 else {}
+    return [
+        Entry(entry["uuid"], entry.get("area"), _tokens(entry), shares.get(i)) for i, entry in enumerate(conditioning)
+    ]
+
+
+def areas_of(conditioning: Sequence[dict]) -> list[tuple | None]:
+    """The area of each entry."""
+    return [None if entry.get("area") is None else tuple(entry["area"]) for entry in conditioning]
+
+
+def _tokens(entry: dict) -> int | None:
+    text = entry["model_conds"].get("c_crossattn")
+    return None if text is None else text.cond.shape[1]
+
+
+def _shares(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor]:
+    """By the weights that the host mixes their estimates with, for those that are active at this noise level."""
+    weights = {}
+    total = torch.zeros_like(x[:, :1])
+    # The host gives a default entry what the others leave.
+    for i, entry in sorted(enumerate(conditioning), key=lambda numbered: "default" in numbered[1]):
+        drawn = get_area_and_mult(entry, x, timestep)
+        if drawn is None:
+            continue
+        weights[i] = (1 - total).clamp(min=0) if "default" in entry else drawn.mult[:, :1]
+        narrowed(total, entry.get("area")).add_(weights[i])
+    return {i: weight / narrowed(total, conditioning[i].get("area")).clamp(min=1e-6) for i, weight in weights.items()}
+
+
+def narrowed(tensor: torch.Tensor, area: list | None) -> torch.Tensor:
+    """The view of [B, C, H, W] that a conditioning's area covers; all of it when there is none."""
+    if area is None:
+        return tensor
+    dims = len(area) // 2
+    for i in range(dims):
+        tensor = tensor.narrow(i + 2, area[dims + i], min(area[i], tensor.shape[i + 2] - area[dims + i]))
+    return tensor
+
+
+def own_tokens(keys: int, entries: list[Entry]) -> list[int]:
+    """How many of `keys` tokens are each entry's own, in a batch where the host repeats shorter texts to one length."""
+    lengths = [entry.tokens for entry in entries]
+    if None in lengths or math.lcm(*lengths) != keys:
+        return [keys] * len(entries)
+    return lengths
