@@ -35,7 +35,7 @@ def api_form(workflow: dict, object_info: dict) -> dict:
         for socket in node["inputs"]:
             if socket["link"] is not None:
                 inputs[socket["name"]] = links[socket["link"]]
-        title = node.get("title") or schema["display_name"]
+        title = node.get("title") or schema["display_name"] or node["type"]
         api[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": title}}
     return api
 

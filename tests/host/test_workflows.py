@@ -17,7 +17,17 @@ from workflow_forms import NOTES, api_form
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "example_workflows"
 API_COPIES = ROOT / "tests" / "workflows"
-NAMES = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture"]
+NAMES = [
+    "cat_to_dog_demo",
+    "compare_methods",
+    "edit_a_generated_image",
+    "edit_your_picture",
+    "plug_and_play",
+    "prompt_to_prompt",
+    "sdedit_and_word_swap",
+]
+ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture"]
+SUBGRAPHS = ROOT / "subgraphs"
 TITLE_HEIGHT = 30
 
 
@@ -36,6 +46,11 @@ def ids_of(api: dict, class_type: str) -> list[str]:
 def only(api: dict, class_type: str) -> dict:
     (key,) = ids_of(api, class_type)
     return api[key]
+
+
+def titled(api: dict, title: str) -> str:
+    (key,) = (key for key, node in api.items() if node.get("_meta", {}).get("title") == title)
+    return key
 
 
 def box(node: dict) -> tuple[float, float, float, float]:
@@ -126,7 +141,8 @@ def quick(api: dict, steps: int = 4) -> dict:
 
 def with_strength(api: dict, strength: float) -> dict:
     api = copy.deepcopy(api)
-    only(api, "Pix2PixZeroApplyDirection")["inputs"]["strength"] = strength
+    for key in ids_of(api, "Pix2PixZeroApplyDirection"):
+        api[key]["inputs"]["strength"] = strength
     return api
 
 
@@ -141,20 +157,28 @@ def on_the_demo_model(api: dict) -> dict:
     return api
 
 
+def without_strip(api: dict) -> dict:
+    """The graph without the output of a strip over strengths, so that its edits are not drawn."""
+    shown = [key for key, node in api.items() if node["_meta"]["title"] == "One edit for each strength"]
+    return {key: node for key, node in api.items() if key not in shown}
+
+
+def showing_the_source(api: dict) -> dict:
+    """The graph with the unedited picture in node 1000."""
+    source = api[api[titled(api, "Before and after")]["inputs"]["images"][0]]["inputs"]["source"]
+    return {**api, "1000": {"class_type": "PreviewImage", "inputs": {"images": source}}}
+
+
 GRAPHS = {name: read_api for name in NAMES} | {"edit_your_picture": lambda name: on_the_demo_model(read_api(name))}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_server_runs_the_example_and_shows_the_edit_beside_its_source(name, server):
-    api = quick(GRAPHS[name](name))
-    (beside,), (saved,) = ids_of(api, "PreviewImage"), ids_of(api, "SaveImage")
+@pytest.mark.parametrize("name", ALONG_A_DIRECTION)
+def test_the_server_runs_the_example_and_its_direction_edits_the_picture(name, server):
+    api = showing_the_source(without_strip(quick(GRAPHS[name](name))))
+    (saved,) = ids_of(api, "SaveImage")
     outputs = server.run(api)
-    comparison, edit = picture_of(server, outputs, beside), picture_of(server, outputs, saved)
-    gap = only(api, "ImageStitch")["inputs"]["spacing_width"]
-    assert edit.shape == (128, 128, 3)
-    assert comparison.shape == (128, 128 + gap + 128, 3)
-    source = comparison[:, :128]
-    np.testing.assert_array_equal(comparison[:, 128 + gap :], edit)
+    source, edit = picture_of(server, outputs, "1000"), picture_of(server, outputs, saved)
+    assert edit.shape == source.shape == (128, 128, 3)
     assert source.std() > 10  # NaN would come out as one flat colour
     assert edit.std() > 10
     assert np.abs(edit - source).mean() > 1
@@ -162,17 +186,40 @@ def test_the_server_runs_the_example_and_shows_the_edit_beside_its_source(name, 
     assert np.abs(edit - unedited).mean() > 0.5, "the direction does nothing"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_runs_all_of_the_example_and_every_picture_in_it_differs(name, server):
+    api = quick(GRAPHS[name](name), steps=2)
+    outputs = server.run(api)
+    pictures = [picture_of(server, outputs, key) for key in ids_of(api, "PreviewImage")]
+    assert all(picture.std() > 10 for picture in pictures)
+    assert all(
+        one.shape != other.shape or np.abs(one - other).mean() > 0.05 for one, other in combinations(pictures, 2)
+    )
+
+
+def test_the_edit_stands_beside_its_source_with_a_word_under_each(server):
+    api = showing_the_source(without_strip(quick(read_api("cat_to_dog_demo"))))
+    (saved,) = ids_of(api, "SaveImage")
+    outputs = server.run(api)
+    strip = picture_of(server, outputs, titled(api, "Before and after"))
+    # two squares of 256 pixels with 16 around each
+    for left, key in ((16, "1000"), (288, saved)):
+        picture = np.repeat(np.repeat(picture_of(server, outputs, key), 2, axis=0), 2, axis=1)
+        assert np.abs(strip[16:272, left : left + 256] - picture).mean() < 4
+        assert strip[272:, left : left + 256].min() < 100, "no word under the picture"
+
+
 def test_without_an_edit_the_generated_picture_comes_back(server):
-    api = with_strength(quick(read_api("edit_a_generated_image")), 0.0)
-    (beside,) = ids_of(api, "PreviewImage")
-    comparison = picture_of(server, server.run(api), beside)
-    assert np.abs(comparison[:, :128] - comparison[:, -128:]).max() <= 2
+    api = showing_the_source(with_strength(quick(read_api("edit_a_generated_image")), 0.0))
+    outputs = server.run(api)
+    edit = picture_of(server, outputs, ids_of(api, "SaveImage")[0])
+    assert np.abs(edit - picture_of(server, outputs, "1000")).max() <= 2
 
 
 def test_without_an_edit_the_inverted_picture_comes_back(server):
-    api = with_strength(quick(read_api("cat_to_dog_demo")), 0.0)
-    (encode,), (decode,), (saved,) = (ids_of(api, name) for name in ("VAEEncode", "VAEDecode", "SaveImage"))
-    vae = api[decode]["inputs"]["vae"]
+    api = without_strip(with_strength(quick(read_api("cat_to_dog_demo")), 0.0))
+    (encode,), (saved,) = ids_of(api, "VAEEncode"), ids_of(api, "SaveImage")
+    vae = api[encode]["inputs"]["vae"]
     api["1001"] = {"class_type": "VAEDecode", "inputs": {"samples": [encode, 0], "vae": vae}}
     api["1002"] = {"class_type": "PreviewImage", "inputs": {"images": ["1001", 0]}}
     outputs = server.run(api)
@@ -200,3 +247,24 @@ def test_the_template_browser_lists_the_examples_with_their_thumbnails(server):
         for ending in ("json", "jpg"):
             content = server.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.{ending}")
             assert content == (EXAMPLES / f"{name}.{ending}").read_bytes()
+
+
+def test_the_blueprint_is_one_subgraph_and_the_server_offers_it(server):
+    offered = {entry["name"]: key for key, entry in json.loads(server.get("/global_subgraphs")).items()}
+    paths = sorted(SUBGRAPHS.glob("*.json"))
+    assert [path.stem for path in paths] == ["Edit picture by concept"]
+    for path in paths:
+        entry = json.loads(server.get(f"/global_subgraphs/{offered[path.stem]}"))
+        blueprint = json.loads(entry["data"])
+        # the frontend shows an error to everybody at its start if these differ
+        (node,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+        assert node["type"] == subgraph["id"]
+        known = server.object_info()
+        assert {inner["type"] for inner in subgraph["nodes"]} <= known.keys() | NOTES
+        assert [(slot["name"], slot["type"]) for slot in subgraph["inputs"][:4]] == [
+            ("model", "MODEL"),
+            ("clip", "CLIP"),
+            ("vae", "VAE"),
+            ("image", "IMAGE"),
+        ]
+        assert [(slot["name"], slot["type"]) for slot in subgraph["outputs"]] == [("image", "IMAGE")]
