@@ -20,6 +20,7 @@ class Inversion:
     describes the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where the picture may
     change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM. `maps`: the
     source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
+    `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
     """
 
     trajectory: torch.Tensor
@@ -29,6 +30,7 @@ class Inversion:
     noise_mask: torch.Tensor | None = None
     residuals: torch.Tensor | None = None
     maps: MapStore | None = None
+    reconstruction_psnr: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -136,6 +138,26 @@ def on_grid(
         for x, level, sigma in zip(visited[len(clean) - offset :], levels[len(clean) - offset :], grid[len(clean) :])
     ]
     return torch.stack([x.cpu() for x in clean + kept])
+
+
+def reconstruct(
+    noise: torch.Tensor, sigmas: torch.Tensor, denoise: Callable[[torch.Tensor, float], torch.Tensor]
+) -> torch.Tensor:
+    """Plain DDIM from `noise` [B, C, H, W], the last latent of a trajectory, down to the clean picture.
+
+    `sigmas`: [N+1] ascending from 0. `denoise(x, sigma)`: the model's estimate of the clean latent for the source text.
+    """
+    x, levels = noise, sigmas.tolist()[::-1]
+    for sigma, sigma_to in zip(levels, levels[1:]):
+        x = ddim.step(x, ddim.predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_to)
+    return x
+
+
+def latent_psnr(latent: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of latents [B, C, H, W] to clean ones, whose own range of values is the peak: [B]."""
+    dims = (1, 2, 3)
+    squared_error = (latent - clean).square().mean(dims).clamp_min(torch.finfo(clean.dtype).tiny)
+    return 20 * (clean.amax(dims) - clean.amin(dims)).log10() - 10 * squared_error.log10()
 
 
 def direct_residuals(

@@ -7,18 +7,17 @@ from typing import Any
 import torch
 
 from ..editing import ddim
-from ..editing.inversion import direct_residuals, invert, invert_fixed_point, on_grid
+from ..editing.inversion import direct_residuals, invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
 from ..editing.map_store import MapStore
-from .hook_schedule import HookSchedule
+from . import progress
 from .unet_passes import UNetPasses
 
 
 class _Estimates:
     """Estimates of the clean picture in the order of the levels; the maps drawn on the trajectory go to `maps`."""
 
-    def __init__(self, passes: UNetPasses, hooks: HookSchedule, maps: MapStore | None, on_step: Callable):
+    def __init__(self, passes: UNetPasses, maps: MapStore | None, on_step: Callable):
         self.passes = passes
-        self.hooks = hooks
         self.maps = maps
         self.on_step = on_step
         self.of_steps = []
@@ -26,7 +25,6 @@ class _Estimates:
 
     def denoise(self, x: torch.Tensor, sigma: float, level: int) -> torch.Tensor:
         """`level`: that of the trajectory which x is on, or 0 if it is on none."""
-        self.hooks.go_to(sigma)
         if self.maps is None or level == 0:
             return self.passes.denoise(x, sigma)
         self.recorded = x
@@ -55,7 +53,6 @@ def walk_up(
     sigmas: torch.Tensor,
     transitions: list[ddim.Transition],
     passes: UNetPasses,
-    hooks: HookSchedule,
     maps: MapStore | None,
     regularize: Callable[[torch.Tensor], torch.Tensor],
     fixed_point_iterations: int,
@@ -66,7 +63,7 @@ def walk_up(
     `latent`: the clean picture [B, C, H, W], in the model's space. `sigmas`: [N+1] ascending from 0. `transitions`: the
     steps, but for the method "fixed-point", which goes from each level to the next.
     """
-    estimates = _Estimates(passes, hooks, maps, on_step)
+    estimates = _Estimates(passes, maps, on_step)
     if method == "fixed-point":
         visited = invert_fixed_point(
             latent, sigmas, estimates.denoise, regularize, fixed_point_iterations, estimates.step_solved
@@ -80,3 +77,19 @@ def walk_up(
     # The walk up has visited every level but the last one with just this estimate.
     estimates.of_steps.append(estimates.denoise_next(visited[-1], float(sigmas[-1])))
     return trajectory, direct_residuals(trajectory, sigmas, estimates.of_steps.__getitem__)
+
+
+def plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, passes: UNetPasses) -> torch.Tensor:
+    """How well plain DDIM redraws the pictures from the end of their trajectory, see `latent_psnr`: [B].
+
+    It takes N UNet calls. `passes`: with the source text as the positive, and no guidance.
+    """
+    steps, done = len(sigmas) - 1, 0
+
+    def denoise(x, sigma):
+        nonlocal done
+        done += 1
+        progress.show(f"Redrawing {done}/{steps}")
+        return passes.denoise(x, sigma)
+
+    return latent_psnr(reconstruct(trajectory[-1].to(sigmas.device), sigmas, denoise).cpu(), trajectory[0])

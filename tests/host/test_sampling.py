@@ -1,5 +1,9 @@
 """Inversion and the guided sampler on a small random UNet, through the real guider."""
 
+import math
+import re
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.samplers
 import pytest
@@ -62,10 +66,10 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
         autocorrelation_rolls=[MILD.rolls],
         method=["direct"],
     )
-    inversions, noises, grids = run_node(
+    inversions, *others = run_node(
         Pix2PixZeroInversion, model=[model], positive=as_list, latent_image=[pictures], **settings
     )
-    assert [len(inversions), len(noises), len(grids)] == [1, 1, 1]
+    assert [len(output) for output in (inversions, *others)] == [1, 1, 1, 1]
     window = dict(start_percent=[0.0], end_percent=[1.0], preset=["default"])
     latents, areas = run_node(
         Pix2PixZeroKSampler,
@@ -105,6 +109,91 @@ def test_the_unedited_picture_comes_back_exactly(model):
     )
     assert exact.abs().max() <= 1e-4 * source.std()
     assert plain.abs().max() > 1e-2 * source.std()
+
+
+def test_fixed_points_bring_the_picture_back_by_plain_sampling_and_with_residuals_exactly(model):
+    source = latent()["samples"]
+    errors = []
+    for options in ({"method": "ddim"}, *({"method": "fixed-point", "fixed_point_iterations": n} for n in (1, 3, 10))):
+        inversion = invert(model, **options)
+        plain = edit(model, replace(inversion, residuals=None), conditioning(), conditioning(), strength=0.0)
+        errors.append(float((plain - source).abs().max() / source.std()))
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[3] < 1e-3 < 0.5 * errors[1]
+    assert errors == sorted(errors, reverse=True)
+    inversion = invert(model, method="fixed-point", fixed_point_iterations=1)
+    exact = edit(model, inversion, conditioning(), conditioning(), strength=0.0)
+    assert (exact - source).abs().max() <= 1e-4 * source.std()
+
+
+def test_fixed_point_inversion_without_iterations_is_direct_inversion(model):
+    direct, fixed = invert(model), invert(model, method="fixed-point", fixed_point_iterations=0)
+    torch.testing.assert_close(fixed.trajectory, direct.trajectory)
+    torch.testing.assert_close(fixed.residuals, direct.residuals)
+
+
+@pytest.mark.parametrize("method", ["direct", "ddim", "official", "fixed-point"])
+def test_the_measured_reconstruction_is_that_of_a_stock_sampler(model, method):
+    """SamplerCustomAdvanced with euler, from the outputs `noise` and `sigmas`."""
+    picture = latent(batch=2, height=6)
+    inversion = invert(model, picture=picture, method=method, measure_reconstruction=True)
+    without = invert(model, picture=picture, method=method)
+    assert without.reconstruction_psnr is None
+    assert torch.equal(without.trajectory, inversion.trajectory)
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditioning(), conditioning())
+        guider.set_cfg(1.0)
+        noise = sampling.inverted_noise(inversion, model)
+        euler = comfy.samplers.sampler_object("euler")
+        again = guider.sample(torch.zeros_like(noise), noise, euler, inversion.sigmas.flip(0))
+    for psnr, ours, source in zip(inversion.reconstruction_psnr, again, picture["samples"], strict=True):
+        mean_squared = float((ours - source).square().mean())
+        peak = float(source.max() - source.min())
+        assert float(psnr) == pytest.approx(10 * math.log10(peak**2 / mean_squared), abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["direct", "ddim"])
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, measured, caplog):
+    settings = dict(
+        steps=3,
+        seed=0,
+        autocorrelation_weight=0.0,
+        kl_weight=0.0,
+        regularization_steps=0,
+        autocorrelation_rolls=0,
+        method=method,
+        measure_reconstruction=measured,
+    )
+    inputs = {name: [value] for name, value in settings.items()}
+    pictures = [latent(seed=1), latent(batch=2, seed=2)]
+    with caplog.at_level("INFO"):
+        inversions, _, _, reports = run_node(
+            Pix2PixZeroInversion, model=[model], positive=[conditioning()], latent_image=pictures, **inputs
+        )
+    assert len(reports) == 2
+    for inversion, report, batch in zip(inversions, reports, (1, 2)):
+        figures = re.findall(r"\d+\.\d", report)
+        assert len(figures) == (batch if measured else 0)
+        for figure, psnr in zip(figures, inversion.reconstruction_psnr if measured else []):
+            assert float(figure) == pytest.approx(float(psnr), abs=0.051)
+        assert ("dB" in report) == measured
+        assert ("exact" in report) == (method == "direct")
+        assert report in caplog.text
+
+
+@pytest.mark.parametrize("method", ["ddim", "fixed-point"])
+@pytest.mark.parametrize("strength", [0.0, 6e-4])
+def test_the_caption_as_negative_takes_the_scale_of_guidance_out(model, method, strength):
+    """Negative-prompt inversion (Miyake et al. 2023): without an edit any cfg redraws the picture as cfg 1 does."""
+    inversion = invert(model, method=method)
+    source, others = conditioning(), conditioning(seed=2)
+    plain = edit(model, inversion, source, source, strength, cfg=1.0)
+    guided = edit(model, inversion, source, source, strength, cfg=7.5)
+    assert (guided - plain).abs().max() <= 1e-4 * plain.std()
+    another = edit(model, inversion, source, others, strength, cfg=7.5)
+    assert (another - plain).abs().max() > 1e-2 * plain.std()
 
 
 def test_unmasked_part_is_the_source_exactly(model):
@@ -229,17 +318,38 @@ def counted_edits(model, inversion, **options):
         return edit(model, inversion, **options), recorded
 
 
+@pytest.mark.parametrize("method", ["direct", "fixed-point"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 6, 10)])
-def test_maps_kept_from_the_inversion_give_the_edit_of_maps_recorded_anew(model, shape):
-    without = invert(model, picture=latent(*shape), map_memory=0)
+def test_maps_kept_from_the_inversion_give_the_edit_of_maps_recorded_anew(model, shape, method):
+    without = invert(model, picture=latent(*shape), map_memory=0, method=method)
     expected, recorded = counted_edits(model, without)
     assert recorded == without.steps
-    kept = invert(model, picture=latent(*shape))
+    kept = invert(model, picture=latent(*shape), method=method)
     assert torch.equal(kept.trajectory, without.trajectory)
     edited, recorded = counted_edits(model, kept)
     assert recorded == 0
     assert (edited - expected).abs().max() <= 1e-4 * expected.std()
     assert (edit(model, kept, strength=0.0) - edited).abs().max() > 0.01 * expected.std(), "guidance must matter"
+
+
+def test_maps_of_an_iteration_that_is_discarded_are_recorded_anew(model):
+    """A patch of another pack makes the third evaluation of the first level useless."""
+    calls = 0
+
+    def disturb(args):
+        nonlocal calls
+        calls += 1
+        return args["denoised"] + (5.0 if calls == 4 else 0.0)
+
+    disturbed = model.clone()
+    disturbed.set_model_sampler_post_cfg_function(disturb)
+    inversion = invert(disturbed, method="fixed-point", fixed_point_iterations=2)
+    assert calls == 1 + 3 * 3
+    cpu = torch.device("cpu")
+    assert [inversion.maps.get(level, cpu) is not None for level in (1, 2, 3)] == [False, True, True]
+    calls = 0
+    shorter = invert(model, method="fixed-point", fixed_point_iterations=1)
+    assert torch.equal(inversion.trajectory[1], shorter.trajectory[1])
 
 
 def test_a_small_map_memory_keeps_the_noisiest_levels_and_the_edit(model):

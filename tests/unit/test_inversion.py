@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pix2pix_zero.editing import ddim
-from pix2pix_zero.editing.inversion import invert, invert_fixed_point, on_grid
+from pix2pix_zero.editing.inversion import invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
 from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, denoiser, sigmas, timesteps, toy_eps, vp_scale
 
 
@@ -216,3 +216,22 @@ def test_fixed_point_inversion_tells_which_evaluations_are_at_latents_that_stay(
     for level, x in calls:
         if level:
             assert torch.equal(x, visited[level])
+
+
+def test_reconstruction_is_ddim_down_to_the_picture_in_variance_preserving_space():
+    steps, noise = 10, picture()
+    ours = reconstruct(noise, sigmas(steps), denoiser())
+    x = noise / vp_scale(float(sigmas(steps)[-1]))
+    alpha_bars = [torch.tensor(1.0, dtype=torch.float64), *ALPHA_BAR[timesteps(steps)]]
+    for t, here, there in reversed(list(zip(timesteps(steps), alpha_bars[1:], alpha_bars))):
+        x = ddim_step(x, toy_eps(x, t), here, there)
+    torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
+
+
+def test_the_error_of_a_reconstruction_is_told_per_picture_against_its_own_range():
+    """PSNR = 10 log10(peak^2 / MSE)."""
+    clean = torch.zeros(2, 4, 6, 5)
+    clean[0, 0, 0, 0], clean[1, 0, 0, 0] = 4.0, -8.0
+    again = clean + torch.tensor([0.04, 0.008]).view(2, 1, 1, 1)
+    torch.testing.assert_close(latent_psnr(again, clean), torch.tensor([40.0, 60.0]), atol=1e-3, rtol=0)
+    assert latent_psnr(clean, clean).isfinite().all()
