@@ -112,6 +112,8 @@ def mean_attention(
             f"inversion: its caption has {len(inversion.source)} parts (Conditioning Combine?). Invert the picture with a "
             "single encoded text."
         )
+    if "area" in inversion.source[0][1]:
+        raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
     if text.shape[1] % length:
         raise ValueError(
             f"caption: it is {length} tokens long, but the text of the inversion {text.shape[1]}. Write the caption that the "

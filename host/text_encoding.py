@@ -11,6 +11,7 @@ import torch
 from comfy.sd1_clip import ClipTokenWeightEncoder
 
 from ..editing.directions import EditDirection, Encoding, apply_direction, edit_direction, same_encoder
+from .progress import show
 
 ROWS_PER_BATCH = 32
 Tokens = dict[str, list]
@@ -59,13 +60,17 @@ def encode_sentences(
                 alone += group[start:]
                 break
             yield encodings
-            if progress is not None:
-                progress.update(len(batch))
+            _advance(progress, len(batch))
     for tokens in alone:
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield _encode_alone(clip, tokens)
-        if progress is not None:
-            progress.update(1)
+        _advance(progress, 1)
+
+
+def _advance(progress: comfy.utils.ProgressBar | None, sentences: int) -> None:
+    if progress is not None:
+        progress.update(sentences)
+        show(f"Encoding sentences {progress.current}/{progress.total}")
 
 
 def chunk_length(clip) -> int | None:
