@@ -10,14 +10,16 @@ from ..editing import ddim
 from ..editing.inversion import direct_residuals, invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
 from ..editing.map_store import MapStore
 from . import progress
+from .hook_schedule import HookSchedule
 from .unet_passes import UNetPasses
 
 
 class _Estimates:
     """Estimates of the clean picture in the order of the levels; the maps drawn on the trajectory go to `maps`."""
 
-    def __init__(self, passes: UNetPasses, maps: MapStore | None, on_step: Callable):
+    def __init__(self, passes: UNetPasses, hooks: HookSchedule, maps: MapStore | None, on_step: Callable):
         self.passes = passes
+        self.hooks = hooks
         self.maps = maps
         self.on_step = on_step
         self.of_steps = []
@@ -25,6 +27,7 @@ class _Estimates:
 
     def denoise(self, x: torch.Tensor, sigma: float, level: int) -> torch.Tensor:
         """`level`: that of the trajectory which x is on, or 0 if it is on none."""
+        self.hooks.go_to(sigma)
         if self.maps is None or level == 0:
             return self.passes.denoise(x, sigma)
         self.recorded = x
@@ -53,6 +56,7 @@ def walk_up(
     sigmas: torch.Tensor,
     transitions: list[ddim.Transition],
     passes: UNetPasses,
+    hooks: HookSchedule,
     maps: MapStore | None,
     regularize: Callable[[torch.Tensor], torch.Tensor],
     fixed_point_iterations: int,
@@ -63,7 +67,7 @@ def walk_up(
     `latent`: the clean picture [B, C, H, W], in the model's space. `sigmas`: [N+1] ascending from 0. `transitions`: the
     steps, but for the method "fixed-point", which goes from each level to the next.
     """
-    estimates = _Estimates(passes, maps, on_step)
+    estimates = _Estimates(passes, hooks, maps, on_step)
     if method == "fixed-point":
         visited = invert_fixed_point(
             latent, sigmas, estimates.denoise, regularize, fixed_point_iterations, estimates.step_solved
@@ -79,7 +83,7 @@ def walk_up(
     return trajectory, direct_residuals(trajectory, sigmas, estimates.of_steps.__getitem__)
 
 
-def plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, passes: UNetPasses) -> torch.Tensor:
+def plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, passes: UNetPasses, hooks: HookSchedule) -> torch.Tensor:
     """How well plain DDIM redraws the pictures from the end of their trajectory, see `latent_psnr`: [B].
 
     It takes N UNet calls. `passes`: with the source text as the positive, and no guidance.
@@ -90,6 +94,7 @@ def plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, passes: UNetPasse
         nonlocal done
         done += 1
         progress.show(f"Redrawing {done}/{steps}")
+        hooks.go_to(sigma)
         return passes.denoise(x, sigma)
 
     return latent_psnr(reconstruct(trajectory[-1].to(sigmas.device), sigmas, denoise).cpu(), trajectory[0])

@@ -1,6 +1,7 @@
 """Inversion and guided sampling through ComfyUI's guider, which brings loading, conditioning, previews and progress."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -21,10 +22,13 @@ from ..editing.map_store import MapStore
 from ..editing.regularization import NoiseRegularization, regularize_noise
 from . import progress
 from .checkpointing import LEVELS
+from .edit_guider import EditGuider
 from .edit_texts import beside_the_source
+from .entries import areas_of
+from .hook_schedule import HookSchedule
 from .inversion_walk import plain_psnr, walk_up
-from .map_jobs import attention_state, with_map_jobs
-from .memory import affordable_level, announce_memory, guided_pass_memory
+from .map_jobs import Checkpointing, attention_state, with_map_jobs
+from .memory import affordable_level, affordable_rows, announce_memory, guided_pass_memory
 from .model_checks import check_diffusion
 from .noise_levels import ddim_grid, places_on_table
 from .presets import PRESETS
@@ -84,6 +88,7 @@ def invert_latent(
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         nonlocal trajectory, residuals, psnr
         passes = UNetPasses(model_k, extra_args, sites)
+        hooks = HookSchedule(guider.model_patcher, list(guider.conds.values()), sigmas)
 
         def on_step(index, denoised, x):
             # The authors' inversion leaves out the first levels.
@@ -95,17 +100,19 @@ def invert_latent(
             sigmas,
             transitions,
             passes,
+            hooks,
             maps,
             lambda eps: regularize_noise(eps, regularization, generator),
             fixed_point_iterations,
             on_step,
         )
         if measure_reconstruction:
-            psnr = plain_psnr(trajectory, sigmas, passes)
+            psnr = plain_psnr(trajectory, sigmas, passes, hooks)
         return x
 
     guider = comfy.samplers.CFGGuider(with_map_jobs(model))
-    guider.inner_set_conds({"positive": positive})
+    # The negative is evaluated only where a patch of another pack asks for one.
+    guider.set_conds(positive, positive)
     _sample(guider, walk, samples, sigmas, seed=0)
     mask = latent_image.get("noise_mask")
     return Inversion(trajectory, sigmas, positive, weakref.ref(model.model), mask, residuals, maps, psnr)
@@ -208,6 +215,11 @@ def sample_edit(
         guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1]))
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
+        guider.add_source()
+        _check_areas(guider.conds["positive"], guider.conds["source"])
+        level = affordable_level(model, x, chosen.checkpointing)
+        rows = affordable_rows(model, x, level, entries=len(positive))
+        mask_at = partial(_mask_at, inversion, model_k, extra_args["model_options"], sigmas)
         if preset == "official":
             sample = partial(sample_official, final_sigma=float(sampling.sigmas[0]))
         else:
@@ -224,17 +236,18 @@ def sample_edit(
 
         return sample(
             inversion,
-            UNetPasses(model_k, extra_args, sites, affordable_level(model, x, chosen.checkpointing)),
+            UNetPasses(model_k, extra_args, sites, Checkpointing(level, rows)),
             inversion.trajectory[-1].to(x),
             guidance,
             on_step,
-            partial(_keep_outside, inversion),
+            partial(_keep_outside, inversion, mask_at),
         )
 
-    guider = comfy.samplers.CFGGuider(guided)
+    guider = EditGuider(guided)
     guider.inner_set_conds({"positive": positive, "negative": negative, "source": inversion.source})
     guider.set_cfg(cfg)
-    return _sample(guider, walk, inverted_noise(inversion, model), inversion.sigmas.flip(0), seed=0)
+    picture = model.model.process_latent_out(inversion.trajectory[0])
+    return _sample(guider, walk, picture, inversion.sigmas.flip(0), seed=0)
 
 
 def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
@@ -263,11 +276,34 @@ def _latent_mask(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     return comfy.utils.reshape_mask(mask, latent.shape).to(latent)
 
 
-def _keep_outside(inversion: Inversion, x: torch.Tensor, level: int) -> torch.Tensor:
+def _check_areas(positive: list[dict], source: list[dict]) -> None:
+    # An area of the negative's that no other text has comes after them.
+    if areas_of(positive)[: len(source)] != areas_of(source):
+        raise ValueError(
+            "positive: its parts are limited to other areas than those of the inversion's caption. Make it from the same "
+            "conditioning, with Apply Edit Direction."
+        )
+
+
+def _mask_at(inversion: Inversion, model_k, model_options: dict, sigmas: torch.Tensor, level: int) -> torch.Tensor:
+    """The noise mask [B, C, H, W] at a level of the inversion, as Differential Diffusion and the like change it."""
+    latent = inversion.trajectory[level].to(sigmas)
+    mask = _latent_mask(inversion.noise_mask, latent)
+    function = model_options.get("denoise_mask_function")
+    if function is None:
+        return mask
+    # The stock sampler masks with a step's noise level before the step and after it.
+    sigma = inversion.sigmas[max(level, 1)].to(sigmas).expand(len(latent))
+    return function(sigma, mask, extra_options={"model": model_k.inner_model, "sigmas": sigmas})
+
+
+def _keep_outside(
+    inversion: Inversion, mask_at: Callable[[int], torch.Tensor], x: torch.Tensor, level: int
+) -> torch.Tensor:
     """The source's own latent wherever the inversion's noise mask is 0."""
     if inversion.noise_mask is None:
         return x
-    mask = _latent_mask(inversion.noise_mask, x)
+    mask = mask_at(level)
     return mask * x + (1 - mask) * inversion.trajectory[level].to(x)
 
 
