@@ -1,0 +1,48 @@
+"""The frontend in an installed browser, opened once for all tests. Screenshots go to demo_output/browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser_page import Frontend
+
+ROOT = Path(__file__).resolve().parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
+
+
+def find_browser() -> str | None:
+    """The path of a Chromium: ``BROWSER_PATH``, else an installed one. None is downloaded."""
+    return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="session")
+def opened_frontend(server) -> Iterator[Frontend]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium is installed here (Debian: apt install chromium), and BROWSER_PATH names none")
+    folder = ROOT / "demo_output" / "browser"
+    folder.mkdir(parents=True, exist_ok=True)
+    server.post("/api/settings/Comfy.TutorialCompleted", True)  # else the templates open at every start
+    with playwright.sync_playwright() as driver:
+        # a container's user may not make sandboxes
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1920, "height": 1080})
+        page.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
+        frontend = Frontend(page, server.url, folder)
+        frontend.start()
+        frontend.set("Comfy.Minimap.Visible", False)  # it hides a corner of the screenshots
+        yield frontend
+        browser.close()
+
+
+@pytest.fixture
+def frontend(opened_frontend: Frontend) -> Frontend:
+    """The frontend with an empty graph."""
+    opened_frontend.page.evaluate("() => { app.canvas.setGraph(app.rootGraph); app.graph.clear(); }")
+    opened_frontend.failures.clear()
+    return opened_frontend

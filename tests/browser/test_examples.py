@@ -1,0 +1,62 @@
+"""The example workflows as a person meets them: opened, saved, run and cancelled in ComfyUI's own frontend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "example_workflows"
+API_COPIES = ROOT / "tests" / "workflows"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
+TO_BRING = {"edit_your_picture": ["CheckpointLoaderSimple", "LoadImage"]}
+"""The nodes whose files a person has to bring."""
+STEPS = 3
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_opens_and_stays_the_same_when_saved_and_opened_again(name, frontend):
+    frontend.open(read(EXAMPLES, name))
+    frontend.screenshot(f"{name}_opened")
+    assert sorted(frontend.complaints()) == [f"red: {kind}" for kind in TO_BRING.get(name, [])]
+    assert frontend.api_form() == read(API_COPIES, name)
+    frontend.open(frontend.serialize())
+    assert frontend.api_form() == read(API_COPIES, name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TO_BRING])
+def test_the_example_runs_and_shows_previews_of_every_phase(name, frontend):
+    frontend.open(read(EXAMPLES, name))
+    assert frontend.set_widgets("steps", STEPS)
+    frontend.set_widgets("seed", 20 + NAMES.index(name))  # nothing comes out of the server's cache
+    seen = frontend.run()
+    assert seen["ending"][0] == "execution_success", seen["ending"]
+    phases = ("Inversion", "Reference", "KSampler")
+    samplers = [node for phase in phases for node in frontend.nodes(f"Pix2PixZero{phase}")]
+    samplers += frontend.nodes("SamplerCustomAdvanced") + frontend.nodes("KSampler")
+    assert [node for node in samplers if not seen["previews"].get(node)] == []
+    frontend.page.wait_for_timeout(500)  # the pictures are loaded
+    assert len(frontend.pictures()) >= len(frontend.nodes("PreviewImage") + frontend.nodes("SaveImage"))
+    assert frontend.complaints() == []
+    frontend.screenshot(f"{name}_finished")
+
+
+def test_a_run_that_is_cancelled_leaves_the_server_ready(frontend):
+    frontend.open(read(EXAMPLES, "cat_to_dog_demo"))
+    frontend.set_widgets("steps", 500)
+    frontend.queue()
+    (inversion,) = frontend.nodes("Pix2PixZeroInversion")
+    frontend.wait_until(f"window.seen.previews['{inversion}'] > 2")
+    frontend.command("Comfy.Interrupt")
+    frontend.wait_until("window.seen.ending", 10)
+    assert frontend.page.evaluate("() => window.seen.ending[0]") == "execution_interrupted"
+    frontend.set_widgets("steps", STEPS + 1)
+    frontend.set_widgets("seed", 6)
+    assert frontend.run()["ending"][0] == "execution_success"
+    assert frontend.complaints() == []
