@@ -79,3 +79,27 @@ def test_every_file_the_readme_links_to_is_there():
 def test_the_continuous_integration_runs_the_command_of_the_readme():
     assert "dev.py test" in read(ROOT / ".ci" / "run")
     assert "python dev.py test" in read(ROOT / "README.md")
+
+
+def test_the_packages_icon_and_banner_are_what_the_registry_takes():
+    from PIL import Image
+
+    with Image.open(ROOT / "assets" / "icon.png") as icon, Image.open(ROOT / "assets" / "banner.jpg") as banner:
+        assert icon.size == (256, 256)
+        assert banner.width * 9 == banner.height * 21
+    assert sum(path.stat().st_size for path in tracked("assets/*")) < 100_000
+
+
+def test_a_release_is_published_only_when_the_version_has_changed():
+    workflow = read(ROOT / ".github" / "workflows" / "publish.yml")
+    assert "paths: [pyproject.toml]" in workflow and "Comfy-Org/publish-node-action" in workflow
+    assert "steps.version.outputs.changed == 'true'" in workflow
+    # the line that the workflow reads the version from
+    assert re.search(r'^version = "\d+\.\d+\.\d+"$', read(ROOT / "pyproject.toml"), re.MULTILINE)
+
+
+def test_what_only_the_owner_knows_is_left_open_and_named_for_the_owner():
+    project, page = read(ROOT / "pyproject.toml"), read(ROOT / "CONTRIBUTING.md")
+    for key in ("PublisherId", "Icon", "Banner"):
+        assert f'{key} = "' in project and f"`{key}`" in page, key
+    assert "REGISTRY_ACCESS_TOKEN" in page
