@@ -100,7 +100,7 @@ def _choose_words(clip, phrases: str, prompt: Prompt) -> list[tuple[str, list[in
 def mean_attention(
     model, inversion: Inversion, length: int, window: tuple[float, float], resolution: str
 ) -> torch.Tensor:
-    """The attention that each token of the source's text draws: [B, length, H, W] fp32 of the latent's size.
+    """The attention that each token of the source's text draws: [B, length, H, W] fp32 of the latent's size, on the CPU.
 
     The mean over heads, layers and the levels of the window; over all tokens, pixels sum to 1. Maps kept by the inversion
     are used where the MODEL is patched as it was then; others are recorded from the stored latents. `length`: the text's
@@ -130,7 +130,7 @@ def mean_attention(
     bar = comfy.utils.ProgressBar(len(levels))
     for level in levels:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        maps = None if kept is None else kept.get(level, torch.device("cpu"))
+        maps = None if kept is None else kept.get(level, model.load_device)
         if maps is None:
             missing.append(level)
             continue
@@ -140,7 +140,7 @@ def mean_attention(
         progress.show(f"Reading maps {bar.current}/{bar.total}")
     if missing:
         _record(model, inversion, missing, shapes, heat, bar)
-    return heat.mean(size)
+    return heat.mean(size).cpu()
 
 
 def _shapes_at(model, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
@@ -180,7 +180,7 @@ def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: 
         for level in levels:
             maps = passes.record_maps("positive", inversion.trajectory[level].to(x), float(inversion.sigmas[level]))
             for site, shape in shapes.items():
-                heat.add(maps[0, site].cpu(), shape)
+                heat.add(maps[0, site], shape)
             bar.update(1)
             progress.show(f"Recording maps {bar.current}/{bar.total}")
         return x

@@ -20,10 +20,43 @@ REFERENCE = (134, 142, 150)
 SERIES = ((25, 113, 194), (232, 89, 12))  # told apart by colour-blind people, and in grey
 
 
+# Of Linux, Windows and macOS, for letters that Pillow's own typeface lacks: accents, other alphabets, Chinese, Japanese,
+# Korean.
+TYPEFACES = (
+    "DejaVuSans.ttf",
+    "arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+    "malgun.ttf",
+    "Arial Unicode.ttf",
+    "AppleSDGothicNeo.ttc",
+)
+
+
 @cache
-def font(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own typeface, so that pictures look alike everywhere."""
-    return ImageFont.load_default(size)
+def font(size: float, typeface: str | None = None) -> ImageFont.FreeTypeFont | None:
+    """Pillow's own typeface, so that pictures look alike everywhere, or one of the system's; None if it has not got it."""
+    if typeface is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(typeface, size)
+    except OSError:
+        return None
+
+
+def font_for(text: str, size: float) -> ImageFont.FreeTypeFont:
+    """The first typeface at hand that has every letter of a text; Pillow's own if none has."""
+    for typeface in (None, *TYPEFACES):
+        letters = font(size, typeface)
+        if letters is not None and has_letters(letters, text):
+            return letters
+    return font(size)
+
+
+def has_letters(letters: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a typeface has them all: a letter it lacks is drawn as its sign for that."""
+    lacking = bytes(letters.getmask("\U0010ffff"))
+    return all(letter.isspace() or bytes(letters.getmask(letter)) != lacking for letter in set(text))
 
 
 def as_image(picture: Image.Image) -> torch.Tensor:
@@ -57,7 +90,7 @@ class Sheet:
         within: float | None = None,
     ) -> None:
         """`anchor`: Pillow's, such as "la" for left and top, "mm" for the middle. `within`: the width it is cut off at."""
-        letters = font(size * SMOOTHING)
+        letters = font_for(text, size * SMOOTHING)
         if within is not None and letters.getlength(text) > within * SMOOTHING:
             while text and letters.getlength(text + "...") > within * SMOOTHING:
                 text = text[:-1]

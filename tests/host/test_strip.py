@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pix2pix_zero.devtools.graphs import example_graph
+from pix2pix_zero.host import charts
 from pix2pix_zero.nodes.strip import Pix2PixZeroStrengths, Pix2PixZeroStrip
 
 
@@ -123,3 +124,13 @@ def test_a_list_of_strengths_draws_one_edit_each_and_the_nodes_say_what_they_do(
     assert bar == sorted(bar)
     assert {maximum for _, maximum in bar} == {6}
     assert sum(bool(m.preview) for m in messages) >= 3 + 6
+
+
+def test_letters_that_the_own_typeface_lacks_come_from_one_that_has_them():
+    own = charts.font(32)
+    assert charts.has_letters(own, "strength 0.5")
+    assert not charts.has_letters(own, "\u5f3a\u5ea6")
+    assert charts.font_for("strength 0.5", 32) is own
+    others = [charts.font(32, name) for name in charts.TYPEFACES]
+    having = [letters for letters in others if letters is not None and charts.has_letters(letters, "St\u00e4rke")]
+    assert charts.font_for("St\u00e4rke", 32) is (having[0] if having else own)
