@@ -195,6 +195,8 @@ def sample_official(
             sigma,
         )
         x = ddim.step(negative_x, ddim.predicted_eps(negative_x, denoised, sigma), sigma, sigma_next)
+        if index == 1:
+            x = ddim.rescale(x, final_sigma, 0.0)
         x = keep_outside(x, index - 1)
         on_step(step, denoised, x, distance)
-    return ddim.rescale(x, final_sigma, 0.0)
+    return x

@@ -113,7 +113,7 @@ def _checkpoint(forward: Callable, *args, **kwargs):
         call,
         *call.graph_tensors(),
         use_reentrant=False,
-        preserve_rng_state=False,
+        preserve_rng_state=True,  # patches such as HyperTile draw lots
         context_fn=lambda: (contextlib.nullcontext(), recording_again()),
     )
     error, call.error = call.error, None

@@ -153,6 +153,26 @@ def unshared_skips(transformer_options: dict) -> dict:
     return {**transformer_options, "patches": {**patches, "input_block_patch_after_skip": ours}}
 
 
+def careful_block_patches(transformer_options: dict) -> dict:
+    """Transformer options under which patches between blocks may work in place, as FreeU does, on what they have read."""
+    patches = {
+        name: [_careful(patch) for patch in functions] if "block_patch" in name else functions
+        for name, functions in transformer_options.get("patches", {}).items()
+    }
+    return {**transformer_options, "patches": patches}
+
+
+def _careful(patch):
+    def careful(*args):
+        if not torch.is_grad_enabled():
+            return patch(*args)
+        copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in args]
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            return patch(*copies)
+
+    return careful
+
+
 @contextlib.contextmanager
 def own_attribute(module: torch.nn.Module, name: str, value) -> Iterator[None]:
     """While active, `module` itself has this attribute; afterwards what it had, be it its own or its class's."""

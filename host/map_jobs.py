@@ -19,7 +19,14 @@ from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
 from .checkpointing import LEVELS, checkpointed
 from .entries import Entry, narrowed, own_tokens
-from .gradients import differentiable_attention, input_gradients, ordinary, uncompiled, unshared_skips
+from .gradients import (
+    careful_block_patches,
+    differentiable_attention,
+    input_gradients,
+    ordinary,
+    uncompiled,
+    unshared_skips,
+)
 from .memory import is_out_of_memory
 from .unet_calls import UNetCall
 
@@ -196,7 +203,7 @@ class MatchMaps:
                 torch.set_grad_enabled(False)  # until `input_gradients` ends
             return q, k
 
-        options = differentiable_attention(call.transformer_options)
+        options = careful_block_patches(differentiable_attention(call.transformer_options))
         if call.arguments["control"] is not None:
             options = unshared_skips(options)
         try:

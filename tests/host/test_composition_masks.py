@@ -1,0 +1,126 @@
+"""Edits of a part of the picture: masks of any size, softness and number keep the rest exactly the source's."""
+
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from composed_run import edit, invert, sampled, soft_model
+from pix2pix_zero.host.presets import PRESETS
+from pix2pix_zero.host.sampling import edited_area, masked
+from small_unet import conditioning, latent
+
+import nodes as core
+
+STRENGTH = 1e-3
+HEIGHT, WIDTH = 8, 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    return soft_model()
+
+
+def left(height, width, count=1):
+    mask = torch.zeros(count, height, width)
+    mask[..., : width // 2] = 1.0
+    return mask
+
+
+def picture_with(mask, batch=1):
+    """As the node Set Latent Noise Mask gives it."""
+    return core.SetLatentNoiseMask().set_mask(latent(batch, HEIGHT, WIDTH), mask)[0]
+
+
+def changes(model, picture, **options):
+    edited = edit(model, invert(model, picture=picture), strength=STRENGTH, **options)
+    return (edited - picture["samples"]).abs() / picture["samples"].std()
+
+
+def assert_only_the_left_half_changes(changed):
+    assert changed[..., WIDTH // 2 + 1 :].max() <= 1e-5
+    assert changed[..., : WIDTH // 2 - 1].mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [left(64, 96), left(8, 12), left(33, 50), left(700, 70)],
+    ids=["of the picture", "of the latent", "of an odd size", "of another shape"],
+)
+def test_outside_a_mask_of_any_size_the_source_stays_exactly(model, mask):
+    assert_only_the_left_half_changes(changes(model, picture_with(mask)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_keeps_the_source_outside_a_mask(model, preset):
+    assert_only_the_left_half_changes(changes(model, picture_with(left(64, 96)), preset=preset))
+
+
+def test_each_picture_of_a_batch_has_its_own_mask(model):
+    masks = torch.cat([left(64, 96), 1 - left(64, 96)])
+    changed = changes(model, picture_with(masks, batch=2))
+    assert changed[0, ..., 7:].max() <= 1e-5
+    assert changed[1, ..., :5].max() <= 1e-5
+    assert changed[0, ..., :5].mean() > 0.1
+    assert changed[1, ..., 7:].mean() > 0.1
+
+
+def test_one_mask_is_for_all_pictures_and_more_masks_are_cut_off(model):
+    both = changes(model, picture_with(left(64, 96), batch=2))
+    assert both[..., 7:].max() <= 1e-5
+    more = changes(model, picture_with(torch.cat([left(64, 96, 2), torch.ones(3, 64, 96)]), batch=2))
+    assert torch.equal(more, both)
+
+
+def test_masks_of_latent_and_sampler_limit_together(model):
+    inversion = masked(invert(model, picture=picture_with(left(64, 96))), left(96, 64).mT.contiguous())
+    area = edited_area(model, inversion, None)
+    assert area.shape == (1, HEIGHT * 8, WIDTH * 8)
+    assert area[:, :24, :40].min() > 0.99
+    assert area[:, 40:].max() == area[:, :, 56:].max() == 0
+
+
+def stock_with_mask(model, inversion, mask_at):
+    """The unguided edit, blended with the trajectory by a mask at each level, by the stock evaluation."""
+
+    def walk(model_k, x, sigmas, extra_args, callback, disable):
+        x = inversion.trajectory[-1].to(x)
+        levels = inversion.sigmas.tolist()
+        for i in range(len(levels) - 1, 0, -1):
+            denoised = model_k(x, x.new_full((len(x),), levels[i]), **extra_args)
+            x = x + (x - denoised) / levels[i] * (levels[i - 1] - levels[i])
+            mask = mask_at(i - 1)
+            x = mask * x + (1 - mask) * inversion.trajectory[i - 1]
+        return x
+
+    conds = {"positive": conditioning(seed=1), "negative": conditioning(seed=9)}
+    noise = model.model.process_latent_out(inversion.trajectory[-1])
+    sampler = comfy.samplers.KSAMPLER(walk)
+    return sampled(comfy.samplers.CFGGuider, model, conds, sampler, noise, inversion.sigmas.flip(0), 2.0)
+
+
+def ramp():
+    return torch.linspace(0, 1, WIDTH).expand(1, HEIGHT, WIDTH)
+
+
+def test_a_soft_mask_blends_at_every_level(model):
+    inversion = invert(model, picture=picture_with(ramp()))
+    expected = stock_with_mask(model, inversion, lambda level: ramp()[:, None])
+    assert (edit(model, inversion) - expected).abs().max() <= 1e-5 * expected.std()
+
+
+def test_differential_diffusion_edits_softly_masked_places_in_fewer_steps(model):
+    """A place is free from the share of the sampling on that its mask leaves (Levin and Fried 2023, section 3)."""
+    inversion = invert(model, picture=picture_with(ramp()), steps=4)
+    (patched,) = DifferentialDiffusion.execute(model).result
+    table = model.model.model_sampling
+    steps = [float(table.timestep(sigma)) for sigma in inversion.sigmas[1:]]
+    lowest = float(table.timestep(table.sigma_min))
+
+    def mask_at(level):
+        share = (steps[max(level, 1) - 1] - lowest) / (steps[-1] - lowest)
+        return (ramp() >= share).float()[:, None]
+
+    expected = stock_with_mask(model, inversion, mask_at)
+    ours = edit(patched, inversion)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.std()
+    assert (ours - edit(model, inversion)).abs().max() > 1e-2 * ours.std(), "the patch must matter"
