@@ -14,7 +14,9 @@ from .checkpointing import LEVELS, PIECE, named_layers
 from .gradients import has_constant_weights
 
 MEMORY = "pix2pix_zero_memory"
-TOKENS = 77  # of one chunk of a CLIP text; maps are computed in fp32
+TOKENS = 77  # of one chunk of a CLIP text
+SLACK = 1.02  # for what is not counted layer by layer: the embedded time, the norms' statistics
+MAP_ITEM = 4  # maps, and the gradients of their distance, are fp32 in every precision
 
 
 def graph_memory(
@@ -24,27 +26,31 @@ def graph_memory(
     dtype: torch.dtype,
     last_site: AttentionSite | None = None,
     constant_weights: bool = True,
+    tokens: int = TOKENS,
 ) -> int:
     """Bytes that one guided pass of ComfyUI's UNetModel needs at its peak, activations of an ordinary pass included.
 
     `latent_shape`: [B, C, H, W] of the latent. `level`: see `checkpointing.checkpointed`. `dtype`: of the computation.
     `last_site`: where recording ends, the last cross-attention if None. `constant_weights`: False where weights are
-    cast or moved for each layer, so that the pass holds copies of them.
+    cast or moved for each layer, so that the pass holds copies of them. `tokens`: of the text.
     """
     item = dtype.itemsize
     sites = cross_attention_sites(unet)
     last_site = last_site or sites[-1]
     kept = working = copies = one_copy = 0
+    ended = False
     for name, number, layer, pixels in _sized_layers(unet, latent_shape):
-        cost = _cost(layer, pixels, level, item, last_site if (name, number) == last_site[:2] else None)
+        if ended:  # the rest of the pass runs while the graph is kept
+            working = max(working, _unrecorded(layer, pixels * item))
+            continue
+        cost = _cost(layer, pixels, level, item, last_site if (name, number) == last_site[:2] else None, tokens)
         kept += cost.kept
         working = max(working, cost.working)
         held, at_work = (count * item for count in _copied_weights(layer, level))
         copies += held
         one_copy = max(one_copy, at_work)
-        if cost.ends:
-            break
-    return kept + working + (0 if constant_weights else copies + one_copy)
+        ended = cost.ends
+    return int(SLACK * (kept + working)) + (0 if constant_weights else copies + one_copy)
 
 
 @dataclass
@@ -77,12 +83,19 @@ def _is_down(block: ResBlock) -> bool:
     return isinstance(block.h_upd, Downsample)
 
 
-def _cost(layer: torch.nn.Module, pixels: int, level: str, item: int, last_site: AttentionSite | None) -> _Cost:
+def _cost(
+    layer: torch.nn.Module, pixels: int, level: str, item: int, last_site: AttentionSite | None, tokens: int
+) -> _Cost:
     if isinstance(layer, ResBlock):
         return _residual_cost(layer, pixels * item, level)
     if isinstance(layer, SpatialTransformer):
-        return _transformer_cost(layer, pixels, level, item, last_site)
+        return _transformer_cost(layer, pixels, level, item, last_site, tokens)
     return _Cost()
+
+
+def _unrecorded(layer: torch.nn.Module, size: int) -> int:
+    """Bytes at work in a residual block, the largest of layers, when nothing is recorded: inputs, joined, and outputs."""
+    return 5 * layer.channels * size if isinstance(layer, ResBlock) else 0
 
 
 def _residual_cost(block: ResBlock, size: int, level: str) -> _Cost:
@@ -96,7 +109,7 @@ def _residual_cost(block: ResBlock, size: int, level: str) -> _Cost:
 
 
 def _transformer_cost(
-    layer: SpatialTransformer, pixels: int, level: str, item: int, last_site: AttentionSite | None
+    layer: SpatialTransformer, pixels: int, level: str, item: int, last_site: AttentionSite | None, tokens: int
 ) -> _Cost:
     blocks = list(layer.transformer_blocks)
     cost = _Cost(layer.in_channels * pixels * item, ends=last_site is not None)
@@ -104,10 +117,11 @@ def _transformer_cost(
     for index, block in enumerate(blocks):
         ends = last_site is not None and index == last_site.index
         attention, feed_forward, width = _block_sizes(block, pixels, item)
-        if ends:
+        if ends:  # the rest of the block runs, but is not recorded
+            cost.working = max(cost.working, feed_forward * 4 // 3 + 2 * width)
             feed_forward = 0
         inside = attention + feed_forward
-        maps = 3 * block.n_heads * pixels * TOKENS * 4
+        maps = 3 * block.n_heads * pixels * tokens * MAP_ITEM
         if level == "none" or ends:
             cost.kept += inside
             cost.working = max(cost.working, feed_forward, maps)
@@ -158,42 +172,61 @@ def _block_sizes(block: BasicTransformerBlock, pixels: int, item: int) -> tuple[
     """Bytes kept by the attentions of a transformer block, by its feed-forward layer, and of its input."""
     dim = block.norm1.normalized_shape[0]
     width = dim * pixels * item
-    # Inputs of the three norms; query, key, value, output of self-attention; query, output and the distance's gradient
-    # of cross-attention; the attentions' normalizers.
-    attention = 10 * width + 2 * block.n_heads * pixels * 4
+    # Inputs of the three norms; query, key, value, output of self-attention; query and output of cross-attention; the
+    # distance's gradient; the attentions' normalizers.
+    attention = 9 * width + dim * pixels * MAP_ITEM + 2 * block.n_heads * pixels * 4
     inner = block.ff.net[-1].in_features * pixels * item
     return attention, 3 * inner if isinstance(block.ff.net[0], GEGLU) else inner, width
 
 
-def guided_pass_memory(model, latent_shape: tuple[int, ...], level: str) -> int:
-    """`graph_memory` of a MODEL as it is loaded now. `latent_shape`: [B, C, H, W]."""
+def map_memory(unet: torch.nn.Module, latent_shape: tuple[int, ...], tokens: int = TOKENS) -> int:
+    """Bytes of the maps of all cross-attentions for latents [B, C, H, W], as they are recorded of the source."""
+    layers = ((layer, pixels) for _, _, layer, pixels in _sized_layers(unet, latent_shape))
+    heads = (
+        (block.n_heads, pixels)
+        for layer, pixels in layers
+        if isinstance(layer, SpatialTransformer)
+        for block in layer.transformer_blocks
+        if block.attn2 is not None
+    )
+    return sum(count * pixels for count, pixels in heads) * tokens * MAP_ITEM
+
+
+def guided_pass_memory(
+    model, latent_shape: tuple[int, ...], level: str, tokens: int = TOKENS, records: bool = False
+) -> int:
+    """`graph_memory` of a MODEL as it is loaded now. `latent_shape`: [B, C, H, W].
+
+    `records`: with the reference's maps, which are held meanwhile where the inversion has not kept them.
+    """
     base = model.model
     constant = has_constant_weights(base, model.load_device)
     dtype = base.get_dtype_inference()
-    return graph_memory(base.diffusion_model, latent_shape, level, dtype, constant_weights=constant)
+    graph = graph_memory(base.diffusion_model, latent_shape, level, dtype, constant_weights=constant, tokens=tokens)
+    return graph + (map_memory(base.diffusion_model, latent_shape, tokens) if records else 0)
 
 
-def affordable_level(model, x: torch.Tensor, least: str) -> str:
+def affordable_level(model, x: torch.Tensor, least: str, **needs) -> str:
     """The checkpointing level for guiding `x` [B, C, H, W]: `least`, or the first after it that fits in free memory.
 
     Copies of weights that are cast or moved for each layer count, so that a model that is offloaded since it does not
-    fit is guided with "blocks", which holds one block's copies at a time.
+    fit is guided with "blocks", which holds one block's copies at a time. `needs`: see `guided_pass_memory`.
     """
     free = comfy.model_management.get_free_memory(x.device)
     for level in LEVELS[LEVELS.index(least) :]:
-        if guided_pass_memory(model, x.shape, level) <= free:
+        if guided_pass_memory(model, x.shape, level, **needs) <= free:
             return level
     return LEVELS[-1]
 
 
-def affordable_rows(model, x: torch.Tensor, level: str, entries: int = 1) -> int:
+def affordable_rows(model, x: torch.Tensor, level: str, entries: int = 1, **needs) -> int:
     """How many latents like those of `x` [B, C, H, W] can be guided at once with a checkpointing level, at least 1.
 
-    At most B times `entries`, the number of texts that draw each of them.
+    At most B times `entries`, the number of texts that draw each of them. `needs`: see `guided_pass_memory`.
     """
     free = comfy.model_management.get_free_memory(x.device)
     sizes = range(len(x) * entries, 1, -1)
-    return next((rows for rows in sizes if guided_pass_memory(model, (rows, *x.shape[1:]), level) <= free), 1)
+    return next((rows for rows in sizes if guided_pass_memory(model, (rows, *x.shape[1:]), level, **needs) <= free), 1)
 
 
 def announce_memory(model, amount: int):

@@ -210,15 +210,16 @@ def sample_edit(
     levels = (sampling.percent_to_sigma(percent) for percent in window)
     guidance = GuidanceSchedule(strength, *levels, **chosen.schedule(inversion.steps))
     guided = with_map_jobs(model)
+    needs = _needs(positive, None if preset == "official" else maps, inversion.steps)
     if strength:
         # The least it can do with, so that weights stay where they are; more is used where it is free.
-        guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1]))
+        guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1], **needs))
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         guider.add_source()
         _check_areas(guider.conds["positive"], guider.conds["source"])
-        level = affordable_level(model, x, chosen.checkpointing)
-        rows = affordable_rows(model, x, level, entries=len(positive))
+        level = affordable_level(model, x, chosen.checkpointing, **needs)
+        rows = affordable_rows(model, x, level, entries=len(positive), **needs)
         mask_at = partial(_mask_at, inversion, model_k, extra_args["model_options"], sigmas)
         if preset == "official":
             sample = partial(sample_official, final_sigma=float(sampling.sigmas[0]))
@@ -248,6 +249,13 @@ def sample_edit(
     guider.set_cfg(cfg)
     picture = model.model.process_latent_out(inversion.trajectory[0])
     return _sample(guider, walk, picture, inversion.sigmas.flip(0), seed=0)
+
+
+def _needs(positive: list, maps: MapStore | None, steps: int) -> dict:
+    """What beside the latent's size decides the memory of a guided pass, see `guided_pass_memory`."""
+    lengths = [text.shape[1] for text, _ in positive if text is not None]
+    kept = maps is not None and all(maps.get(level, torch.device("cpu")) is not None for level in range(1, steps + 1))
+    return {"records": not kept, **({"tokens": max(lengths)} if lengths else {})}
 
 
 def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:

@@ -8,11 +8,13 @@ import functools
 import comfy.samplers
 import pytest
 import torch
-from families import HEIGHT, WIDTH, Float64UNet, picture, small_family, texts
+from families import HEIGHT, TOKENS, WIDTH, Float64UNet, picture, small_family, texts
+from live_memory import LiveMemory
 from pix2pix_zero.attention_patches.sites import attends_to_itself, cross_attention_sites
 from pix2pix_zero.benchmarks.families_parts.architectures import COMMON, FAMILIES, detected, file_of
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.map_jobs import with_map_jobs
+from pix2pix_zero.host.map_jobs import MatchMaps, with_map_jobs
+from pix2pix_zero.host.memory import guided_pass_memory
 from pix2pix_zero.host.sampling import invert_latent, sample_edit
 from pix2pix_zero.host.unet_passes import UNetPasses
 
@@ -37,7 +39,7 @@ def edit(model, inversion, positive, negative=None, cfg=2.0, strength=0.01, **op
 
 
 @torch.inference_mode()
-def in_guider(model, source, positive, act):
+def in_guider(model, source, positive, act, size=(HEIGHT, WIDTH)):
     """`act(passes, sigma)` inside the guider's sampling, where the guided sampler runs."""
     sigma = float(model.model.model_sampling.sigmas[TIMESTEP])
 
@@ -47,7 +49,7 @@ def in_guider(model, source, positive, act):
 
     guider = comfy.samplers.CFGGuider(with_map_jobs(model))
     guider.inner_set_conds({"positive": positive, "negative": source, "source": source})
-    empty = torch.zeros(1, 4, HEIGHT, WIDTH)
+    empty = torch.zeros(1, 4, *size)
     guider.sample(empty, empty, comfy.samplers.KSAMPLER(walk), torch.tensor([sigma, 0.0]), seed=0)
 
 
@@ -157,3 +159,41 @@ def test_gradient_is_that_of_ordinary_autograd_in_float64(family, level):
     assert expected.abs().max() > 0
     assert float((found[0] - expected).norm() / expected.norm()) <= 1e-4
     torch.testing.assert_close(found[1].double(), expected_distance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "level"),
+    [
+        ("sd15", "none"),
+        ("sdxl", "feed-forward"),
+        ("sdxl-refiner", "none"),
+        ("ssd-1b", "feed-forward"),
+        ("koala-700m", "blocks"),
+    ],
+)
+def test_memory_of_a_guided_pass_is_what_is_asked_for_or_a_little_less(family, level, monkeypatch):
+    model = loaded(family)
+    side = 32
+    x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
+    memory, run = LiveMemory(), MatchMaps.run
+
+    def measured(job, call):
+        with memory:
+            return run(job, call)
+
+    held = 0
+
+    def act(passes, sigma):
+        nonlocal held
+        passes.checkpointing.level = level
+        reference = passes.record_maps("source", x.clone(), sigma)
+        held = sum(maps.nbytes for maps in reference.values())
+        with monkeypatch.context() as patch:
+            patch.setattr(MatchMaps, "run", measured)
+            passes.denoise_and_match(1.1 * x, sigma, reference)
+
+    in_guider(model, texts(family), texts(family, seed=1), act, (side, side))
+    estimate = guided_pass_memory(model, x.shape, level, TOKENS)
+    assert 1.0 <= estimate / memory.peak <= 1.2
+    assert guided_pass_memory(model, x.shape, level, TOKENS, records=True) == estimate + held
+    assert guided_pass_memory(model, x.shape, level, 20 * TOKENS) > estimate, "longer texts have larger maps"
