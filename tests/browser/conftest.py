@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from browser_page import Frontend
+from pix2pix_zero.devtools.hosts import DEFAULT_VERSION, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 
 
@@ -21,6 +20,10 @@ def find_browser() -> str | None:
 
 @pytest.fixture(scope="session")
 def opened_frontend(server) -> Iterator[Frontend]:
+    from comfyui_version import __version__
+
+    if __version__ != DEFAULT_VERSION:
+        pytest.skip(f"they know the frontend of ComfyUI {DEFAULT_VERSION}, this is {__version__}")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = find_browser()
     if path is None:
@@ -31,11 +34,12 @@ def opened_frontend(server) -> Iterator[Frontend]:
     with playwright.sync_playwright() as driver:
         # a container's user may not make sandboxes
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1920, "height": 1080})
+        page = browser.new_page(viewport={"width": 2560, "height": 1300})
         page.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
         frontend = Frontend(page, server.url, folder)
         frontend.start()
         frontend.set("Comfy.Minimap.Visible", False)  # it hides a corner of the screenshots
+        frontend.set("LiteGraph.Canvas.MinFontSizeForLOD", 0)  # small text stays text in them
         yield frontend
         browser.close()
 

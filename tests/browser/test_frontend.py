@@ -1,0 +1,139 @@
+"""Where a person finds the pack in ComfyUI's own frontend: templates, node library, help pages, translations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser_page import Frontend
+from pix2pix_zero.devtools.server import PACK_FOLDER
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+LANGUAGES = sorted(path.parent.name for path in (ROOT / "locales").glob("*/nodeDefs.json"))
+NODE = "Pix2PixZeroKSampler"
+BLUEPRINT = "Edit picture by concept"
+
+ADD_NODE = """kind => {
+  const node = LiteGraph.createNode(kind);
+  app.graph.add(node);
+  node.pos = [600, 300];
+  app.canvas.ds.scale = 1;
+  app.canvas.ds.offset = [0, 0];
+  app.canvas.selectNode(node);
+}"""
+# The blueprint between the demo model, a demo scene and a preview.
+WIRE = """() => {
+  const [edit] = app.graph.nodes;
+  const add = (kind, x, y) => {
+    const node = LiteGraph.createNode(kind);
+    app.graph.add(node);
+    node.pos = [x, y];
+    return node;
+  };
+  edit.pos = [1000, 200];
+  const model = add('Pix2PixZeroDemoModel', 600, 200), scene = add('Pix2PixZeroDemoScene', 600, 400);
+  const join = (from, output, name) => from.connect(output, edit, edit.inputs.findIndex(slot => slot.name === name));
+  ['model', 'clip', 'vae'].forEach((name, output) => join(model, output, name));
+  join(scene, 0, 'image');
+  edit.connect(0, add('PreviewImage', 1400, 200), 0);
+  for (const [name, value] of Object.entries({captioner: 'demo', cfg: 1.5, steps: 10}))
+    edit.widgets.find(widget => widget.name === name).value = value;
+}"""
+LOADED = "selector => [...document.querySelectorAll(selector)].every(image => image.complete && image.naturalWidth > 0)"
+
+
+def test_the_template_browser_lists_every_example_with_its_thumbnail(frontend):
+    page = frontend.page
+    frontend.command("Comfy.BrowseTemplates")
+    page.get_by_role("dialog").get_by_text(PACK_FOLDER, exact=True).first.click()
+    cards = [page.get_by_test_id(f"template-workflow-{name}") for name in EXAMPLES]
+    for card in cards:
+        card.wait_for()
+        card.scroll_into_view_if_needed()
+    page.wait_for_function(LOADED, arg="[data-testid^=template-workflow-] img")
+    frontend.snapshot("templates")
+    cards[EXAMPLES.index("cat_to_dog_demo")].get_by_test_id("thumbnail-content").click()
+    page.get_by_role("dialog").wait_for(state="hidden")
+    assert frontend.nodes(NODE)
+    assert frontend.complaints() == []
+
+
+def test_the_blueprint_is_in_the_node_library_and_edits_a_picture(frontend):
+    page = frontend.page
+    frontend.command("Workspace.ToggleSidebarTab.node-library")
+    page.locator(".side-bar-panel input, [class*=sidebar] input[type=text]").first.fill("edit picture")
+    page.get_by_role("treeitem", name=BLUEPRINT).last.click()
+    page.mouse.move(1200, 500)  # the node hangs on the pointer until it is set down
+    page.mouse.click(1200, 500)
+    page.wait_for_function("() => app.graph.nodes.length === 1")
+    frontend.command("Workspace.ToggleSidebarTab.node-library")
+    assert page.evaluate("() => app.graph.nodes[0].title") == BLUEPRINT
+    page.evaluate(WIRE)
+    seen = frontend.run()
+    assert seen["ending"][0] == "execution_success", seen["ending"]
+    assert len(frontend.pictures()) == 1
+    page.wait_for_timeout(500)  # the picture is loaded
+    frontend.snapshot("blueprint")
+    page.evaluate("() => app.canvas.openSubgraph(app.graph.nodes[0].subgraph, app.graph.nodes[0])")
+    page.wait_for_timeout(300)
+    frontend.screenshot("blueprint_inside")
+    assert frontend.complaints() == []
+
+
+def open_help(frontend: Frontend, kind: str) -> None:
+    """Add a node and press its info button."""
+    frontend.page.evaluate(ADD_NODE, kind)
+    frontend.page.get_by_test_id("info-button").first.click()
+
+
+def test_every_node_has_a_help_page_on_the_server(server):
+    ids = [name for name in server.object_info() if name.startswith("Pix2PixZero")]
+    assert ids
+    for name in ids:
+        page = server.get(f"/extensions/{PACK_FOLDER}/docs/{name}.md").decode()
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|<img[^>]*src=\"([^\"]+)\"", page):
+            assert server.get(f"/extensions/{PACK_FOLDER}/docs/{''.join(picture)}")
+
+
+def test_the_help_page_is_shown_beside_its_node(frontend, server):
+    page = frontend.page
+    open_help(frontend, NODE)
+    served = server.get(f"/extensions/{PACK_FOLDER}/docs/{NODE}.md").decode()
+    for heading in re.findall(r"^#+ (.+)$", served, re.MULTILINE):
+        page.get_by_role("heading", name=heading, exact=True).first.wait_for(timeout=5000)
+    page.wait_for_function(LOADED, arg=f"img[src*='{PACK_FOLDER}/docs']")
+    frontend.snapshot("help")
+    assert frontend.complaints() == []
+
+
+@pytest.fixture(params=[language for language in LANGUAGES if language != "en"])
+def language(request: pytest.FixtureRequest, frontend: Frontend) -> Iterator[str]:
+    frontend.set("Comfy.Locale", request.param)
+    frontend.start()
+    yield request.param
+    frontend.set("Comfy.Locale", "en")
+    frontend.start()
+
+
+def test_nodes_inputs_and_help_are_shown_in_the_language_of_the_frontend(language, frontend):
+    page = frontend.page
+    open_help(frontend, NODE)
+    page.wait_for_timeout(500)
+    expected = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[NODE]
+    assert page.evaluate("() => app.graph.nodes[0].title") == expected["display_name"]
+    shown = page.evaluate(
+        "() => [...app.graph.nodes[0].inputs].map(slot => [slot.name, slot.label ?? slot.localized_name])"
+    )
+    named = {name: expected["inputs"][name]["name"] for name, _ in shown if "name" in expected["inputs"].get(name, {})}
+    assert named
+    assert {name: label for name, label in shown if name in named} == named
+    translated = ROOT / "web" / "docs" / NODE / f"{language}.md"
+    if translated.is_file():
+        heading = re.search(r"^# (.+)$", translated.read_text(encoding="utf-8"), re.MULTILINE)[1]
+        page.get_by_role("heading", name=heading, exact=True).first.wait_for(timeout=5000)
+    frontend.snapshot(f"language_{language}")
+    assert frontend.complaints() == []
