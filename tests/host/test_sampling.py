@@ -10,7 +10,7 @@ import pytest
 import torch
 from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import sampling
+from pix2pix_zero.host import progress, sampling
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_unet import conditioning, latent, small_model
@@ -155,7 +155,9 @@ def test_the_measured_reconstruction_is_that_of_a_stock_sampler(model, method):
 
 @pytest.mark.parametrize("method", ["direct", "ddim"])
 @pytest.mark.parametrize("measured", [False, True])
-def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, measured, caplog):
+def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, measured, caplog, monkeypatch):
+    shown = []
+    monkeypatch.setattr(progress, "show", shown.append)
     settings = dict(
         steps=3,
         seed=0,
@@ -181,6 +183,9 @@ def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, m
         assert ("dB" in report) == measured
         assert ("exact" in report) == (method == "direct")
         assert report in caplog.text
+    assert shown[-1].split("\n") == reports
+    redrawn = [text for text in shown if text.startswith("Redrawing")]
+    assert redrawn == [f"Redrawing {step}/3" for step in (1, 2, 3)] * (2 if measured else 0)
 
 
 @pytest.mark.parametrize("method", ["ddim", "fixed-point"])
@@ -294,11 +299,13 @@ def test_flow_and_edm_models_are_refused():
             invert(small_model(model_type))
 
 
-def test_v_prediction_inverts_and_reconstructs():
+@pytest.mark.parametrize(("method", "steps"), [("ddim", 40), ("fixed-point", 10)])
+def test_v_prediction_inverts_and_reconstructs(method, steps):
     with torch.inference_mode():
         model = small_model(comfy.model_base.ModelType.V_PREDICTION)
-    inversion = invert(model, steps=40, regularization=OFF, method="ddim")
-    again = edit(model, inversion, conditioning(), strength=0.0)
+    inversion = invert(model, steps=steps, regularization=OFF, method=method)
+    plain = replace(inversion, residuals=None)
+    again = edit(model, plain, conditioning(), strength=0.0)
     source = latent()["samples"]
     assert (again - source).norm() / source.norm() < 0.1
 
