@@ -65,8 +65,14 @@ def test_every_page_says_what_the_node_does_and_shows_a_worked_example():
         text = path.read_text(encoding="utf-8")
         intro = text.split("\n## ")[0]
         assert len(intro.encode()) > 120, path
-        assert re.search(r"^!\[.{8,}\]\(pictures/", text, re.MULTILINE), f"{path} shows no picture"
+        assert re.search(r"^!\[.{5,}\]\(pictures/", text, re.MULTILINE), f"{path} shows no picture"
         assert len(re.findall(r"^\d\. ", text, re.MULTILINE)) >= 2, f"{path} has no steps to follow"
+
+
+def test_what_is_emphasized_is_shown_so():
+    """Markdown does not end an emphasis between a bracket and a letter, which languages without spaces run into."""
+    broken = re.compile(r"[)）」』”]\*{1,2}(?=\w)|(?<=\w)\*{1,2}[(（「『“]")
+    assert {path: broken.search(path.read_text(encoding="utf-8")) for path in pages()} == dict.fromkeys(pages())
 
 
 def test_the_pages_show_pictures_that_exist_and_every_picture_is_shown():
