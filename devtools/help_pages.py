@@ -23,8 +23,9 @@ CONTROL = "control_after_generate"
 class Words:
     """What a language calls the parts of a table."""
 
-    head: tuple[str, str, str, str]  # input, description, type, default
+    input: str
     output: str
+    meaning: str
     optional: str
     advanced: str
     between: str  # two numbers
@@ -34,14 +35,14 @@ class Words:
 
 LANGUAGES = {
     "en": Words(
-        ("Input", "What it does", "Type", "Default"), "Output", "optional", "advanced", "{} to {}", none="No inputs."
+        "Input, type, default", "Output, type", "What it does", "optional", "advanced", "{} to {}", none="No inputs."
     ),
     "ko": Words(
-        ("입력", "설명", "유형", "기본값"), "출력", "선택", "고급", "{}~{}", "생성 후 제어", "입력이 없습니다."
+        "입력, 유형, 기본값", "출력, 유형", "설명", "선택", "고급", "{}~{}", "생성 후 제어", "입력이 없습니다."
     ),
-    "zh": Words(("输入", "说明", "类型", "默认值"), "输出", "可选", "高级", "{}～{}", "生成后的控制", "没有输入。"),
+    "zh": Words("输入、类型、默认值", "输出、类型", "说明", "可选", "高级", "{}～{}", "生成后的控制", "没有输入。"),
     "ja": Words(
-        ("入力", "説明", "型", "デフォルト"), "出力", "任意", "高度", "{}～{}", "生成後の制御", "入力はありません。"
+        "入力、型、デフォルト", "出力、型", "説明", "任意", "高度", "{}～{}", "生成後の制御", "入力はありません。"
     ),
 }
 TRANSLATIONS = tuple(language for language in LANGUAGES if language != "en")
@@ -123,17 +124,23 @@ def input_table(info: dict, texts: dict, words: Words) -> str:
             word for word, set in ((words.optional, _widgetless(socket)), (words.advanced, _hidden(socket))) if set
         ]
         kind = " ".join([socket.kind, *(f"({mark})" for mark in marks)])
-        rows.append((_name(name, text["name"]), text.get("tooltip", ""), kind, _default(socket, words)))
-    return _table(words.head, rows) if rows else words.none
+        default = _default(socket, words)
+        rows.append((_cell(_name(name, text["name"]), kind, default), text.get("tooltip", "")))
+    return _table((words.input, words.meaning), rows) if rows else words.none
 
 
 def output_table(info: dict, texts: dict, words: Words) -> str:
     """The table of a node's outputs."""
-    rows = [
-        (_name(name, texts["outputs"][str(index)]["name"]), texts["outputs"][str(index)].get("tooltip", ""), kind)
-        for index, (name, kind) in enumerate(zip(info["output_name"], info["output"], strict=True))
-    ]
-    return _table((words.output, *words.head[1:3]), rows)
+    rows = []
+    for index, (name, kind) in enumerate(zip(info["output_name"], info["output"], strict=True)):
+        text = texts["outputs"][str(index)]
+        rows.append((_cell(_name(name, text["name"]), kind), text.get("tooltip", "")))
+    return _table((words.output, words.meaning), rows)
+
+
+def _cell(*lines: str) -> str:
+    """One cell above the other: the frontend's panel is narrow."""
+    return "<br>".join(line for line in lines if line)
 
 
 def _widgetless(socket: Socket) -> bool:
