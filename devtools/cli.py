@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import webbrowser
 from pathlib import Path
 
 from .environment import Environment, lock, prepare
-from .hosts import DEFAULT_VERSION, ROOT, SOURCES
+from .hosts import DEFAULT_VERSION, ROOT, SOURCES, named_versions
 from .process import DevError, one_thread, orderly_end, run
+
+MOST_WORKERS = 4  # of the tests; each takes a core and about 2 GB
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,8 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, add_help=explains)
         sub.set_defaults(command=command, takes_more=takes_more)
         if host:
+            several = ". Several between commas, or oldest, newest, all" if name == "test" else ""
             sub.add_argument(
-                "--comfyui", metavar="VERSION", help=f"{', '.join(SOURCES)}; {DEFAULT_VERSION} when left out"
+                "--comfyui", metavar="VERSION", help=f"{', '.join(SOURCES)}; {DEFAULT_VERSION} when left out{several}"
             )
         return sub
 
@@ -74,23 +78,31 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
-    environment = prepare(options.comfyui)
-    status = _ruff(environment, [])
-    if status:
-        return status
-    status = _pytest(environment, rest)
-    if status or not options.gpu:
-        return status
-    return _pytest(environment, ["--gpu", "-m", "gpu", *rest])
+    versions = named_versions(options.comfyui)
+    status = _ruff(prepare(versions[0]), [])
+    folders = ["unit", "host", "browser"]
+    for version in versions:
+        if status:
+            return status
+        environment = prepare(version)
+        print(f"Testing with ComfyUI {environment.comfyui.version} ...", flush=True)
+        status = _pytest(environment, rest, folders)
+        if options.gpu and not status:
+            # they share one GPU
+            status = _pytest(environment, ["--gpu", "-m", "gpu", *rest, "-n", "0"], folders)
+        folders = ["host"]  # the others do not depend on the version
+    return status
 
 
-def _pytest(environment: Environment, rest: list[str]) -> int:
+def _pytest(environment: Environment, rest: list[str], folders: list[str]) -> int:
     tests = ROOT / "tests"
     # pytest runs in ComfyUI's folder, so the files a person names are given their full path
     named = [argument for argument in rest if Path(argument.partition("::")[0]).exists()]
-    paths = [Path(argument).absolute() for argument in named] or [tests / name for name in ("unit", "host", "browser")]
+    paths = [Path(argument).absolute() for argument in named] or [tests / folder for folder in folders]
     rest = [argument for argument in rest if argument not in named]
     command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "--durations-min=1"]
+    if not named:
+        command += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadgroup"]
     command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]
     return run(
         command, cwd=environment.comfyui.path, env=environment.variables(PYTHONDONTWRITEBYTECODE="1", **one_thread())

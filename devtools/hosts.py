@@ -40,6 +40,25 @@ SOURCES = {
 }
 
 
+def named_versions(names: str | None) -> list[str | None]:
+    """The versions that a person names between commas: numbers, ``oldest``, ``newest`` or ``all``.
+
+    None, for the one that is used where nobody names one, stays None.
+
+    Raises:
+        DevError: One is not in the table.
+    """
+    if names is None:
+        return [None]
+    known = sorted(SOURCES, key=lambda version: [int(part) for part in version.split(".")])
+    words = {"oldest": known[:1], "newest": known[-1:], "all": known[::-1]}
+    versions = [version for name in names.split(",") for version in words.get(name.strip(), [name.strip()])]
+    for version in versions:
+        if version not in SOURCES:
+            raise DevError(f"ComfyUI {version} is not available here; choose one of {', '.join(SOURCES)}.")
+    return list(dict.fromkeys(versions))
+
+
 @dataclass(frozen=True)
 class ComfyUI:
     """A ComfyUI tree; ``own`` says that it belongs to the person and is never written to."""
@@ -64,9 +83,9 @@ def choose(version: str | None) -> ComfyUI:
         except (OSError, AttributeError):
             raise DevError(f"COMFYUI_PATH is {path}, but there is no ComfyUI there.") from None
         return ComfyUI(path, found, own=True)
-    version = version or DEFAULT_VERSION
-    if version not in SOURCES:
-        raise DevError(f"ComfyUI {version} is not available here; choose one of {', '.join(SOURCES)}.")
+    (version, *others) = named_versions(version or DEFAULT_VERSION)
+    if others:
+        raise DevError("Name one ComfyUI version; only `dev.py test` takes several.")
     return ComfyUI(ROOT / ".comfyui" / version, version)
 
 

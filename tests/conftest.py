@@ -66,6 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            # A file's tests share its models; those with a server share that.
+            group = "server" if "server" in item.fixturenames else item.path.name
+            item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--gpu"):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: python dev.py test --gpu")

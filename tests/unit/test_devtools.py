@@ -144,6 +144,52 @@ def test_an_unknown_comfyui_version_is_told_with_the_known_ones(capsys):
     assert "dev.py: ComfyUI 9.9 is not available here; choose one of 0.30.0" in capsys.readouterr().err
 
 
+def test_versions_are_named_by_number_or_by_word():
+    known = list(hosts.SOURCES)
+    assert hosts.named_versions(None) == [None]
+    assert hosts.named_versions("newest,oldest") == [known[0], known[-1]]
+    assert hosts.named_versions("0.20.1, oldest,0.20.1") == ["0.20.1", known[-1]]
+    assert hosts.named_versions("all") == known
+    with pytest.raises(process.DevError, match="Name one ComfyUI version"):
+        hosts.choose("all")
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The commands that would be run, each as a list of text; every one succeeds, as long as no status is put in."""
+    ran, status = [], []
+
+    def run(command, **options):
+        ran.append([str(part) for part in command])
+        return status.pop(0) if status else 0
+
+    monkeypatch.setattr(cli, "prepare", lambda version=None: Environment(ComfyUI(tmp_path, version or "own"), tmp_path))
+    monkeypatch.setattr(cli, "run", run)
+    return ran, status
+
+
+def tested(command):
+    return [Path(part).name for part in command if Path(part).parent == ROOT / "tests" and Path(part).is_dir()]
+
+
+def test_further_versions_run_the_tests_that_depend_on_them(commands):
+    ran, _ = commands
+    assert cli.main(["test", "--comfyui", "newest,oldest", "-x"]) == 0
+    lint, first, second = ran
+    assert "ruff" in lint
+    assert [tested(first), tested(second)] == [["unit", "host", "browser"], ["host"]]
+    assert "-n" in first and "-x" in first and "-x" in second
+
+
+def test_a_failure_ends_the_tests_and_named_files_run_in_one_process(commands):
+    ran, status = commands
+    status += [0, 1]
+    assert cli.main(["test", "--comfyui", "newest,oldest", str(ROOT / "tests" / "unit" / "test_ddim.py")]) == 1
+    (_, first) = ran
+    assert first[-1].endswith("test_ddim.py")
+    assert "-n" not in first
+
+
 @posix_only
 @pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)], ids=["ctrl-c", "sigterm"])
 def test_signals_end_in_order_even_as_a_background_job(number, status):

@@ -77,8 +77,8 @@ def test_every_file_the_readme_links_to_is_there():
 
 
 def test_the_continuous_integration_runs_the_command_of_the_readme():
-    assert "dev.py test" in read(ROOT / ".ci" / "run")
-    assert "python dev.py test" in read(ROOT / "README.md")
+    command = re.search(r"python (dev.py test [^\"]+) ", read(ROOT / ".ci" / "run"))[1]
+    assert f"python {command}" in read(ROOT / "README.md")
 
 
 def test_the_packages_icon_and_banner_are_what_the_registry_takes():
