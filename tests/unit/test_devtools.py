@@ -168,7 +168,7 @@ def commands(tmp_path, monkeypatch):
     return ran, status
 
 
-def tested(command):
+def folders_of(command):
     return [Path(part).name for part in command if Path(part).parent == ROOT / "tests" and Path(part).is_dir()]
 
 
@@ -177,7 +177,7 @@ def test_further_versions_run_the_tests_that_depend_on_them(commands):
     assert cli.main(["test", "--comfyui", "newest,oldest", "-x"]) == 0
     lint, first, second = ran
     assert "ruff" in lint
-    assert [tested(first), tested(second)] == [["unit", "host", "browser"], ["host"]]
+    assert [folders_of(first), folders_of(second)] == [["unit", "host", "browser"], ["host"]]
     assert "-n" in first and "-x" in first and "-x" in second
 
 
