@@ -12,7 +12,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import CrossAttention, attention_pytorch
+
+FOREIGN_ATTENTION = (
+    "model: the attention that another node put into it has no derivative, so the picture cannot be guided through it. "
+    "Take out that node, or start ComfyUI with --use-pytorch-cross-attention."
+)
 
 _active = contextvars.ContextVar("the weights' rules of the input_gradients in progress", default=None)
 
@@ -127,10 +132,7 @@ def _checked_replacement(patch):
     def replaced(*args, **kwargs):
         out = patch(*args, **kwargs)
         if _severed(args, out):
-            raise ValueError(
-                "model: the attention that another node put into it has no derivative, so the picture cannot be guided "
-                "through it. Take out that node, or start ComfyUI with --use-pytorch-cross-attention."
-            )
+            raise ValueError(FOREIGN_ATTENTION)
         return out
 
     return replaced
@@ -215,6 +217,10 @@ def _dequantized(modules: list[torch.nn.Module]) -> Iterator[None]:
 def _every_layer_counts() -> Iterator[None]:
     # A kernel that autograd does not know cuts the graph without a word, and the gradient would be silently wrong.
     def check(module, inputs, output):
+        if isinstance(module, CrossAttention) and _severed(
+            inputs, output
+        ):  # such as GLIGEN's, which no override reaches
+            raise ValueError(FOREIGN_ATTENTION)
         if hasattr(module, "weight") and _severed(inputs, output):
             raise ValueError(
                 f"model: its layers of the kind {type(module).__name__} have no derivative, so the picture cannot be "

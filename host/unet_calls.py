@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .plug_and_play import JOB as PLUG_AND_PLAY
+
 
 @dataclass
 class UNetCall:
@@ -36,8 +38,14 @@ class UNetCall:
         return self.executor(x, arguments.pop("t"), c_concat, c_crossattn, control, transformer_options, **arguments)
 
     def parts(self, rows: int) -> Iterator["UNetCall"]:
-        """Calls of at most `rows` rows that make up this one: itself, or some of one entry's pictures each."""
-        if len(self.x) <= rows:
+        """Calls of at most `rows` rows that make up this one: itself, or some of one entry's pictures each.
+
+        A call with patches that hold something for each row, GLIGEN's or Plug-and-Play's, stays whole.
+        """
+        whole = (
+            "middle_patch" in self.transformer_options.get("patches", {}) or PLUG_AND_PLAY in self.transformer_options
+        )
+        if whole or len(self.x) <= rows:
             yield self
             return
         options = self.transformer_options

@@ -1,11 +1,12 @@
 """Pictures of any size, batches of any number, and as much memory as there is."""
 
+import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import pytest
 import torch
 from composed_run import directional_derivative, edit, guided_step, invert, soft_model
 from guided_pass import latents
-from patch_catalogue import combined, control_net, random, regional, t2i_adapter, unequal
+from patch_catalogue import combined, control_net, gligen, random, regional, t2i_adapter, unequal
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
@@ -143,6 +144,21 @@ def test_a_batch_that_memory_does_not_hold_is_split_with_the_same_result(model, 
     split = edit(model, inversion, positive, strength=STRENGTH)
     assert set(rows) == {(1, 1)}
     assert same(split, whole)
+
+
+@pytest.mark.parametrize("held_by", ["GLIGEN", "Plug-and-Play"])
+def test_a_batch_with_something_held_for_each_row_stays_whole(model, no_memory, monkeypatch, held_by):
+    rows, shrink = no_memory
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # GLIGEN's own
+    texts = [own(conditioning(seed=seed), 2) for seed in (0, 1)]
+    source, positive = (gligen(text, "positive") for text in texts) if held_by == "GLIGEN" else texts
+    inversion = invert(model, source, latent(2, 8, 12), steps=2)
+    with torch.inference_mode():
+        changed = with_source_features(model, inversion, 0.5, 0.5) if held_by == "Plug-and-Play" else model
+    whole = edit(changed, inversion, positive, strength=STRENGTH)
+    shrink()
+    assert same(edit(changed, inversion, positive, strength=STRENGTH), whole)
+    assert set(rows) == {(2, 1)}
 
 
 def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(model, caplog):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import comfy.hooks
+import comfy.ldm.modules.attention as attention
 import comfy.samplers
 import pytest
 import torch
@@ -11,6 +12,7 @@ from guided_pass import latents
 from patch_catalogue import (
     combined,
     control_net,
+    gligen,
     lora_hooks,
     masked,
     regional,
@@ -130,3 +132,17 @@ def test_a_scheduled_lora_acts_in_the_inversion_as_in_the_edit(model):
     assert same(kept, anew)
     plain = invert(model, steps=6, method="direct")
     assert not same(plain.trajectory[-1], inversion.trajectory[-1], 1e-2), "the LoRA must matter"
+
+
+def test_gligen_whose_attention_has_no_derivative_is_refused_in_words(model, monkeypatch):
+    """It takes the attention that ComfyUI was started with, such as SageAttention."""
+    source, positive = (gligen(conditioning(seed=seed), "positive") for seed in (0, 1))
+    inversion = invert(model, source)
+
+    def sage(q, k, v, heads, **options):
+        with torch.no_grad():
+            return attention.attention_pytorch(q, k, v, heads)
+
+    monkeypatch.setattr(attention, "optimized_attention", sage)
+    with pytest.raises(ValueError, match="model: the attention that another node put into it has no derivative"):
+        edit(model, inversion, positive, strength=STRENGTH)
