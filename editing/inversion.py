@@ -1,5 +1,6 @@
 """Inversion: an image's latent walked up the DDIM grid to noise, with every latent on the way kept."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +82,9 @@ def invert_fixed_point(
 
         x_i = x_{i-1} + (sigma_i - sigma_{i-1}) eps(x_i, sigma_i),
 
-    by `iterations` substitutions into its right-hand side, from the regularized step of `invert` on; 0 are `invert`. A
-    picture that a substitution takes further from solving it stays at the best latent.
+    by `iterations` substitutions into its right-hand side, starting along the regularized `expected_eps`. A picture that a
+    substitution takes further from solving it stays at the best latent. Without iterations it takes no more evaluations
+    than `invert`.
 
     `latent`: clean latent [B, C, H, W]. `sigmas`: [N+1] ascending from 0. `denoise(x, sigma, level)`: the model's
     estimate of the clean latent; `level` counts those of the trajectory where x is to stay on it, and is 0 elsewhere.
@@ -92,28 +94,43 @@ def invert_fixed_point(
     levels = sigmas.tolist()
     seen = ddim.rescale(latent, 0.0, levels[1])
     eps = ddim.predicted_eps(seen, denoise(seen, levels[1], 0), levels[1])
-    visited = [latent]
+    visited, found = [latent], []
     for index, (sigma_from, sigma) in enumerate(zip(levels, levels[1:])):
-        before, final_level = visited[-1], index + 1
+        before, level = visited[-1], index + 1
 
         def evaluate(x, left):
-            denoised = denoise(x, sigma, 0 if left else final_level)
+            denoised = denoise(x, sigma, 0 if left else level)
             return x, denoised, ddim.step(before, ddim.predicted_eps(x, denoised, sigma), sigma_from, sigma)
 
+        if found:
+            eps = expected_eps(found[-2:], sigma)
         best = evaluate(ddim.step(before, regularize(eps), sigma_from, sigma), iterations)
         closer = torch.ones_like(before[:, :1, :1, :1], dtype=torch.bool)
         for left in reversed(range(iterations)):
             x, _, substituted = best
-            found = evaluate(torch.where(closer, substituted, x), left)
-            closer = closer & (_unsolved(*found) < _unsolved(*best))
-            best = tuple(torch.where(closer, new, old) for new, old in zip(found, best))
+            trial = evaluate(torch.where(closer, substituted, x), left)
+            closer = closer & (_unsolved(*trial) < _unsolved(*best))
+            best = tuple(torch.where(closer, new, old) for new, old in zip(trial, best))
             if not closer.any():
                 break
         x, denoised, _ = best
-        eps = ddim.predicted_eps(x, denoised, sigma)
         visited.append(x)
+        found = [*found[-1:], (sigma, ddim.predicted_eps(x, denoised, sigma))]
         on_step(index, denoised, x)
     return visited
+
+
+def expected_eps(found: list[tuple[float, torch.Tensor]], sigma: float) -> torch.Tensor:
+    """The noise to expect at the next level: that of the last one, or on a line through the last two (sigma, eps).
+
+    The line is drawn over atan(sigma), the angle between picture and noise in a variance-preserving latent (Salimans and
+    Ho 2022, appendix D), along which they turn evenly.
+    """
+    if len(found) == 1:
+        return found[0][1]
+    (sigma_a, eps_a), (sigma_b, eps_b) = found
+    ahead = (math.atan(sigma) - math.atan(sigma_b)) / (math.atan(sigma_b) - math.atan(sigma_a))
+    return torch.lerp(eps_a, eps_b, 1 + ahead)
 
 
 def _unsolved(x: torch.Tensor, denoised: torch.Tensor, substituted: torch.Tensor) -> torch.Tensor:

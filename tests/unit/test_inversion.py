@@ -4,7 +4,7 @@ import pytest
 import torch
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.inversion import invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
-from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, denoiser, sigmas, timesteps, toy_eps, vp_scale
+from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, denoiser, sigmas, timestep_of, timesteps, toy_eps, vp_scale
 
 
 def picture():
@@ -171,14 +171,34 @@ def test_every_iteration_brings_the_picture_closer():
     assert errors[-1] < 0.05 * errors[0]
 
 
-def test_fixed_point_inversion_without_iterations_is_plain_inversion():
+def test_fixed_point_inversion_begins_as_plain_inversion_and_goes_on_along_the_noise_to_expect():
     latent, levels = picture(), sigmas(5)
     visited, estimates = fixed_point_walk(latent, levels, denoiser(), 0, lambda eps: eps / 2)
-    expected = walk(latent, ddim.inversion_transitions(levels), denoiser(), lambda eps: eps / 2)
-    for ours, theirs in zip(visited, expected, strict=True):
+    plain = walk(latent, ddim.inversion_transitions(levels), denoiser(), lambda eps: eps / 2)
+    for ours, theirs in zip(visited[:3], plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for x, estimate, sigma in zip(visited[1:], estimates, levels.tolist()[1:], strict=True):
         torch.testing.assert_close(estimate, denoiser()(x, sigma))
+    angles = levels.atan()
+    for i in range(3, 6):
+        a, b = (toy_eps(visited[j] / vp_scale(float(levels[j])), timestep_of(float(levels[j]))) for j in (i - 2, i - 1))
+        line = a + (b - a) * (angles[i] - angles[i - 2]) / (angles[i - 1] - angles[i - 2])
+        torch.testing.assert_close(visited[i], visited[i - 1] + (levels[i] - levels[i - 1]) * line / 2)
+
+
+def test_the_noise_to_expect_saves_most_of_the_error_without_another_evaluation():
+    """On data N(mu, s^2), with the exact denoiser."""
+    latent, levels, mu, s, calls = picture(), sigmas(15), 0.4, 0.8, 0
+
+    def denoise(x, sigma):
+        nonlocal calls
+        calls += 1
+        return (s**2 * x + sigma**2 * mu) / (s**2 + sigma**2)
+
+    plain, ahead = walk(latent, transitions_of("ddim", 15), denoise), fixed_point_walk(latent, levels, denoise, 0)[0]
+    assert calls == 15 + 16
+    errors = [float((sample(visited[-1], levels, denoise) - latent).norm()) for visited in (plain, ahead)]
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_a_picture_that_iterations_would_lead_astray_stays_where_it_came_closest():
