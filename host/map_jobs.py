@@ -87,13 +87,14 @@ class RecordMaps:
         self.stop = stop
 
     def run(self, call: UNetCall) -> torch.Tensor:
-        numbers = _numbers(call, self.entries)
+        entries, numbers = _in_call(call, self.entries)
 
         def visit(site, q, k, heads):
-            lengths = own_tokens(k.shape[1], [self.entries[number] for number in numbers])
+            lengths = own_tokens(k.shape[1], entries)
             rows = zip(numbers, lengths, q.chunk(len(numbers)), k.chunk(len(numbers)))
             for number, tokens, part_q, part_k in rows:
-                self.keep((number, site), attention_maps(part_q, part_k[:, :tokens], heads))
+                if number is not None:
+                    self.keep((number, site), attention_maps(part_q, part_k[:, :tokens], heads))
             if self.stop and site == self.sites[-1]:
                 raise LastSiteReached
             return q, k
@@ -131,10 +132,10 @@ class MatchMaps:
         self.distance = x.new_zeros(len(x))
 
     def run(self, call: UNetCall) -> torch.Tensor:
-        numbers = _numbers(call, self.entries)
+        entries, numbers = _in_call(call, self.entries)
         if any(
             (len(call.x), *call.x.shape[2:]) != (len(numbers) * len(target), *target.shape[2:])
-            for target in (narrowed(self.gradient, self.entries[number].area) for number in numbers)
+            for target in (narrowed(self.gradient, entry.area) for entry, i in zip(entries, numbers) if i is not None)
         ):
             raise ValueError(
                 "model: another node cuts the picture or the batch into parts of its own for the UNet, so that its "
@@ -146,7 +147,7 @@ class MatchMaps:
         return torch.cat([self._within_memory(part) for part in call.parts(self.checkpointing.rows)])
 
     def _within_memory(self, call: UNetCall) -> torch.Tensor:
-        numbers = _numbers(call, self.entries)
+        entries, numbers = _in_call(call, self.entries)
         if not any((number, self.sites[0]) in self.reference for number in numbers):
             return torch.zeros_like(call.x) if self.stop else call(call.x, call.transformer_options)
         try:
@@ -154,20 +155,20 @@ class MatchMaps:
                 input_gradients(call.model),
                 checkpointed(call.model.diffusion_model, self.checkpointing.level, self.sites[-1]),
             ):
-                output, gradient, distances = self._differentiate(call, numbers)
+                output, gradient, distances = self._differentiate(call, entries, numbers)
         except Exception as error:
             if not (is_out_of_memory(error) and self.checkpointing.tighten(len(call.x))):
                 raise
         else:
             for number, part, amount in zip(numbers, gradient.chunk(len(numbers)), distances):
-                self._add(number, call, part, amount)
+                if number is not None:
+                    self._add(self.entries[number], call, part, amount)
             return output
         # Here the exception and the tensors of its frames are gone.
         soft_empty_cache()
         return self._run(call)
 
-    def _add(self, number: int, call: UNetCall, gradient: torch.Tensor, distance: torch.Tensor) -> None:
-        entry = self.entries[number]
+    def _add(self, entry: Entry, call: UNetCall, gradient: torch.Tensor, distance: torch.Tensor) -> None:
         pictures = slice(call.first, call.first + call.pictures)
         if entry.share is not None:
             share = entry.share[pictures]
@@ -176,7 +177,9 @@ class MatchMaps:
         narrowed(self.gradient, entry.area)[pictures].add_(gradient)
         self.distance[pictures] += distance
 
-    def _differentiate(self, call: UNetCall, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor, list]:
+    def _differentiate(
+        self, call: UNetCall, entries: list[Entry], numbers: list[int | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, list]:
         x = call.x.clone().requires_grad_(True)
         scale = GradientScale()
         distances = [{} for _ in numbers]
@@ -184,7 +187,7 @@ class MatchMaps:
 
         def visit(site, q, k, heads):
             nonlocal last_q
-            lengths = own_tokens(k.shape[1], [self.entries[number] for number in numbers])
+            lengths = own_tokens(k.shape[1], entries)
             parts = [list(tensor.chunk(len(numbers))) for tensor in (q, k)]
             for i, (number, tokens) in enumerate(zip(numbers, lengths)):
                 if (number, site) in self.reference:
@@ -214,10 +217,11 @@ class MatchMaps:
         return output.detach(), gradient, [sum(of_entry.values(), x.new_zeros(())) for of_entry in distances]
 
 
-def _numbers(call: UNetCall, entries: list[Entry]) -> list[int]:
-    """Which of the entries are in the batch of a call, in its order."""
-    uuids = [entry.uuid for entry in entries]
-    return [uuids.index(uuid) for uuid in call.uuids]
+def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[int | None]]:
+    """The entries in the batch of a call, in its order, and their numbers: None for what another pack has made up."""
+    known = {entry.uuid: number for number, entry in enumerate(entries)}
+    numbers = [known.get(uuid) for uuid in call.uuids]
+    return [Entry(uuid) if i is None else entries[i] for i, uuid in zip(numbers, call.uuids)], numbers
 
 
 def _check_maps(reference: torch.Tensor, q: torch.Tensor, tokens: int, heads: int) -> None:

@@ -85,7 +85,7 @@ class UNetPasses:
         if hold_negative:
             return [edited, edited + self.estimates.distance() * float(args["sigma"].flatten()[0])]
         # Other packs tell the negative by its place in the list.
-        return [edited, samplers.calc_cond_batch(args["model"], [None, negative], *rest, options)[1]]
+        return [edited, samplers.calc_cond_batch(args["model"], [[], negative], *rest, options)[1]]
 
     def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         source = self.estimates.negative
@@ -159,7 +159,7 @@ class UNetPasses:
         if job is not None:
             options = with_job(options, job)
         # Other packs tell the negative by its place in the list.
-        conds = [None, self.guider.conds[branch]] if branch == "negative" else [self.guider.conds[branch]]
+        conds = [[], self.guider.conds[branch]] if branch == "negative" else [self.guider.conds[branch]]
         return samplers.calc_cond_batch(self.guider.inner_model, conds, x, _levels(x, sigma), options)[-1]
 
 

@@ -92,6 +92,20 @@ def test_a_function_that_evaluates_the_branches_again_does_not_count_twice(model
     assert torch.equal(once[1], twice[1])
 
 
+def test_texts_that_another_pack_adds_to_a_batch_are_left_alone(model):
+    """As packs do that lead away from a second negative: a wrapper puts it beside the others."""
+
+    def evaluate(executor, model, conds, x, timestep, model_options):
+        extra = [{**entry, "uuid": object()} for entry in conds[0]]
+        *estimates, _ = executor(model, [*conds, extra], x, timestep, model_options)
+        return estimates
+
+    joined = model.clone()
+    joined.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "another", evaluate)
+    expected = edit(model, invert(model), strength=STRENGTH)
+    assert same(edit(joined, invert(joined), strength=STRENGTH), expected)
+
+
 def tiles(apply_model, args):
     x, t, c = args["input"], args["timestep"], args["c"]
     half = x.shape[-1] // 2
