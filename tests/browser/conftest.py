@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from browser_page import Frontend
+from browser_page import Frontend, speak
 from pix2pix_zero.devtools.hosts import DEFAULT_VERSION, ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
@@ -46,7 +46,8 @@ def opened_frontend(server) -> Iterator[Frontend]:
 
 @pytest.fixture
 def frontend(opened_frontend: Frontend) -> Frontend:
-    """The frontend with an empty graph."""
+    """The frontend in English, with an empty graph."""
+    speak(opened_frontend, "en")
     opened_frontend.page.evaluate("() => { app.canvas.setGraph(app.rootGraph); app.graph.clear(); }")
     opened_frontend.failures.clear()
     return opened_frontend

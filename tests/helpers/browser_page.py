@@ -60,7 +60,8 @@ class Frontend:
         """Open the frontend, or open it anew."""
         self.page.goto(self.url)
         self.page.wait_for_function(READY, timeout=60_000)
-        self.page.wait_for_timeout(500)  # the frontend opens the last workflow just after it is ready
+        self.set("Comfy.Workflow.Persist", False)  # so that it always opens the stock workflow, as its last act
+        self.page.wait_for_function("() => app.graph.nodes.length > 0")
         self.failures.clear()
 
     def set(self, setting: str, value: object) -> None:
@@ -141,3 +142,10 @@ class Frontend:
         path = self.folder / f"{name}.png"
         self.page.screenshot(path=path)
         return path
+
+
+def speak(frontend: Frontend, language: str) -> None:
+    """Show the frontend in a language. It is opened anew: until then node titles lag behind by one change."""
+    if frontend.page.evaluate("() => app.extensionManager.setting.get('Comfy.Locale')") != language:
+        frontend.set("Comfy.Locale", language)
+        frontend.start()
