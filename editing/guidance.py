@@ -111,33 +111,38 @@ def sample_guided(
     """DDIM from the inverted noise `x`, guided on the conditional branch by maps of the inversion's own trajectory.
 
     Algorithm 1 evaluates the UNet twice a step, for the gradient and again at the shifted latent. Here the same
-    evaluation gives both: the UNet's output is taken to be the same at the shifted latent; for many steps the two are the
-    same. Where the model predicts eps, that adds the shift to what the DDIM step gives. Where it predicts v, a step down
+    evaluation gives both: the UNet's output is taken to be the same at the shifted latent, which many steps make true.
+    Where the model predicts eps, that adds the shift to what the DDIM step gives. Where it predicts v, a step down
     from pure noise makes it smaller in proportion. Fewer steps take larger shifts, so that a strength means the same for
-    any number of them. `reference_maps(i)` are the maps kept of
-    level i; where there are none, they are recorded from the stored latent. The reference does not drift, and the
-    inversion's residuals keep the unedited part of the picture exact. `keep_outside(x, i)` restores the source outside
-    an inpainting mask at level i. `blend` restores it wherever the edit does not act. `on_step(step, denoised, x, distance)`
-    is called after every step, with the attention distance [B] that was found ahead of it, None where nothing guides it.
+    any number of them. The reference does not drift, and the inversion's residuals keep the unedited part exact.
+
+    `reference_maps(i)`: the maps kept of level i; where there are none, they are recorded from the stored latent.
+    `keep_outside(x, i)`: restores the source outside an inpainting mask at level i. `blend`: restores it wherever the edit
+    does not act; a picture that it finds to be edited as a whole, in light or style, is guided no longer, since its maps
+    have to change too. `on_step(step, denoised, x, distance)`: called after every step, with the attention distance [B]
+    that was found ahead of it, None where nothing guides it.
     """
     sigmas = [float(s) for s in inversion.sigmas]
     for index in range(inversion.steps, 0, -1):
         step, sigma, sigma_next = inversion.steps - index, sigmas[index], sigmas[index - 1]
         strength = guidance.strength_at(sigma, step, inversion.steps)
         hold = guidance.holds_negative_at(step)
+        held = None if blend is None else blend.keeps_some
         shift, distance = 0.0, None
-        if strength:
+        if strength and (held is None or held.any()):
             reference = reference_maps(index)
             if reference is None:
                 reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
             denoised, gradient, distance = passes.denoise_and_match(x, sigma, reference, hold)
             shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
+            if held is not None:
+                shift = shift * held.to(x)
         else:
             denoised = passes.denoise(x, sigma, hold)
         if blend is not None:
             blend.observe(passes.contrast(x, sigma), 1 - index / inversion.steps)
         shifted = x + shift
-        estimate = passes.estimate_elsewhere(denoised, x, shifted, sigma) if strength else denoised
+        estimate = denoised if distance is None else passes.estimate_elsewhere(denoised, x, shifted, sigma)
         x = ddim.step(shifted, ddim.predicted_eps(shifted, estimate, sigma), sigma, sigma_next)
         if inversion.residuals is not None:
             x = x + inversion.residuals[index - 1].to(x)

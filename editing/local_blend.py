@@ -8,7 +8,7 @@ edit is drawn, since an edit direction moves all words of a text.
 import torch
 import torch.nn.functional as F
 
-START = 0.2  # share of the steps after which the mask is trusted
+START = 0.1  # share of the steps after which the mask is trusted
 PEAK = 0.99
 EVERYWHERE = 0.7  # a mask larger than this part of the picture belongs to an edit of the whole: night, another style
 
@@ -30,6 +30,11 @@ class LocalBlend:
         self._total = contrast if self._total is None else self._total + contrast
         if progress >= START:
             self.mask = edit_mask(self._total, self.threshold)
+
+    @property
+    def keeps_some(self) -> torch.Tensor | None:
+        """[B, 1, 1, 1]: whether any of a picture is kept, or None as long as too little is known."""
+        return None if self.mask is None else self.mask.amin((1, 2, 3), keepdim=True) < 1
 
     def keep_source(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """`x` where the edit acts, `source` elsewhere, both [B, C, H, W] at one noise level."""

@@ -31,6 +31,7 @@ from .map_jobs import Checkpointing, attention_state, with_map_jobs
 from .memory import affordable_level, affordable_rows, announce_memory, guided_pass_memory
 from .model_checks import check_diffusion
 from .noise_levels import ddim_grid, places_on_table
+from .plug_and_play import with_source_features
 from .presets import PRESETS
 from .unet_passes import UNetPasses
 
@@ -176,12 +177,14 @@ def sample_edit(
     window: tuple[float, float] = (0.0, 1.0),
     preset: str = "default",
     blend: LocalBlend | None = None,
+    feature_until: float = 0.0,
 ) -> torch.Tensor:
     """Redraw an inverted picture along the edited CONDITIONING `positive`: LATENT samples [B, C, H, W].
 
     `window`: part of the sampling, as (start, end) percents in 0..1, in which cross-attention guidance acts. `preset`: a
-    name in `presets.PRESETS`. `blend`: keeps the source wherever the edit does not act, and holds the mask afterwards; the
-    preset "official" does without.
+    name in `presets.PRESETS`. `blend`: keeps the source wherever the edit does not act, and holds the mask afterwards.
+    `feature_until`: part of the steps, 0..1 from the noisiest on, that are drawn with the source's own decoder features
+    (Plug-and-Play, Tumanyan et al., CVPR 2023, section 4.1). The preset "official" does without blend and features.
 
     Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
     """
@@ -190,6 +193,8 @@ def sample_edit(
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Inversion and to this sampler."
         )
+    if feature_until and preset != "official":
+        model = with_source_features(model, inversion, feature_until, attention_until=0.0)
     start = inversion.trajectory[-1]
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, len(start), socket)

@@ -33,7 +33,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=1.5,
+                    default=1.25,
                     min=0.0,
                     max=100.0,
                     step=0.1,
@@ -62,12 +62,13 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "end_percent",
-                    default=1.0,
+                    default=0.5,
                     min=0.0,
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="When guidance stops. Lower it to save time or to let fine detail follow the edit freely.",
+                    tooltip="When guidance stops. Raise it if details drift that the first half of the steps had right; lower it "
+                    "to save time or to let fine detail follow the edit freely.",
                 ),
                 io.Combo.Input(
                     "preset",
@@ -77,8 +78,8 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     tooltip="default: guides every step. fast: guides one step in three, three times as strongly, and "
                     "evaluates the negative text at every other step, which gives nearly the same edit; try it first. "
                     "low memory: the edit of default in much less memory and more time; set map_memory of Invert "
-                    "Picture to 0 as well. official: the authors' update, step for step and without local_blend, to "
-                    "compare with their results; the slowest.",
+                    "Picture to 0 as well. official: the authors' update, step for step, without local_blend and "
+                    "feature_until, to compare with their results; it wants end_percent 1 and is the slowest.",
                 ),
                 io.Float.Input(
                     "local_blend",
@@ -96,6 +97,17 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where the picture may change at all: white. It is not needed, local_blend finds the place "
                     "by itself.",
+                ),
+                io.Float.Input(
+                    "feature_until",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="How long the picture's own shapes are put in, as part of the steps. Raise it if the shape or "
+                    "layout drifts, to 0.8 for edits that change only colours and light; lower it, down to 0, if the new "
+                    "subject keeps the old one's shape.",
                 ),
             ],
             outputs=[
@@ -129,11 +141,14 @@ class Pix2PixZeroKSampler(io.ComfyNode):
         preset,
         local_blend=0.0,
         mask=None,
+        feature_until=0.0,
     ) -> tuple:
         window = (start_percent, end_percent)
         inversion = masked(inversion, mask)
         blend = LocalBlend(local_blend) if local_blend else None
-        samples = sample_edit(model, inversion, positive, negative, cfg, guidance_strength, window, preset, blend)
+        samples = sample_edit(
+            model, inversion, positive, negative, cfg, guidance_strength, window, preset, blend, feature_until
+        )
         return {"samples": samples}, edited_area(model, inversion, blend)
 
 

@@ -22,7 +22,7 @@ THEIR_CFG = CFG[1:]  # at 1 diffusers' pipeline leaves the caption as it is
 FAST_STEPS = 15
 SDEDIT_CFG = 3.0
 OFFICIAL_STRENGTH = 0.1  # of the authors and of diffusers
-SETTINGS = ("guidance_strength", "start_percent", "end_percent", "preset", "local_blend")
+SETTINGS = ("guidance_strength", "start_percent", "end_percent", "preset", "local_blend", "feature_until")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes)
         (values["start_percent"], values["end_percent"]),
         values["preset"],
         LocalBlend(values["local_blend"]) if values["local_blend"] else None,
+        values["feature_until"],
     )
 
 
@@ -62,6 +63,11 @@ def fast(bench: Workbench, cfg: float) -> Tensor:
 
 def without_blend(bench: Workbench, cfg: float) -> Tensor:
     return this_pack(bench, cfg, local_blend=0.0)
+
+
+def shapes_kept(bench: Workbench, cfg: float) -> Tensor:
+    """For edits that keep every shape: the sampler's features for as long as Plug-and-Play's paper takes them."""
+    return this_pack(bench, cfg, feature_until=node_default(Pix2PixZeroPlugAndPlay, "feature_until"))
 
 
 def official(bench: Workbench, cfg: float) -> Tensor:
@@ -109,6 +115,11 @@ def plug_and_play(bench: Workbench, cfg: float, **changes) -> Tensor:
     return _stock_sampler(model, inversion, bench.wanted, bench.described, cfg)
 
 
+def plug_and_play_shorter(bench: Workbench, cfg: float) -> Tensor:
+    """With features for as long as this pack's sampler takes them."""
+    return plug_and_play(bench, cfg, feature_until=node_default(Pix2PixZeroKSampler, "feature_until"))
+
+
 def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float) -> Tensor:
     (guider,) = stock.CFGGuider.execute(model, positive, negative, cfg).result
     (nothing,) = stock.DisableNoise.execute().result
@@ -120,6 +131,7 @@ def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float)
 METHODS = [
     Method("default", "cfg", CFG, this_pack),
     Method("fast", "cfg", CFG, fast),
+    Method("shapes kept", "cfg", CFG, shapes_kept),
     Method("without blend", "cfg", CFG, without_blend),
     Method("official", "cfg", THEIR_CFG, official),
     Method("diffusers", "cfg", THEIR_CFG, diffusers_pipeline.redraw),
@@ -127,4 +139,5 @@ METHODS = [
     Method("SDEdit", "denoise", (0.3, 0.45, 0.6, 0.75, 0.9), sdedit),
     Method("Prompt-to-Prompt", "cfg", CFG, prompt_to_prompt),
     Method("Plug-and-Play", "cfg", (*CFG, 7.5), plug_and_play),
+    Method("Plug-and-Play 0.5", "cfg", (*CFG, 7.5), plug_and_play_shorter),
 ]

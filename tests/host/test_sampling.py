@@ -122,9 +122,7 @@ def test_features_leave_the_unedited_picture_and_the_kept_maps_as_they_are(model
     inversion = invert(model)
     same = edit(model, inversion, conditioning(), conditioning(), feature_until=1.0)
     assert (same - latent()["samples"]).abs().max() <= 1e-3 * same.std()
-    kept, recorded = (
-        edit(model, of_maps, feature_until=0.7) for of_maps in (inversion, replace(inversion, maps=None))
-    )
+    kept, recorded = (edit(model, of_maps, feature_until=0.7) for of_maps in (inversion, replace(inversion, maps=None)))
     assert (kept - recorded).abs().max() <= 1e-3 * kept.std()
 
 

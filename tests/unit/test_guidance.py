@@ -1,6 +1,7 @@
 """The guidance loops against Algorithm 1 and the authors' edit_pipeline.py, restated in variance-preserving space."""
 
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -354,10 +355,38 @@ def test_the_source_is_kept_where_the_edit_does_not_act():
     assert (final - free)[mask == 1].abs().max() < (final - source.trajectory[0])[mask == 1].abs().max()
 
 
-def test_an_edit_that_acts_everywhere_is_not_held_back_by_blending():
+def test_an_edit_that_acts_everywhere_is_neither_blended_nor_guided_once_that_is_known():
     class Everywhere(ToyPasses):
         def contrast(self, x, sigma):
             return torch.ones_like(x[:, :1])
 
-    blended = run(partial(sample_guided, blend=LocalBlend(0.5)), inversion(), Everywhere())
-    torch.testing.assert_close(blended, run(sample_guided, inversion(), Everywhere()))
+    passes = Everywhere()
+    blended = run(partial(sample_guided, blend=LocalBlend(0.5)), inversion(), passes)
+    # Of five steps the first says nothing of the edit yet, and the second is over when it is known.
+    assert [evaluation for evaluation, *_ in passes.calls].count("gradient") == 2
+    torch.testing.assert_close(blended, run(sample_guided, inversion(), Everywhere(), share=2 / STEPS))
+
+
+def test_pictures_that_are_edited_in_part_are_guided_beside_one_that_is_edited_as_a_whole():
+    class Mixed(ToyPasses):
+        def contrast(self, x, sigma):
+            contrast = torch.ones_like(x[:, :1])
+            contrast[len(x) // 2 :, ..., :2] = 0.0
+            return contrast
+
+    class Whole(ToyPasses):
+        def contrast(self, x, sigma):
+            return torch.ones_like(x[:, :1])
+
+    class Part(ToyPasses):
+        def contrast(self, x, sigma):
+            contrast = torch.ones_like(x[:, :1])
+            contrast[..., :2] = 0.0
+            return contrast
+
+    source = inversion(batch=2)
+    together = run(partial(sample_guided, blend=LocalBlend(0.5)), source, Mixed())
+    for row, passes in enumerate((Whole(), Part())):
+        alone = replace(source, trajectory=source.trajectory[:, row : row + 1])
+        expected = run(partial(sample_guided, blend=LocalBlend(0.5)), alone, passes)
+        torch.testing.assert_close(together[row : row + 1], expected)
