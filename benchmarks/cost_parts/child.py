@@ -22,18 +22,23 @@ class JobError(Exception):
     """A job that ended without a result; its last words."""
 
 
-def run_in_child(job: "Job", threads: int) -> dict:
-    """The result of `run_job` in a new process. Raises JobError if there is none."""
+def run_in_child(job: "Job", threads: int, entry: str = ENTRY, returns_memory: bool | None = None) -> dict:
+    """The result of a job, a dataclass, in a new process that runs the code `entry`. Raises JobError if there is none.
+
+    `returns_memory`: give freed memory back at once; by default for the kinds that measure it.
+    """
+    if returns_memory is None:
+        returns_memory = job.kind in ("count", "growth")
     variables = {
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
-        **(RETURN_FREED_MEMORY if job.kind in ("count", "growth") else {}),
+        **(RETURN_FREED_MEMORY if returns_memory else {}),
     }
     with tempfile.TemporaryDirectory() as folder:
         # Not in the current folder: Python would look there first, and our nodes/ would hide ComfyUI's nodes.py.
         answer = Path(folder) / "result.json"
-        command = [sys.executable, "-c", ENTRY, json.dumps(asdict(job)), str(answer)]
+        command = [sys.executable, "-c", entry, json.dumps(asdict(job)), str(answer)]
         done = subprocess.run(
             command, cwd=folder, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, check=False
         )

@@ -14,13 +14,18 @@ TOKENS = 5
 HEIGHT, WIDTH = 8, 12
 
 
-def small_family(name: str, dtype=torch.float32):
-    """A loaded MODEL: ComfyUI's class and settings for the family, fewer channels. To be called in inference mode."""
+def small_family(name: str, context=CONTEXT, pooled=None):
+    """A loaded MODEL: ComfyUI's class and settings for the family, fewer channels. To be called in inference mode.
+
+    `context`, `pooled`: channels of the text and of its pooled vector, to go with a small text encoder.
+    """
     file = file_of(FAMILIES[name])
     config = detected(file)
     heads = {} if config.unet_config["num_head_channels"] == -1 else {"num_head_channels": HEAD}
-    config.unet_config |= {"model_channels": CHANNELS, "context_dim": CONTEXT, **heads}
-    config.set_inference_dtype(dtype, None)
+    config.unet_config |= {"model_channels": CHANNELS, "context_dim": context, **heads}
+    if pooled is not None:
+        config.unet_config["adm_in_channels"] += pooled - FAMILIES[name].pooled
+    config.set_inference_dtype(torch.float32, None)
     known = {key: value for key, value in file.items() if not value.is_meta}
     base = config.get_model(known, device="cpu")
     draw_weights(base.diffusion_model)

@@ -5,7 +5,7 @@ import comfy.sample
 import pytest
 import torch
 from guided_pass import latents, loaded_model, pass_gradient
-from live_memory import LiveMemory
+from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
 from pix2pix_zero.host.checkpointing import LEVELS
 from pix2pix_zero.host.memory import (
     affordable_level,
