@@ -37,7 +37,7 @@ def soft_model(weight_dtype=torch.float32):
 
 
 @torch.inference_mode()
-def invert(model, source=None, picture=None, steps=3, method="ddim", **options):
+def invert(model, source=None, picture=None, steps=2, method="ddim", **options):
     picture = picture or latent(1, *IMAGE)
     return sampling.invert_latent(model, source or conditioning(), picture, steps, 0, OFF, method, **options)
 

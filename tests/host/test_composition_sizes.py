@@ -6,7 +6,7 @@ import pytest
 import torch
 from composed_run import directional_derivative, edit, guided_step, invert, soft_model
 from guided_pass import latents
-from patch_catalogue import combined, control_net, gligen, random, regional, t2i_adapter, unequal
+from patch_catalogue import combined, control_net, gligen, random, regional, unequal
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
@@ -36,7 +36,7 @@ def same(ours, expected, tolerance=1e-4):
 
 
 # Odd ones are halved and doubled again by the UNet.
-@pytest.mark.parametrize("shape", [(9, 13), (8, 8), (1, 8), (3, 1), (2, 31), (17, 25)])
+@pytest.mark.parametrize("shape", [(9, 13), (1, 8), (3, 1), (2, 31), (17, 25)])
 def test_a_picture_of_any_size_comes_back_and_can_be_edited(model, shape):
     picture = latent(1, *shape)
     with torch.inference_mode():
@@ -130,14 +130,14 @@ def own(texts, rows):
 
 @pytest.mark.parametrize(
     "patch",
-    [None, combined, regional, unequal, control_net, t2i_adapter],
-    ids=["one text", "two texts", "an area", "texts of unequal length", "ControlNet", "T2I-adapter"],
+    [None, regional, unequal, control_net],
+    ids=["one text", "an area", "texts of unequal length", "ControlNet"],
 )
 def test_a_batch_that_memory_does_not_hold_is_split_with_the_same_result(model, no_memory, patch):
     rows, shrink = no_memory
     texts = [own(conditioning(seed=seed), 3) for seed in (0, 1)]
     source, positive = (patch(text, "positive") if patch else text for text in texts)
-    inversion = invert(model, source, latent(3, 8, 12), steps=2)
+    inversion = invert(model, source, latent(3, 8, 12))
     whole = edit(model, inversion, positive, strength=STRENGTH)
     assert max(rows)[0] == 3 * max(rows)[1] or patch is regional
     shrink()
@@ -152,7 +152,7 @@ def test_a_batch_with_something_held_for_each_row_stays_whole(model, no_memory, 
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # GLIGEN's own
     texts = [own(conditioning(seed=seed), 2) for seed in (0, 1)]
     source, positive = (gligen(text, "positive") for text in texts) if held_by == "GLIGEN" else texts
-    inversion = invert(model, source, latent(2, 8, 12), steps=2)
+    inversion = invert(model, source, latent(2, 8, 12))
     with torch.inference_mode():
         changed = with_source_features(model, inversion, 0.5, 0.5) if held_by == "Plug-and-Play" else model
     whole = edit(changed, inversion, positive, strength=STRENGTH)
