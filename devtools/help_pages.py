@@ -262,6 +262,10 @@ def main(arguments: list[str]) -> int:
 
         draw_pictures([argument for argument in arguments if not argument.startswith("-")])
     infos = [node.GET_NODE_INFO_V1() for node in NODES]
+    before, now = paths(read_texts("en")), paths({info["name"]: english(info) for info in infos})
+    for path, text in now.items():
+        if before.get(path, text) != text:
+            print(f"translate again: {'.'.join(path)}: {text}")
     for path, content in written(infos).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
             path.parent.mkdir(parents=True, exist_ok=True)

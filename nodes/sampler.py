@@ -24,7 +24,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model the picture was inverted with. LoRAs may be added to it."),
                 Inversion.Input("inversion", tooltip="The picture, from Invert Picture or Generate Reference."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The caption moved along the edit, from Apply Edit Direction."
+                    "positive", tooltip="The caption moved along the edit, from Apply Direction."
                 ),
                 io.Conditioning.Input(
                     "negative",
