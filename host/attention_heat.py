@@ -189,7 +189,7 @@ def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: 
     guider.inner_set_conds({"positive": inversion.source})
     picture = model.model.process_latent_out(inversion.trajectory[0])
     sigmas = inversion.sigmas.flip(0)
-    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(walk), sigmas, disable_pbar=True)
+    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(walk), sigmas, disable_pbar=True, seed=0)
 
 
 def _draw(heat: torch.Tensor, label: str, image: torch.Tensor | None) -> Image.Image:
