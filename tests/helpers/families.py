@@ -14,15 +14,16 @@ TOKENS = 5
 HEIGHT, WIDTH = 8, 12
 
 
-def small_family(name: str, context=CONTEXT, pooled=None):
+def small_family(name: str, context=CONTEXT, pooled=None, **changes):
     """A loaded MODEL: ComfyUI's class and settings for the family, fewer channels. To be called in inference mode.
 
-    `context`, `pooled`: channels of the text and of its pooled vector, to go with a small text encoder.
+    `context`, `pooled`: channels of the text and of its pooled vector, to go with a small text encoder. `changes`: of the
+    UNet's settings.
     """
     file = file_of(FAMILIES[name])
     config = detected(file)
     heads = {} if config.unet_config["num_head_channels"] == -1 else {"num_head_channels": HEAD}
-    config.unet_config |= {"model_channels": CHANNELS, "context_dim": context, **heads}
+    config.unet_config |= {"model_channels": CHANNELS, "context_dim": context, **heads, **changes}
     if pooled is not None:
         config.unet_config["adm_in_channels"] += pooled - FAMILIES[name].pooled
     config.set_inference_dtype(torch.float32, None)

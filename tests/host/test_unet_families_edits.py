@@ -6,6 +6,7 @@ import torch
 from families import WIDTH, further_channels, picture, small_family, texts
 from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.host import prompt_to_prompt
 from pix2pix_zero.host.edit_texts import beside_the_source
 from pix2pix_zero.host.plug_and_play import with_source_features
 from pix2pix_zero.host.prompt_to_prompt import edit_by_prompt
@@ -199,3 +200,25 @@ def test_prompt_to_prompt_edits_by_words(family, kind):
     assert (edited - unpatched).std() > 1e-4 * unpatched.std()
     source = picture(model)["samples"]
     assert (again - source).abs().max() <= 1e-3 * source.std()
+
+
+def test_prompt_to_prompt_takes_self_attention_only_where_there_is_some(monkeypatch):
+    """Some UNets attend to the text twice: there the source's keys are those of its text, and not of the picture."""
+    clip, taken = tiny_clip("sd1"), []
+
+    class Noting(prompt_to_prompt.SourceAttention):
+        def __init__(self, places):
+            taken.extend(places)
+            super().__init__(places)
+
+    monkeypatch.setattr(prompt_to_prompt, "SourceAttention", Noting)
+    with torch.inference_mode():
+        model = small_family("sdxs-09", WIDTH_L, disable_self_attentions=[True, True, False])
+        caption = encode(clip, "a cat")
+        inversion = invert(model, caption)
+        patched, positive = edit_by_prompt(model, inversion, clip, "a cat", "a dog", 0.0, 1.0)
+        sample(patched, inversion, positive, caption)
+    assert {site.block for _, site in taken} == {"input", "output"}
+    for kind, site in taken:
+        block = getattr(model.model.diffusion_model, f"{site.block}_blocks")[site.number][1]
+        assert kind == "attn1" and not block.transformer_blocks[site.index].disable_self_attn
