@@ -12,7 +12,11 @@ from composed_run import directional_derivative, edit, guided_step, invert, soft
 from guided_pass import latents, sigma_of
 from patch_catalogue import MODEL_PATCHES, core_extra, patched, random
 from pix2pix_zero.host.plug_and_play import latent_at, with_source_features
+from pix2pix_zero.host.prompt_to_prompt import edit_by_prompt
 from small_unet import conditioning, latent
+from tiny_clip import tiny_clip
+
+import nodes as core
 
 STRENGTH = 1e-3
 TEXTS = conditioning(), conditioning(seed=1), conditioning(seed=9)
@@ -62,6 +66,31 @@ def test_plug_and_play_composes_in_either_order(model, name):
     assert not same(stock_edit(plug(model, inversion, 0.5), inversion), edited, 1e-3), "the patch must matter"
     guided = edit(before, inversion, strength=STRENGTH)
     assert same(edit(after, inversion, strength=STRENGTH), guided)
+
+
+@pytest.mark.parametrize("name", ["merged LoRA", "image-prompt attention", "perturbed attention", "wrappers"])
+def test_prompt_to_prompt_composes_in_either_order(model, name):
+    clip, words, others = tiny_clip(), "a cat on a sofa", "a dog on a sofa"
+    with torch.inference_mode():
+        source = core.CLIPTextEncode().encode(clip, words)[0]
+    changed = apply(name, model)
+    inversion = invert(changed, source, method="direct")
+
+    def swap(model, target):
+        with torch.inference_mode():
+            return edit_by_prompt(model, inversion, clip, words, target)
+
+    before, positive = swap(changed, others)
+    after, alone = apply(name, swap(model, others)[0]), swap(model, others)[0]
+    edited, other_order, without, only = (
+        stock_edit(sampled, inversion, positive, source) for sampled in (before, after, alone, changed)
+    )
+    assert same(other_order, edited, 1e-5)
+    assert not same(without, edited, 1e-3), "the patch must matter"
+    assert not same(only, edited, 1e-3), "Prompt-to-Prompt must matter"
+    if name in ("merged LoRA", "wrappers"):  # which treat both texts and every pass alike
+        back = stock_edit(swap(changed, words)[0], inversion, source, source)
+        assert same(back, inversion.trajectory[0] / model.model.latent_format.scale_factor)
 
 
 @pytest.mark.parametrize(
