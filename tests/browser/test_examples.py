@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def read(folder: Path, name: str) -> dict:
 def test_the_example_opens_and_stays_the_same_when_saved_and_opened_again(name, frontend):
     frontend.open(read(EXAMPLES, name))
     frontend.screenshot(f"{name}_opened")
-    assert sorted(frontend.complaints()) == [f"red: {kind}" for kind in TO_BRING.get(name, [])]
+    complaints = frontend.complaints()
+    if name in TO_BRING:
+        complaints = sorted(complaint for complaint in complaints if complaint.startswith("red: "))
+    assert complaints == [f"red: {kind}" for kind in TO_BRING.get(name, [])]
     assert frontend.api_form() == read(API_COPIES, name)
     frontend.open(frontend.serialize())
     assert frontend.api_form() == read(API_COPIES, name)
@@ -41,6 +45,9 @@ def test_the_example_runs_and_shows_previews_of_every_phase(name, frontend):
     samplers = [node for phase in phases for node in frontend.nodes(f"Pix2PixZero{phase}")]
     samplers += frontend.nodes("SamplerCustomAdvanced") + frontend.nodes("KSampler")
     assert [node for node in samplers if not seen["previews"].get(node)] == []
+    if frontend.nodes("Pix2PixZeroKSampler"):
+        # the last line of text on the node, which may draw several pictures: "Guided step 3/3, map distance 0.012"
+        assert frontend.page.get_by_text(re.compile(rf"\bstep {STEPS}/{STEPS}|sampling {STEPS}/{STEPS}", re.I)).count()
     frontend.page.wait_for_timeout(500)  # the pictures are loaded
     assert len(frontend.pictures()) >= len(frontend.nodes("PreviewImage") + frontend.nodes("SaveImage"))
     assert frontend.complaints() == []

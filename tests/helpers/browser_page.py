@@ -90,7 +90,8 @@ class Frontend:
             "() => app.graph.nodes.filter(node => node.has_errors || !LiteGraph.registered_node_types[node.type])"
             ".map(node => `red: ${node.type}`)"
         )
-        shown = self.page.locator("[role=dialog]:visible, .p-toast-message-error:visible").all_inner_texts()
+        messages = "[role=dialog]:visible, .p-toast-message-error:visible, [data-testid=error-overlay]:visible"
+        shown = self.page.locator(messages).all_inner_texts()
         return [*red, *shown, *self.failures]
 
     def set_widgets(self, name: str, value: object) -> int:
