@@ -14,9 +14,10 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_extras import nodes_custom_sampler as stock
 from pix2pix_zero.attention_patches.plug_and_play import ResidualSite, feature_site, self_attention_sites
-from pix2pix_zero.benchmarks.demo import EDITS, Bench, draw_scenes, score
 from pix2pix_zero.benchmarks.judge import load_judge
-from pix2pix_zero.demo_model.loader import WEIGHTS
+from pix2pix_zero.benchmarks.quality_parts.figures import measure
+from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
+from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import sampling
@@ -176,26 +177,26 @@ def edited_calls(model, inversion, rows, positive=None, cfg=2.0, **windows):
 def bench():
     edit = EDITS["cat2dog"]
     with torch.inference_mode():
-        return Bench(edit, draw_scenes(edit, 5, 200_000), 20, WEIGHTS)
+        return Workbench(DemoModels.load(), edit, draw_scenes(edit, 5, 400_000), 20)
 
 
 @torch.inference_mode()
 def draw(bench, model, positive, cfg):
-    return bench.vae.decode(sample(model, bench.inversion, positive, bench.described, cfg))
+    return bench.vae.decode(sample(model, bench.inversion(), positive, bench.described, cfg))
 
 
 def test_the_source_text_brings_the_demo_pictures_back_better_than_plain_sampling(bench):
-    injected = patch(bench.model, bench.inversion)
-    plain, ours = (draw(bench, m, bench.described, 1.0) - bench.reconstructed_source for m in (bench.model, injected))
+    injected = patch(bench.model, bench.inversion())
+    plain, ours = (draw(bench, m, bench.described, 1.0) - bench.source for m in (bench.model, injected))
     assert ours.abs().mean() < 0.7 * plain.abs().mean()
 
 
 def test_the_demo_cats_become_dogs_where_they_sit(bench):
-    injected, judge = patch(bench.model, bench.inversion, 0.6, 0.5), load_judge()
-    plain, ours = (score(bench, judge, draw(bench, m, bench.word_swap(), 2.5)) for m in (bench.model, injected))
-    assert ours["edited"] >= 0.8
-    assert ours["background"] < 0.5 * plain["background"]
-    assert ours["whole"] < 0.6 * plain["whole"]
+    injected, judge = patch(bench.model, bench.inversion(), 0.6, 0.5), load_judge()
+    plain, ours = (measure(bench, judge, draw(bench, m, bench.wanted, 2.5)) for m in (bench.model, injected))
+    assert ours["hit"].mean() >= 0.8
+    assert ours["background"].mean() < 0.5 * plain["background"].mean()
+    assert ours["whole"].mean() < 0.6 * plain["whole"].mean()
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
