@@ -113,7 +113,7 @@ def test_a_list_of_strengths_draws_one_edit_each_and_the_nodes_say_what_they_do(
     picture = np.asarray(Image.open(io.BytesIO(server.view(outputs[shown.key]["images"][0]))).convert("RGB"))
     assert picture.shape[1] > 3 * 256
     source_, unedited, edited = (picture[16:272, 16 + i * 272 :][:, :256].astype(float) for i in range(3))
-    assert abs(unedited - source_).mean() < 0.5 * abs(edited - source_).mean()
+    assert abs(unedited - source_).mean() < 0.7 * abs(edited - source_).mean()
 
     texts = {node: [m.text for m in messages if m.text and m.node == node] for node in (inversion.key, sampler.key)}
     assert texts[inversion.key][:3] == [f"Inverting {step}/3" for step in (1, 2, 3)]

@@ -118,7 +118,12 @@ def test_seeds_stay_fixed_so_that_a_second_run_reuses_the_inversion(name, server
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_copy_is_what_the_graph_says(name, server):
-    assert api_form(read(name), server.object_info()) == read_api(name)
+    assert without_titles(api_form(read(name), server.object_info())) == without_titles(read_api(name))
+
+
+def without_titles(api):
+    """ComfyUI renames its own nodes from version to version."""
+    return {key: {part: value for part, value in node.items() if part != "_meta"} for key, node in api.items()}
 
 
 # --- on the server ------------------------------------------------------------------------------------------------
