@@ -53,18 +53,19 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     if options.only_memory or "failure" in accounted:
         return {"memory": accounted}
     size = options.size or (family.resolution if options.on_gpu else 256)
-    dtype = options.dtype
+    dtype, preset = options.dtype, options.preset
     if not options.on_gpu and 2 * accounted["weights"] + ROOM > psutil.virtual_memory().available:
-        dtype = HALF.get(dtype, dtype)
-    job = FamilyJob("run", name, size, options.steps, dtype, options.preset)
-    return {"memory": accounted, "run": {**_run(job, options), "size": size, "dtype": dtype}}
+        # Cast for each layer: any other preset would hold copies of many weights in fp32.
+        dtype, preset = HALF.get(dtype, dtype), "low memory"
+    job = FamilyJob("run", name, size, options.steps, dtype, preset)
+    return {"memory": accounted, "run": {**_run(job, options), "size": size, "dtype": dtype, "preset": preset}}
 
 
 def _run(job: FamilyJob, options: argparse.Namespace) -> dict:
     start = time.perf_counter()
     try:
         entry = f"from {__package__ or 'pix2pix_zero.benchmarks'}.families_parts.child import main; main()"
-        result = run_in_child(job, options.threads, entry, returns_memory=job.kind == "run")
+        result = run_in_child(job, options.threads, entry, returns_memory=job.dtype == "fp32")
     except JobError as failure:
         result = {"failure": str(failure)}
     print(f"{job.name}: {job.kind}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -74,8 +75,8 @@ def _run(job: FamilyJob, options: argparse.Namespace) -> dict:
 def tables(results: dict[str, dict]) -> str:
     """What was run, and what was counted."""
     lines = [
-        f"{'family':13} {'loaded as':20} {'params':>7} {'sites':>5} {'size':>5} {'dtype':>5} {'CFG step':>9} {'guided':>7} "
-        f"{'peak':>7} {'back':>8} finite"
+        f"{'family':13} {'loaded as':20} {'params':>7} {'sites':>5} {'size':>5} {'dtype':>5} {'preset':>10} "
+        f"{'CFG step':>9} {'guided':>7} {'peak':>8} {'back':>8} finite"
     ]
     for name, result in results.items():
         run = result.get("run", {})
@@ -83,7 +84,7 @@ def tables(results: dict[str, dict]) -> str:
             seconds = run["seconds"]
             lines.append(
                 f"{name:13} {run['class']:20} {run['parameters'] / 1e6:6.0f}M {run['sites']:5} {run['size']:5} "
-                f"{run['dtype']:>5} {seconds['plain']:7.2f} s {seconds['guided'] / seconds['plain']:6.2f}x "
+                f"{run['dtype']:>5} {run['preset']:>10} {seconds['plain']:7.2f} s {seconds['guided'] / seconds['plain']:6.2f}x "
                 f"{run['peak']['guided'] / GIB:4.2f} GiB {run['reconstruction_error']:8.0e} {run['finite']}"
             )
         elif "failure" in run:

@@ -81,6 +81,15 @@ def test_less_is_asked_for_with_every_level_and_in_half_precision(model):
     assert graph_memory(unet, (3, 4, 32, 32), "none", torch.float32) == pytest.approx(3 * none, rel=0.01)
 
 
+def test_the_distances_gradient_counts_in_fp32_whatever_the_model_computes_in(model):
+    unet = model.model.diffusion_model
+    half, full = (
+        graph_memory(unet, (1, 4, 32, 32), "none", dtype, tokens=1) for dtype in (torch.float16, torch.float32)
+    )
+    queries = 3 * 64 * 32**2 + 8 * 128 * 16**2  # at the sites of either size
+    assert 2 * half - full >= 4 * queries
+
+
 def asked_of_the_host(model, monkeypatch):
     asked = {}
 
