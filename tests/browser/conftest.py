@@ -19,7 +19,7 @@ def find_browser() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def opened_frontend(server) -> Iterator[Frontend]:
+def opened_frontend(request: pytest.FixtureRequest) -> Iterator[Frontend]:
     from comfyui_version import __version__
 
     if __version__ != DEFAULT_VERSION:
@@ -28,6 +28,7 @@ def opened_frontend(server) -> Iterator[Frontend]:
     path = find_browser()
     if path is None:
         pytest.skip("no Chromium is installed here (Debian: apt install chromium), and BROWSER_PATH names none")
+    server = request.getfixturevalue("server")  # after the reasons to skip: it takes a while to start
     folder = ROOT / "demo_output" / "browser"
     folder.mkdir(parents=True, exist_ok=True)
     server.post("/api/settings/Comfy.TutorialCompleted", True)  # else the templates open at every start
