@@ -213,10 +213,11 @@ def reference() -> Picture:
     )
     demo.source = text
     row = {"generated": demo.decode(generated[1])}
-    for target in ("dog", "horse"):
-        sampler = demo.sample(demo.apply(demo.direction("cat", target)[0]), generated, guidance_strength=0.5, **knobs)
+    for source, target in (("cat", "dog"), ("summer", "winter")):
+        positive = demo.apply(demo.direction(source, target)[0])
+        sampler = demo.sample(positive, generated, guidance_strength=0.5, **knobs)
         demo.change(sampler, negative=empty[0])
-        row[f"cat to {target}"] = demo.decode(sampler[0])
+        row[f"{source} to {target}"] = demo.decode(sampler[0])
     return demo, row
 
 
@@ -284,10 +285,10 @@ def apply_direction() -> Picture:
 def sampler() -> Picture:
     demo = Demo()
     edited = demo.sample()
-    free = demo.edited(guidance_strength=0.0, local_blend=0.0)
+    free = demo.edited(guidance_strength=0.0, local_blend=0.0, feature_until=0.0)
     return demo, {
         "source": demo.scene[0],
-        "no guidance, no blend": free,
+        "all three 0": free,
         "latent": demo.decode(edited[0]),
         "edited_area": demo.mask_picture(edited[1]),
     }
