@@ -61,7 +61,7 @@ def test_a_run_that_is_cancelled_leaves_the_server_ready(frontend):
     (inversion,) = frontend.nodes("Pix2PixZeroInversion")
     frontend.wait_until(f"window.seen.previews['{inversion}'] > 2")
     frontend.command("Comfy.Interrupt")
-    frontend.wait_until("window.seen.ending", 10)
+    frontend.wait_until("window.seen.ending", 30)
     assert frontend.page.evaluate("() => window.seen.ending[0]") == "execution_interrupted"
     frontend.set_widgets("steps", STEPS + 1)
     frontend.set_widgets("seed", 6)

@@ -28,6 +28,11 @@ OPEN = """async workflow => {
   await app.loadGraphData(workflow);
   await new Promise(done => setTimeout(done, 300));
 }"""
+WAIT_FOR_MESSAGE = """async () => {
+  for (let i = 0; i < 30 && !document.querySelector('[data-testid=error-overlay]'); i++)
+    await new Promise(done => setTimeout(done, 100));
+}"""
+EMPTY = {"version": 0.4, "last_node_id": 0, "last_link_id": 0, "nodes": [], "links": []}
 SHOW_ALL = """async () => {
   const boxes = app.canvas.graph.groups.map(group => group.boundingRect ?? group._bounding);
   if (!boxes.length) return;
@@ -62,6 +67,8 @@ class Frontend:
         self.page.wait_for_function(READY, timeout=60_000)
         self.set("Comfy.Workflow.Persist", False)  # so that it always opens the stock workflow, as its last act
         self.page.wait_for_function("() => app.graph.nodes.length > 0")
+        self.page.evaluate(WAIT_FOR_MESSAGE)  # it lacks its models, and is left only after it has said so
+        self.open(EMPTY)
         self.failures.clear()
 
     def set(self, setting: str, value: object) -> None:
@@ -114,11 +121,11 @@ class Frontend:
         self.page.evaluate(LISTEN)
         self.page.get_by_test_id("queue-button").first.click()
 
-    def wait_until(self, condition: str, seconds: float = 60.0) -> None:
+    def wait_until(self, condition: str, seconds: float = 180.0) -> None:
         """Wait for an expression on ``window.seen`` to hold."""
         self.page.wait_for_function(f"() => {condition}", timeout=1000 * seconds)
 
-    def run(self, seconds: float = 60.0) -> dict:
+    def run(self, seconds: float = 180.0) -> dict:
         """Press Run and wait for the end: ``{ending: [event, details], previews: {node: count}, started: [node]}``."""
         self.queue()
         self.wait_until("window.seen.ending", seconds)
