@@ -93,7 +93,7 @@ class Edit:
     scene: dict[str, object] = field(default_factory=dict)
     edited_scene: dict[str, object] = field(default_factory=dict)
     strength: float = 1.0
-    cfg: float = 1.25
+    cfg: float = 1.5
 
 
 EDITS = {

@@ -31,7 +31,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=1.25,
+                    default=1.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
