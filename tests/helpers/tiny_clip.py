@@ -1,4 +1,5 @@
-"""Small CLIP objects with random weights, built from ComfyUI's own classes: one text encoder as in SD 1.x, two as in SDXL."""
+"""Small CLIP objects with random weights, built from ComfyUI's own classes: one text encoder as in SD 1.x, two as in SDXL,
+the second of them alone as in SDXL's refiner."""
 
 from functools import cache
 
@@ -33,24 +34,38 @@ class SD1Model(comfy.sd1_clip.SD1ClipModel):
         super().__init__(device, dtype, model_options, clip_model=_EncoderL, return_projected_pooled=False)
 
 
+class _EncoderG(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options={}, **kwargs):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            layer="hidden",
+            layer_idx=-2,
+            textmodel_json_config=_config(WIDTH_G, 4),
+            special_tokens={"start": 49406, "end": 49407, "pad": 0},
+            layer_norm_hidden_state=False,
+        )
+
+
+class RefinerModel(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options={}):
+        super().__init__(device, dtype, model_options, clip_name="g", clip_model=_EncoderG)
+
+
 class SDXLModel(torch.nn.Module):
     """Like comfy.sdxl_clip.SDXLClipModel, which fixes the sizes of its encoders."""
 
     def __init__(self, device="cpu", dtype=None, model_options={}):
         super().__init__()
-        options = {
-            "device": device,
-            "dtype": dtype,
-            "layer": "hidden",
-            "layer_idx": -2,
-            "layer_norm_hidden_state": False,
-        }
-        self.clip_l = comfy.sd1_clip.SDClipModel(textmodel_json_config=_config(WIDTH_L, 3), **options)
-        self.clip_g = comfy.sd1_clip.SDClipModel(
-            textmodel_json_config=_config(WIDTH_G, 4),
-            special_tokens={"start": 49406, "end": 49407, "pad": 0},
-            **options,
+        self.clip_l = comfy.sd1_clip.SDClipModel(
+            textmodel_json_config=_config(WIDTH_L, 3),
+            device=device,
+            dtype=dtype,
+            layer="hidden",
+            layer_idx=-2,
+            layer_norm_hidden_state=False,
         )
+        self.clip_g = _EncoderG(device, dtype)
         self.dtypes = {dtype}
 
     set_clip_options = comfy.sdxl_clip.SDXLClipModel.set_clip_options
@@ -60,12 +75,12 @@ class SDXLModel(torch.nn.Module):
 
 @cache
 def _tokenizer(kind: str):
-    return {"sd1": comfy.sd1_clip.SD1Tokenizer, "sdxl": comfy.sdxl_clip.SDXLTokenizer}[kind]()
+    return {"sd1": comfy.sd1_clip.SD1Tokenizer}.get(kind, comfy.sdxl_clip.SDXLTokenizer)()
 
 
 def tiny_clip(kind: str = "sd1", seed: int = 0) -> comfy.sd.CLIP:
-    """A CLIP of kind "sd1" or "sdxl" whose weights depend on the seed only."""
-    model = {"sd1": SD1Model, "sdxl": SDXLModel}[kind]
+    """A CLIP of kind "sd1", "sdxl" or "refiner" whose weights depend on the seed only."""
+    model = {"sd1": SD1Model, "sdxl": SDXLModel, "refiner": RefinerModel}[kind]
     target = comfy.supported_models_base.ClipTarget(lambda **_: _tokenizer(kind), model)
     clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from tiny_clip import WIDTH_G, WIDTH_L, tiny_clip
 from nodes import CLIPTextEncode
 
 OFF = NoiseRegularization(steps=0)
+SIDES = ("source_sentences", "target_sentences")
 
 
 @torch.inference_mode()
@@ -78,7 +79,7 @@ def encode(clip, text):
 def test_an_sdxl_edit_moves_the_text_and_the_pooled_vector(sdxl, run_node):
     model, clip = sdxl
     caption = encode(clip, "a photo of a cat")
-    sentences = {"source_sentences": "a cat\na black cat", "target_sentences": "a dog\na black dog"}
+    sentences = dict(zip(SIDES, ("a cat\na black cat", "a dog\na black dog")))
     (direction,) = run_node(Pix2PixZeroEditDirectionFromSentences, clip=clip, **sentences)
     (positive,) = run_node(Pix2PixZeroApplyDirection, conditioning=caption, direction=direction, strength=1.5)
     pooled, moved = (conditioning[0][1]["pooled_output"] for conditioning in (caption, positive))
@@ -97,6 +98,22 @@ def test_an_sdxl_edit_moves_the_text_and_the_pooled_vector(sdxl, run_node):
         assert labels and all(torch.equal(label, torch.cat([vector[0], sides])) for label in labels)
     by_text_alone = [[positive[0][0], caption[0][1]]]
     assert (edited - edit(model, inversion, by_text_alone, caption)).std() > 1e-4 * edited.std()
+
+
+def test_the_refiners_encoder_has_directions_of_its_own(run_node):
+    with torch.inference_mode():
+        clip = tiny_clip("refiner")
+    sentences = ["a cat\na black cat", "a dog\na black dog"]
+    (direction,) = run_node(Pix2PixZeroEditDirectionFromSentences, clip=clip, **dict(zip(SIDES, sentences)))
+    means = []
+    for side in sentences:
+        encoded = [encode(clip, sentence)[0] for sentence in side.splitlines()]
+        texts, pooled = zip(*((cond, options["pooled_output"]) for cond, options in encoded))
+        means.append({"cond": torch.cat(texts).mean(0, True), "pooled_output": torch.cat(pooled).mean(0, True)})
+    assert direction.tensors["cond"].shape == (1, 77, WIDTH_G)
+    for name, tensor in direction.tensors.items():
+        assert tensor.norm() > 0.01
+        torch.testing.assert_close(tensor, means[1][name] - means[0][name], rtol=0, atol=1e-5)
 
 
 def test_sizes_that_a_text_names_reach_inversion_and_edit(sdxl):
