@@ -12,7 +12,7 @@ from .environment import Environment, lock, prepare
 from .hosts import DEFAULT_VERSION, ROOT, SOURCES, named_versions
 from .process import DevError, one_thread, orderly_end, run
 
-MOST_WORKERS = 4  # of the tests; each takes a core and about 2 GB
+MOST_WORKERS = 4  # of the tests; each takes a core and about 1 GB
 
 
 def main(arguments: list[str] | None = None) -> int:
