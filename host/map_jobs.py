@@ -28,6 +28,8 @@ from .gradients import (
     unshared_skips,
 )
 from .memory import is_out_of_memory
+from .plug_and_play import JOB as PLUG_AND_PLAY
+from .plug_and_play import with_jobs
 from .unet_calls import UNetCall
 
 JOB = "pix2pix_zero_job"
@@ -37,7 +39,8 @@ def with_map_jobs(model):
     """A clone of the MODEL whose UNet calls carry out the job in their transformer options, if there is one."""
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, JOB, _run_job)
-    return model
+    # The later wrapper is the inner one: Plug-and-Play sees the parts that a job divides a call into.
+    return with_jobs(model) if model.get_wrappers(WrappersMP.APPLY_MODEL, PLUG_AND_PLAY) else model
 
 
 class Checkpointing:

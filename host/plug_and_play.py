@@ -26,6 +26,7 @@ from .model_checks import check_diffusion
 PACK = "pix2pix_zero_"
 JOB = PACK + "plug_and_play"
 SOURCE = PACK + "source"
+PICTURES = PACK + "pictures"  # in a part of a UNet call: its pictures' place in the batch, as (first, stop, of all)
 
 
 def with_source_features(
@@ -306,25 +307,29 @@ class InjectFeatures:
         # An entry that another pack made up on the way is taken to speak for the whole picture.
         areas = [self._areas.get(uuid) for uuid in transformer_options["uuids"]]
         features = [self._features.get(area, {}) for area in areas]
+        pictures = transformer_options.get(PICTURES)
 
         def visit(site, tensors):
             if any(site not in part for part in features):  # the source's text has a time range, and this is outside
                 return tensors
             own = tensors[: len(features[0][site])]
-            return (*(_stack([part[site][i] for part in features], t) for i, t in enumerate(own)), *tensors[len(own) :])
+            sources = ([part[site][i] for part in features] for i in range(len(own)))
+            return (*(_stack(parts, t, pictures) for parts, t in zip(sources, own)), *tensors[len(own) :])
 
         return visit
 
 
-def _stack(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def _stack(parts: list[torch.Tensor], like: torch.Tensor, pictures: tuple[int, int, int] | None) -> torch.Tensor:
     """One part per conditioning entry of a batch, each repeated to the pictures drawn, in place of `like`."""
     rows = len(like) // len(parts)
-    if any(part.shape[1:] != like.shape[1:] or rows % len(part) for part in parts):
+    first, stop, total = pictures or (0, rows, rows)
+    if any(part.shape[1:] != like.shape[1:] or total % len(part) for part in parts) or rows != stop - first:
         raise ValueError(
             "model: another patch cuts the picture for self-attention differently in each call. "
             "Take it out, or with HyperTile set swap_size to 1."
         )
-    return torch.cat([part.repeat(rows // len(part), *(1 for _ in part.shape[1:])) for part in parts]).to(like)
+    repeated = (part.repeat(total // len(part), *(1 for _ in part.shape[1:])) for part in parts)
+    return torch.cat([part[first:stop] for part in repeated]).to(like)
 
 
 def _area(entry: dict) -> tuple | None:

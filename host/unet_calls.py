@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .plug_and_play import JOB as PLUG_AND_PLAY
+from .plug_and_play import PICTURES
 
 
 @dataclass
@@ -40,15 +40,13 @@ class UNetCall:
     def parts(self, rows: int) -> Iterator["UNetCall"]:
         """Calls of at most `rows` rows that make up this one: itself, or some of one entry's pictures each.
 
-        A call with patches that hold something for each row, GLIGEN's or Plug-and-Play's, stays whole.
+        A call with patches that hold something for each row, GLIGEN's, stays whole.
         """
-        whole = (
-            "middle_patch" in self.transformer_options.get("patches", {}) or PLUG_AND_PLAY in self.transformer_options
-        )
-        if whole or len(self.x) <= rows:
+        options = self.transformer_options
+        if "middle_patch" in options.get("patches", {}) or len(self.x) <= rows:
             yield self
             return
-        options = self.transformer_options
+        *_, total = options.get(PICTURES, (self.pictures,))
         for i, (uuid, branch) in enumerate(zip(self.uuids, options["cond_or_uncond"])):
             for start in range(0, self.pictures, rows):
                 stop = min(start + rows, self.pictures)
@@ -62,6 +60,7 @@ class UNetCall:
                         "uuids": [uuid],
                         "cond_or_uncond": [branch],
                         "sigmas": _rows(options["sigmas"], slice(start, stop), self.pictures),
+                        PICTURES: (self.first + start, self.first + stop, total),
                     },
                     self.first + start,
                 )

@@ -146,19 +146,32 @@ def test_a_batch_that_memory_does_not_hold_is_split_with_the_same_result(model, 
     assert same(split, whole)
 
 
-@pytest.mark.parametrize("held_by", ["GLIGEN", "Plug-and-Play"])
-def test_a_batch_with_something_held_for_each_row_stays_whole(model, no_memory, monkeypatch, held_by):
+def test_a_batch_with_boxes_held_for_each_row_stays_whole(model, no_memory, monkeypatch):
     rows, shrink = no_memory
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # GLIGEN's own
-    texts = [own(conditioning(seed=seed), 2) for seed in (0, 1)]
-    source, positive = (gligen(text, "positive") for text in texts) if held_by == "GLIGEN" else texts
+    source, positive = (gligen(own(conditioning(seed=seed), 2), "positive") for seed in (0, 1))
     inversion = invert(model, source, latent(2, 8, 12))
-    with torch.inference_mode():
-        changed = with_source_features(model, inversion, 0.5, 0.5) if held_by == "Plug-and-Play" else model
-    whole = edit(changed, inversion, positive, strength=STRENGTH)
+    whole = edit(model, inversion, positive, strength=STRENGTH)
     shrink()
-    assert same(edit(changed, inversion, positive, strength=STRENGTH), whole)
+    assert same(edit(model, inversion, positive, strength=STRENGTH), whole)
     assert set(rows) == {(2, 1)}
+
+
+@pytest.mark.parametrize("by_node", [True, False], ids=["on the model", "by the sampler"])
+def test_features_are_split_with_the_pictures_they_are_of(model, no_memory, by_node):
+    rows, shrink = no_memory
+    source, positive = (own(conditioning(seed=seed), 3) for seed in (0, 1))
+    inversion = invert(model, source, latent(3, 8, 12))
+    with torch.inference_mode():
+        changed = with_source_features(model, inversion, 0.5, 0.5) if by_node else model
+    settings = {"strength": STRENGTH, "feature_until": 0.0 if by_node else 0.5}
+    plain = edit(model, inversion, positive, strength=STRENGTH)
+    whole = edit(changed, inversion, positive, **settings)
+    assert not same(whole, plain)
+    shrink()
+    split = edit(changed, inversion, positive, **settings)
+    assert set(rows) == {(1, 1)}
+    assert same(split, whole)
 
 
 def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(model, caplog):
