@@ -116,8 +116,8 @@ def plug_and_play(bench: Workbench, cfg: float, **changes) -> Tensor:
 
 
 def plug_and_play_shorter(bench: Workbench, cfg: float) -> Tensor:
-    """With features for as long as this pack's sampler takes them."""
-    return plug_and_play(bench, cfg, feature_until=node_default(Pix2PixZeroKSampler, "feature_until"))
+    """For edits that change shapes: with features for half of the steps."""
+    return plug_and_play(bench, cfg, feature_until=0.5)
 
 
 def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float) -> Tensor:
