@@ -28,6 +28,12 @@ def loaded(name):
         return small_family(name)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def last_model_is_released():
+    yield
+    loaded.cache_clear()
+
+
 @torch.inference_mode()
 def invert(model, source, steps=2, method="direct", **options):
     return invert_latent(model, source, picture(model), steps, 5, REGULARIZATION, method, **options)
