@@ -94,11 +94,12 @@ class Edit:
     edited_scene: dict[str, object] = field(default_factory=dict)
     strength: float = 1.0
     cfg: float = 1.5
+    feature_until: float = 0.5
 
 
 EDITS = {
-    "cat2dog": Edit("cat", "dog", {"subject": "cat"}, {"subject": "dog"}),
-    "dog2cat": Edit("dog", "cat", {"subject": "dog"}, {"subject": "cat"}),
+    "cat2dog": Edit("cat", "dog", {"subject": "cat"}, {"subject": "dog"}, feature_until=0.3),
+    "dog2cat": Edit("dog", "cat", {"subject": "dog"}, {"subject": "cat"}, cfg=2.0, feature_until=0.3),
     "horse2zebra": Edit("horse", "zebra", {"subject": "horse"}, {"subject": "zebra"}),
     "zebra2horse": Edit("zebra", "horse", {"subject": "zebra"}, {"subject": "horse"}),
     "add_glasses": Edit("cat", "cat wearing glasses", {"subject": "cat"}, {"glasses": "yes"}, strength=1.5),
@@ -139,7 +140,7 @@ def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     graph.change(scene, seed=seed, **edit.scene)
     graph.change(direction, source=edit.source, target=edit.target)
     graph.change(graph.only("Pix2PixZeroApplyDirection"), strength=edit.strength)
-    graph.change(sampler, cfg=edit.cfg)
+    graph.change(sampler, cfg=edit.cfg, feature_until=edit.feature_until)
 
     def redrawn(**knobs: object) -> Node:
         return graph.copy(decoder, samples=graph.copy(sampler, **knobs)[0])

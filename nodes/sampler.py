@@ -98,7 +98,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "feature_until",
-                    default=0.4,
+                    default=0.5,
                     min=0.0,
                     max=1.0,
                     step=0.01,
