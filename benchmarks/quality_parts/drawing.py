@@ -8,10 +8,13 @@ from .tuning import ENOUGH, Result
 
 PANEL = (520, 430)
 FRAME = (60, 34, 500, 370)  # left, top, right and bottom of a panel's axes
-LEGEND = 50
+LEGEND = 94
 LABEL = 190
 SHOWN = 8
-PALETTE = ("#d81b60", "#ff9e1b", "#8e44ad", "#1e6fd9", "#12a4b4", "#2e9e4f", "#7a5c3e", "#666666", "#b0a400")
+PALETTE = (
+    *("#d81b60", "#ff9e1b", "#8e44ad", "#e58fb4", "#1e6fd9", "#12a4b4"),
+    *("#2e9e4f", "#7a5c3e", "#666666", "#b0a400", "#6b2d1f"),
+)
 INK, GRID = "#222222", "#dddddd"
 
 
