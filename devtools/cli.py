@@ -12,6 +12,14 @@ from .environment import Environment, lock, prepare
 from .hosts import DEFAULT_VERSION, ROOT, SOURCES, named_versions
 from .process import DevError, one_thread, orderly_end, run
 
+# Tests of the host folder that do not depend on ComfyUI's version, most of them long.
+OF_ANY_VERSION = (
+    "*benchmark*",
+    "test_demo_training*",
+    "test_demo_captioner*",
+    "test_help_pages*",
+    "test_translations*",
+)
 MOST_WORKERS = 4  # of the tests; each takes a core and about 1 GB
 
 
@@ -90,7 +98,11 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
         if options.gpu and not status:
             # they share one GPU
             status = _pytest(environment, ["--gpu", "-m", "gpu", *rest, "-n", "0"], folders)
-        folders = ["host"]  # the others do not depend on the version
+        # the rest does not depend on the version
+        folders, rest = (
+            ["host"],
+            [*rest, *(f"--ignore-glob={ROOT / 'tests' / 'host' / name}" for name in OF_ANY_VERSION)],
+        )
     return status
 
 

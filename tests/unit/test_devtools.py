@@ -179,6 +179,8 @@ def test_further_versions_run_the_tests_that_depend_on_them(commands):
     assert "ruff" in lint
     assert [folders_of(first), folders_of(second)] == [["unit", "host", "browser"], ["host"]]
     assert "-n" in first and "-x" in first and "-x" in second
+    left_out = f"--ignore-glob={ROOT / 'tests' / 'host' / '*benchmark*'}"
+    assert left_out in second and left_out not in first
 
 
 def test_a_failure_ends_the_tests_and_named_files_run_in_one_process(commands):
