@@ -84,19 +84,17 @@ def job():
     return Job("count", "default", "fp32", 64, (1, 2), True, "gradient.safetensors")
 
 
-def test_a_job_runs_in_a_process_with_the_same_modules(job, monkeypatch):
+def test_a_job_runs_in_a_process_with_the_same_modules(job):
     repeat = (
         "import json, os, sys; json.dump([json.loads(sys.argv[1]), sys.path, dict(os.environ)], open(sys.argv[2], 'w'))"
     )
-    monkeypatch.setattr(child, "ENTRY", repeat)
-    asked, path, environment = child.run_in_child(job, threads=3)
+    asked, path, environment = child.run_in_child(job, threads=3, entry=repeat)
     assert Job(**{**asked, "steps": tuple(asked["steps"])}) == job
     assert {entry for entry in sys.path if entry} <= set(path)
     assert environment["OMP_NUM_THREADS"] == "3"
     assert "MALLOC_TRIM_THRESHOLD_" in environment
 
 
-def test_a_job_that_fails_says_why(job, monkeypatch):
-    monkeypatch.setattr(child, "ENTRY", "raise MemoryError('that was too much')")
+def test_a_job_that_fails_says_why(job):
     with pytest.raises(child.JobError, match="too much"):
-        child.run_in_child(job, threads=1)
+        child.run_in_child(job, threads=1, entry="raise MemoryError('that was too much')")
