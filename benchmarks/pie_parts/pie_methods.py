@@ -65,7 +65,7 @@ class Edit:
     def invert(self, text: str, method: str) -> tuple:
         """(inversion, noise, sigmas) of the picture with this caption."""
         if (text, method) not in self.inversions:
-            self.inversions[text, method] = run_node(
+            *outputs, _ = run_node(
                 Pix2PixZeroInversion,
                 model=self.editor.model,
                 positive=self.encode(text),
@@ -74,6 +74,7 @@ class Edit:
                 method=method,
                 **({"map_memory": 0} if method == "ddim" else {}),  # only pix2pix-zero reads maps
             )
+            self.inversions[text, method] = outputs
         return self.inversions[text, method]
 
     def decode(self, latent: dict) -> torch.Tensor:

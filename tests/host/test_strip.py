@@ -102,6 +102,7 @@ def test_a_list_of_strengths_draws_one_edit_each_and_the_nodes_say_what_they_do(
     sampler, source = graph.only("Pix2PixZeroKSampler"), graph.only("Pix2PixZeroDemoScene")
     inversion = graph.only("Pix2PixZeroInversion")
     graph.change(inversion, steps=3)
+    graph.change(sampler, end_percent=1.0, local_blend=0.0)
     strengths = graph.add("Pix2PixZeroStrengths", values="0, 2")
     graph.change(graph.only("Pix2PixZeroApplyDirection"), strength=strengths[0])
     edits = graph.only("VAEDecode")
