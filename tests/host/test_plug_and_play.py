@@ -177,7 +177,9 @@ def edited_calls(model, inversion, rows, positive=None, cfg=2.0, **windows):
 def bench():
     edit = EDITS["cat2dog"]
     with torch.inference_mode():
-        return Workbench(DemoModels.load(), edit, draw_scenes(edit, 5, 400_000), 20)
+        bench = Workbench(DemoModels.load(), edit, draw_scenes(edit, 5, 400_000), 20)
+        bench.inversion()
+        return bench
 
 
 @torch.inference_mode()
