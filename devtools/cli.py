@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import webbrowser
 from pathlib import Path
 
@@ -88,37 +89,42 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
     versions = named_versions(options.comfyui)
     status = _ruff(prepare(versions[0]), [])
-    folders = ["unit", "host", "browser"]
+    if status:
+        return status
+    folders, left_out = ("unit", "host", "browser"), ()
+    failed, results = 0, []
     for version in versions:
-        if status:
-            return status
         environment = prepare(version)
         print(f"Testing with ComfyUI {environment.comfyui.version} ...", flush=True)
-        status = _pytest(environment, rest, folders)
+        begin = time.monotonic()
+        status = _pytest(environment, rest, folders, left_out)
         if options.gpu and not status:
             # they share one GPU
-            status = _pytest(environment, ["--gpu", "-m", "gpu", *rest, "-n", "0"], folders)
+            status = _pytest(environment, ["--gpu", "-m", "gpu", *rest, "-n", "0"], folders, left_out)
+        seconds = round(time.monotonic() - begin)
+        outcome = "failed" if status else "passed"
+        results.append(f"ComfyUI {environment.comfyui.version}: {outcome} ({seconds // 60}:{seconds % 60:02})")
+        failed = failed or status
         # the rest does not depend on the version
-        folders, rest = (
-            ["host"],
-            [*rest, *(f"--ignore-glob={ROOT / 'tests' / 'host' / name}" for name in OF_ANY_VERSION)],
-        )
-    return status
+        folders, left_out = ("host",), OF_ANY_VERSION
+    if len(results) > 1:
+        print("", *results, sep="\n", flush=True)
+    return failed
 
 
-def _pytest(environment: Environment, rest: list[str], folders: list[str]) -> int:
+def _pytest(environment: Environment, rest: list[str], folders: tuple[str, ...], left_out: tuple[str, ...]) -> int:
     tests = ROOT / "tests"
     # pytest runs in ComfyUI's folder, so the files a person names are given their full path
     named = [argument for argument in rest if Path(argument.partition("::")[0]).exists()]
     paths = [Path(argument).absolute() for argument in named] or [tests / folder for folder in folders]
     rest = [argument for argument in rest if argument not in named]
-    command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=15", "--durations-min=1"]
+    command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs"]
+    command += ["--durations=15", "--durations-min=1"]
     if not named:
         command += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadgroup"]
+        command += [f"--ignore-glob={tests / 'host' / name}" for name in left_out]
     command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]
-    return run(
-        command, cwd=environment.comfyui.path, env=environment.variables(PYTHONDONTWRITEBYTECODE="1", **one_thread())
-    )
+    return run(command, cwd=environment.comfyui.path, env=environment.variables(**one_thread()))
 
 
 def _serve(options: argparse.Namespace, rest: list[str]) -> int:

@@ -65,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         args.cpu = not gpu
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:

@@ -139,6 +139,15 @@ def test_comfyui_path_must_be_a_comfyui_and_is_marked_as_the_persons_own(tmp_pat
     assert hosts.choose(None) == ComfyUI(tmp_path.resolve(), "0.24.1", own=True)
 
 
+def test_bytecode_is_kept_in_the_environments_folder_and_nowhere_else(tmp_path):
+    own = Environment(ComfyUI(tmp_path / "theirs", "0", own=True), tmp_path / "venv")
+    own.comfyui.path.mkdir()
+    (own.comfyui.path / "module.py").write_text("")
+    subprocess.run([sys.executable, "-c", "import module"], env=own.variables(), check=True)
+    assert [path.name for path in own.comfyui.path.iterdir()] == ["module.py"]
+    assert [path for path in own.folder.rglob("module.*.pyc")]
+
+
 def test_an_unknown_comfyui_version_is_told_with_the_known_ones(capsys):
     assert cli.main(["demo", "--comfyui", "9.9"]) == 1
     assert "dev.py: ComfyUI 9.9 is not available here; choose one of 0.30.0" in capsys.readouterr().err
@@ -183,13 +192,31 @@ def test_further_versions_run_the_tests_that_depend_on_them(commands):
     assert left_out in second and left_out not in first
 
 
-def test_a_failure_ends_the_tests_and_named_files_run_in_one_process(commands):
+def test_all_versions_are_tested_and_summed_up_even_if_one_fails(commands, capsys):
     ran, status = commands
-    status += [0, 1]
-    assert cli.main(["test", "--comfyui", "newest,oldest", str(ROOT / "tests" / "unit" / "test_ddim.py")]) == 1
-    (_, first) = ran
-    assert first[-1].endswith("test_ddim.py")
-    assert "-n" not in first
+    status += [0, 0, 1]
+    assert cli.main(["test", "--comfyui", "all"]) == 1
+    assert len(ran) == 1 + len(hosts.SOURCES)
+    _, second, *_ = hosts.SOURCES
+    summary = capsys.readouterr().out.splitlines()[-len(hosts.SOURCES) :]
+    assert summary == [f"ComfyUI {each}: {'failed' if each == second else 'passed'} (0:00)" for each in hosts.SOURCES]
+
+
+def test_what_lint_finds_ends_the_tests(commands):
+    ran, status = commands
+    status += [1]
+    assert cli.main(["test", "--comfyui", "newest,oldest"]) == 1
+    assert len(ran) == 1
+
+
+def test_named_files_run_in_one_process_on_every_version(commands):
+    ran, _ = commands
+    named = ROOT / "tests" / "host" / "test_quality_benchmark.py"
+    assert cli.main(["test", "--comfyui", "newest,oldest", str(named)]) == 0
+    for command in ran[1:]:
+        assert command[-1] == str(named)
+        assert "-n" not in command
+        assert not any(part.startswith("--ignore") for part in command)
 
 
 @posix_only
