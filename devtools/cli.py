@@ -122,6 +122,7 @@ def _pytest(environment: Environment, rest: list[str], folders: tuple[str, ...],
     command += ["--durations=15", "--durations-min=1"]
     if not named:
         command += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadgroup"]
+        command.append("--no-loadscope-reorder")  # tests/conftest.py puts what takes long first
         command += [f"--ignore-glob={tests / 'host' / name}" for name in left_out]
     command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]
     return run(command, cwd=environment.comfyui.path, env=environment.variables(**one_thread()))

@@ -42,6 +42,18 @@ def _load_pack() -> None:
     spec.loader.exec_module(module)
 
 
+# Begun first, so that no process is left alone with one of them in the end.
+LONGEST = (
+    "server",
+    "browser",
+    "test_quality_benchmark.py",
+    "test_composition.py",
+    "test_demo_training.py",
+    "test_demo_edit.py",
+    "test_sampling.py",
+    "test_cost_benchmark.py",
+    "test_package.py",
+)
 COMFYUI = _find_comfyui()
 _put_on_path(COMFYUI)
 _load_pack()
@@ -69,15 +81,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            # A file's tests share its models; those with a server share that.
-            group = "server" if "server" in item.fixturenames else item.path.name
-            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+        items.sort(key=lambda item: LONGEST.index(_group(item)) if _group(item) in LONGEST else len(LONGEST))
     if config.getoption("--gpu"):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: python dev.py test --gpu")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _group(item: pytest.Item) -> str:
+    """What is tested in one process: a file's tests share its models, those with a server or a browser share that."""
+    if item.path.parent.name == "browser":
+        return "browser"
+    return "server" if "server" in item.fixturenames else item.path.name
 
 
 @pytest.fixture
