@@ -127,20 +127,18 @@ def sample_guided(
         step, sigma, sigma_next = inversion.steps - index, sigmas[index], sigmas[index - 1]
         strength = guidance.strength_at(sigma, step, inversion.steps)
         hold = guidance.holds_negative_at(step)
-        held = None if blend is None else blend.keeps_some
         shift, distance = 0.0, None
-        if strength and (held is None or held.any()):
+        if strength and (blend is None or blend.keeps_some is None or blend.keeps_some.any()):
             reference = reference_maps(index)
             if reference is None:
                 reference = passes.record_maps("source", inversion.trajectory[index].to(x), sigma)
             denoised, gradient, distance = passes.denoise_and_match(x, sigma, reference, hold)
             shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
-            if held is not None:
-                shift = shift * held.to(x)
         else:
             denoised = passes.denoise(x, sigma, hold)
         if blend is not None:
             blend.observe(passes.contrast(x, sigma), 1 - index / inversion.steps)
+            shift = shift if distance is None else shift * blend.keeps_some.to(x)
         shifted = x + shift
         estimate = denoised if distance is None else passes.estimate_elsewhere(denoised, x, shifted, sigma)
         x = ddim.step(shifted, ddim.predicted_eps(shifted, estimate, sigma), sigma, sigma_next)

@@ -17,24 +17,23 @@ class LocalBlend:
     """The mask of one edit, which sharpens as it is drawn.
 
     `threshold`: in 0..1, part of the strongest contrast at which a place counts as edited. `mask`: [B, 1, H, W] in 0..1, 1
-    where the edit acts, or None as long as too little is known.
+    where the edit acts, or None as long as too little is known. `keeps_some` [B, 1, 1, 1]: whether any of a picture is to be
+    kept, so far as is known; None before the first step.
     """
 
     def __init__(self, threshold: float):
         self.threshold = threshold
         self.mask: torch.Tensor | None = None
+        self.keeps_some: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
 
     def observe(self, contrast: torch.Tensor, progress: float) -> None:
         """Add a step's contrast [B, 1, H, W]: how far apart edited and source prediction were. `progress`: in 0..1."""
         self._total = contrast if self._total is None else self._total + contrast
+        found = edit_mask(self._total, self.threshold)
+        self.keeps_some = found.amin((1, 2, 3), keepdim=True) < 1
         if progress >= START:
-            self.mask = edit_mask(self._total, self.threshold)
-
-    @property
-    def keeps_some(self) -> torch.Tensor | None:
-        """[B, 1, 1, 1]: whether any of a picture is kept, or None as long as too little is known."""
-        return None if self.mask is None else self.mask.amin((1, 2, 3), keepdim=True) < 1
+            self.mask = found
 
     def keep_source(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """`x` where the edit acts, `source` elsewhere, both [B, C, H, W] at one noise level."""

@@ -73,6 +73,13 @@ def test_nothing_is_kept_back_before_the_mask_is_known():
     torch.testing.assert_close(kept[inside], x[inside])
 
 
+def test_an_edit_of_all_or_of_a_part_is_told_apart_from_the_first_step_on():
+    blend = LocalBlend(0.3)
+    assert blend.keeps_some is None
+    blend.observe(torch.cat([disc(), torch.ones_like(disc())]), 0.0)
+    assert blend.keeps_some.flatten().tolist() == [True, False]
+
+
 def test_contrast_adds_up_over_the_steps():
     blend = LocalBlend(0.3)
     blend.observe(disc(centre=(20, 20)), 0.5)
