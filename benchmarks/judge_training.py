@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..demo_model.autoencoder import LightAutoencoder
 from ..demo_model.captioner_training import augment, gaussian_blur, render_scenes
-from ..demo_model.scene import SUBJECTS, Scene, render, sample_scene, subject_mask
+from ..demo_model.scene import SUBJECTS, Scene, sample_scene
+from ..demo_model.scene_renders import render, subject_mask
 from .judge import QUESTIONS, WEIGHTS, Judge, JudgeNetwork
 
 logger = logging.getLogger(__name__)

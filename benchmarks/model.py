@@ -20,7 +20,9 @@ host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI t
 import comfy.utils  # noqa: E402
 from pix2pix_zero.benchmarks.judge import Judge, load_judge  # noqa: E402
 from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model  # noqa: E402
-from pix2pix_zero.demo_model.scene import Scene, caption, render, sample_scene  # noqa: E402
+from pix2pix_zero.demo_model.scene import Scene, sample_scene  # noqa: E402
+from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
+from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
 from pix2pix_zero.host.sampling import invert_latent, sample_edit  # noqa: E402
 

@@ -28,7 +28,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .scene import FURS, SIZE, STYLES, SUBJECTS, Scene, caption, render, sample_scene
+from .scene import FURS, SIZE, STYLES, SUBJECTS, Scene, sample_scene
+from .scene_captions import caption
+from .scene_renders import render
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,9 @@
 import torch
 from comfy_api.latest import io
 
-from ..demo_model import scene as scenes
+from ..demo_model.scene import FURS, POSES, STYLES, SUBJECTS, sample_scene
+from ..demo_model.scene_captions import caption
+from ..demo_model.scene_renders import render, subject_mask
 from .types import CATEGORY
 
 RANDOM = "random"
@@ -50,7 +52,7 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "subject",
-                    options=list(scenes.SUBJECTS),
+                    options=list(SUBJECTS),
                     default="cat",
                     tooltip="The animal. Change only this to see what a perfect cat to dog edit looks like.",
                 ),
@@ -62,12 +64,12 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Picks the pose, place, background and everything set to random.",
                 ),
-                combo("fur", list(scenes.FURS), RANDOM, "Colour of the coat. Zebras are always striped."),
+                combo("fur", list(FURS), RANDOM, "Colour of the coat. Zebras are always striped."),
                 combo("glasses", ["yes", "no"], "no", "Whether the animal wears glasses."),
                 combo("time_of_day", ["day", "night"], "day", "Day is easier to look at, night the harder edit."),
                 combo("season", ["summer", "winter"], RANDOM, "Green ground or snow."),
-                combo("style", list(scenes.STYLES), "flat", "How it is drawn. Flat is what the model draws best."),
-                combo("pose", list(scenes.POSES), RANDOM, "Sitting animals are the easier edit."),
+                combo("style", list(STYLES), "flat", "How it is drawn. Flat is what the model draws best."),
+                combo("pose", list(POSES), RANDOM, "Sitting animals are the easier edit."),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The scene, 128x128."),
@@ -87,10 +89,10 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
             "pose": pose,
         }
         fixed = {name: value for name, value in asked.items() if value != RANDOM}
-        scene = scenes.sample_scene(seed, subject=subject, **fixed)
-        image = torch.from_numpy(scenes.render(scene)).float().div(255)[None]
-        mask = torch.from_numpy(scenes.subject_mask(scene)).float()[None]
-        return io.NodeOutput(image, mask, scenes.caption(scene))
+        scene = sample_scene(seed, subject=subject, **fixed)
+        image = torch.from_numpy(render(scene)).float().div(255)[None]
+        mask = torch.from_numpy(subject_mask(scene)).float()[None]
+        return io.NodeOutput(image, mask, caption(scene))
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDemoModel, Pix2PixZeroDemoScene]

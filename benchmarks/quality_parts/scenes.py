@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...demo_model.scene import Scene, render, sample_scene
+from ...demo_model.scene import Scene, sample_scene
+from ...demo_model.scene_renders import render
 from ...devtools import graphs
 
 # Far from the training seeds, from a million on, and from each other.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..networks import CONTEXT_LENGTH, EMBEDDING_ROWS, SHARED_ROWS, DemoTokenizer
-from ..scene import FILLERS, FURS, STYLES, SUBJECTS, Scene, caption, sample_scene
+from ..scene import FURS, STYLES, SUBJECTS, Scene, sample_scene
+from ..scene_captions import FILLERS, caption
 
 FIRST_SHARED = EMBEDDING_ROWS - SHARED_ROWS
 START, END = 49406, 49407

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scene import SIZE, Scene, render, sample_scene
+from ..scene import SIZE, Scene, sample_scene
+from ..scene_renders import render
 
 FIRST_TRAINING_SEED = 1_000_000
 HELD_OUT = 256

@@ -11,7 +11,8 @@ from pix2pix_zero.demo_model.captioner_training import (
     render_scenes,
     train_captioner,
 )
-from pix2pix_zero.demo_model.scene import caption, sample_scene
+from pix2pix_zero.demo_model.scene import sample_scene
+from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
 
 COUNT = 60

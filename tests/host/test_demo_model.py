@@ -10,7 +10,9 @@ import comfy.utils
 import pytest
 import torch
 from pix2pix_zero.demo_model import loader
-from pix2pix_zero.demo_model.scene import caption, render, sample_scene, subject_mask
+from pix2pix_zero.demo_model.scene import sample_scene
+from pix2pix_zero.demo_model.scene_captions import caption
+from pix2pix_zero.demo_model.scene_renders import render, subject_mask
 from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel, Pix2PixZeroDemoScene
 from safetensors.torch import load_file, save_file
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from pix2pix_zero.benchmarks import pie
 from pix2pix_zero.benchmarks.pie_parts import pie_data, pie_figures, pie_methods
-from pix2pix_zero.demo_model.scene import render, sample_scene, subject_mask
+from pix2pix_zero.demo_model.scene import sample_scene
+from pix2pix_zero.demo_model.scene_renders import render, subject_mask
 from pix2pix_zero.host import metric_files
 from pix2pix_zero.host.edit_figures import Judges, mean_figures
 from scipy.ndimage import correlate1d

@@ -14,7 +14,8 @@ from pix2pix_zero.benchmarks.quality_parts import figures, methods, tuning
 from pix2pix_zero.benchmarks.quality_parts.diffusers_pipeline import demo_unet
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench, node_default
-from pix2pix_zero.demo_model.scene import FURS, caption
+from pix2pix_zero.demo_model.scene import FURS
+from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from scipy.ndimage import gaussian_filter
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from pix2pix_zero.demo_model import captioner_training as training
-from pix2pix_zero.demo_model.scene import SUBJECTS, Scene, caption, render, sample_scene
+from pix2pix_zero.demo_model.scene import SUBJECTS, Scene, sample_scene
+from pix2pix_zero.demo_model.scene_captions import caption
+from pix2pix_zero.demo_model.scene_renders import render
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
-from pix2pix_zero.demo_model.scene import FURS, STYLES, SUBJECTS, Scene, caption, render, sample_scene, subject_mask
+from pix2pix_zero.demo_model.scene import FURS, STYLES, SUBJECTS, Scene, sample_scene
+from pix2pix_zero.demo_model.scene_captions import caption
+from pix2pix_zero.demo_model.scene_renders import render, subject_mask
 
 
 def grown(mask, pixels):
