@@ -16,8 +16,9 @@ from comfyui_version import __version__
 from PIL import Image
 
 from .comparison import draw_comparison
+from .demo_graph import Demo
 from .environment import Environment
-from .graphs import EDITS, Graph, Node
+from .graphs import EDITS
 from .hosts import ROOT, ComfyUI
 from .process import DevError, one_thread
 from .server import GraphError, Server
@@ -26,102 +27,6 @@ PICTURES = ROOT / "web" / "docs" / "pictures"
 CELL = 144  # pixels, the height of a row
 QUALITY = 82
 WIDEST = 900  # pixels, of a picture that brings its own labels
-
-
-class Demo(Graph):
-    """A graph on the demo model: the picture, its caption and its inversion, and edits of it."""
-
-    def __init__(self, edit: str = "cat2dog", seed: int = 5) -> None:
-        super().__init__()
-        self.edit = EDITS[edit]
-        self.model = self.add("Pix2PixZeroDemoModel")
-        self.scene = self.add("Pix2PixZeroDemoScene", seed=seed, **self.edit.scene)
-        self.caption = self.add(
-            "Pix2PixZeroCaption", captioner=self.add("Pix2PixZeroLoadCaptioner")[0], image=self.scene[0]
-        )
-        self.source = self.encode(self.caption[0])
-        self.latent = self.add("VAEEncode", pixels=self.scene[0], vae=self.model[2])
-        self.inversion = self.invert()
-
-    def encode(self, text: object) -> Node:
-        """The conditioning of a text."""
-        return self.add("CLIPTextEncode", clip=self.model[1], text=text)
-
-    def invert(self, **knobs: object) -> Node:
-        """The inversion of the scene."""
-        return self.add(
-            "Pix2PixZeroInversion",
-            model=self.model[0],
-            positive=self.source[0],
-            latent_image=self.latent[0],
-            **knobs,
-        )
-
-    def direction(self, source: str | None = None, target: str | None = None) -> Node:
-        """The direction of the edit, or another one."""
-        return self.add(
-            "Pix2PixZeroEditDirection",
-            clip=self.model[1],
-            source=source or self.edit.source,
-            target=target or self.edit.target,
-        )
-
-    def apply(self, direction: list | None = None, strength: float | None = None) -> Node:
-        """The edited caption."""
-        return self.add(
-            "Pix2PixZeroApplyDirection",
-            conditioning=self.source[0],
-            direction=direction or self.direction()[0],
-            strength=self.edit.strength if strength is None else strength,
-        )
-
-    def sample(self, positive: Node | None = None, inversion: Node | None = None, **knobs: object) -> Node:
-        """The guided sampler."""
-        return self.add(
-            "Pix2PixZeroKSampler",
-            model=self.model[0],
-            inversion=(inversion or self.inversion)[0],
-            positive=(positive or self.apply())[0],
-            negative=self.source[0],
-            **{"cfg": self.edit.cfg, **knobs},
-        )
-
-    def decode(self, samples: list) -> list:
-        """The picture of a latent."""
-        return self.add("VAEDecode", samples=samples, vae=self.model[2])[0]
-
-    def edited(self, *where: Node | None, **knobs: object) -> list:
-        """The picture that the guided sampler draws."""
-        return self.decode(self.sample(*where, **knobs)[0])
-
-    def stock(self, model: list, positive: list, cfg: float) -> list:
-        """The picture that the stock sampler draws from the inversion's noise."""
-        guider = self.add("CFGGuider", model=model, positive=positive, negative=self.source[0], cfg=cfg)
-        return self.decode(
-            self.add(
-                "SamplerCustomAdvanced",
-                noise=self.add("DisableNoise")[0],
-                guider=guider[0],
-                sampler=self.add("KSamplerSelect", sampler_name="euler")[0],
-                sigmas=self.inversion[2],
-                latent_image=self.inversion[1],
-            )[0]
-        )
-
-    def api(self, object_info: dict) -> dict:
-        """As the frontend sends it: optional widgets have their default too."""
-        api = super().api(object_info)
-        for node in api.values():
-            optional = object_info[node["class_type"]]["input"].get("optional", {})
-            defaults = {
-                name: spec[1]["default"] for name, spec in optional.items() if "default" in (spec[1:] or ({},))[0]
-            }
-            node["inputs"] = {**defaults, **node["inputs"]}
-        return api
-
-    def mask_picture(self, mask: list) -> list:
-        """A mask as a picture."""
-        return self.add("MaskToImage", mask=mask)[0]
 
 
 Picture = tuple[Demo, dict[str, list]]
