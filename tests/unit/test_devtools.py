@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import signal
 import socket
 import struct
@@ -137,6 +138,15 @@ def test_comfyui_path_must_be_a_comfyui_and_is_marked_as_the_persons_own(tmp_pat
         hosts.choose(None)
     (tmp_path / "comfyui_version.py").write_text('__version__ = "0.24.1"\n')
     assert hosts.choose(None) == ComfyUI(tmp_path.resolve(), "0.24.1", own=True)
+
+
+def test_the_tests_of_a_file_run_in_one_process():
+    tests = ROOT / "tests"
+    options = ["-v", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadgroup", "-c", tests / "pytest.ini"]
+    command = [sys.executable, "-m", "pytest", *options, tests / "unit" / "test_progress.py"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    processes = re.findall(r"^\[(gw\d)\].*PASSED", told, re.MULTILINE)
+    assert len(processes) > 2 and len(set(processes)) == 1, told
 
 
 def test_bytecode_is_kept_in_the_environments_folder_and_nowhere_else(tmp_path):
