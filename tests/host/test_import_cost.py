@@ -55,5 +55,6 @@ def test_the_demo_model_is_not_loaded_before_a_node_asks_for_it(loaded):
     loaders = {
         f"pix2pix_zero.{name}" for name in ("demo_model.loader", "demo_model.networks", "demo_model.autoencoder")
     }
+    assert "pix2pix_zero.nodes.demo" in loaded["modules"]
     assert loaders.isdisjoint(loaded["modules"])
     assert [name for name in loaded["opened"] if name.endswith((".safetensors", ".txt", ".json"))] == []
