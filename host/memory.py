@@ -249,7 +249,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     kinds = [MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)]
     if host.OOM_EXCEPTION is not Exception:  # the host's stand-in where PyTorch has no such class
         kinds.append(host.OOM_EXCEPTION)
-        if hasattr(host, "is_oom") and host.is_oom(error):
+        if hasattr(host, "is_oom") and host.is_oom(error):  # ComfyUI 0.16 has only the class
             return True
     phrases = ("out of memory", "can't allocate memory", "not enough memory")
     said = isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
