@@ -148,3 +148,7 @@ def directional_derivative(model, texts, x_source, x, direction, size):
     sampled(EditGuider, model, conds, comfy.samplers.KSAMPLER(walk), x_source, torch.tensor([sigma, 0.0]), 1.0)
     mean = {name: sum(values) / len(values) for name, values in total.items()}
     return (mean[1] - mean[-1]) / (2 * size), mean[0]
+
+
+def same(ours, expected, tolerance=1e-4):
+    return (ours - expected).abs().max() <= tolerance * expected.std()

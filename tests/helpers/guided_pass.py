@@ -5,7 +5,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.checkpointing import checkpointed
+from pix2pix_zero.host.checkpointing import LEVELS, checkpointed
 from pix2pix_zero.host.gradients import differentiable_attention, input_gradients, ordinary, uncompiled, unshared_skips
 from small_unet import conditioning, small_model
 
@@ -169,3 +169,11 @@ def float64_gradient(model, x_source, x, text, weights=None, foreign=None):
 def relative_error(ours, expected) -> float:
     assert expected.abs().max() > 0
     return float((ours.double() - expected).norm() / expected.norm())
+
+
+def assert_right_gradient(model, weights=None, levels=LEVELS, tolerance=5e-5, text=None):
+    x_source, x = latents(model)
+    text = text or conditioning(seed=1)
+    expected = float64_gradient(model, x_source, x, text, weights)
+    for level in levels:
+        assert relative_error(pass_gradient(model, x_source, x, text, level), expected) <= tolerance, level

@@ -52,6 +52,14 @@ def small_model(model_type=comfy.model_base.ModelType.EPS, seed=0, weight_dtype=
     return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
+def loaded_small_model(**options):
+    """A loaded `small_model` whose weights are inference tensors, as in the executor."""
+    with torch.inference_mode():
+        model = small_model(**options)
+        comfy.model_management.load_models_gpu([model])
+        return model
+
+
 def conditioning(rows=1, seed=0, tokens=TOKENS):
     """A CONDITIONING of random text embeddings."""
     generator = torch.Generator().manual_seed(seed)

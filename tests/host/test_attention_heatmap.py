@@ -1,6 +1,5 @@
 """Heatmaps of words, against maps that hooks on an untouched UNet read."""
 
-import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
@@ -9,25 +8,11 @@ from pix2pix_zero.host import attention_heat, charts, sampling
 from pix2pix_zero.host.attention_heat import attention_heatmaps, mean_attention
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from small_unet import latent, small_model
-from tiny_clip import tiny_clip
 
 CAPTION = "a photo of a fluffy cat on grass"
 STEPS = 4
 HEIGHT, WIDTH = 8, 12
 FULL = (0.0, 1.0)
-
-
-@pytest.fixture(scope="module")
-def model():
-    with torch.inference_mode():
-        model = small_model()
-        comfy.model_management.load_models_gpu([model])
-        return model
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return tiny_clip()
 
 
 def encode(clip, text):

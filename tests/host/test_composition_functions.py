@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from composed_run import directional_derivative, edit, guided_step, invert, soft_model, stock_edit
+from composed_run import directional_derivative, edit, guided_step, invert, same, soft_model, stock_edit
 from guided_pass import latents, sigma_of
 from patch_catalogue import MODEL_PATCHES, core_extra, patched, random
 from pix2pix_zero.host.plug_and_play import latent_at, with_source_features
@@ -25,10 +25,6 @@ TEXTS = conditioning(), conditioning(seed=1), conditioning(seed=9)
 @pytest.fixture(scope="module")
 def model():
     return soft_model()
-
-
-def same(ours, expected, tolerance=1e-4):
-    return (ours - expected).abs().max() <= tolerance * expected.std()
 
 
 def apply(name, model):

@@ -7,7 +7,7 @@ import comfy.ldm.modules.attention as attention
 import comfy.samplers
 import pytest
 import torch
-from composed_run import edit, guided_step, invert, soft_model
+from composed_run import edit, guided_step, invert, same, soft_model
 from guided_pass import latents
 from patch_catalogue import (
     combined,
@@ -29,10 +29,6 @@ STRENGTH = 1e-3
 @pytest.fixture(scope="module")
 def model():
     return soft_model()
-
-
-def same(ours, expected, tolerance=1e-4):
-    return (ours - expected).abs().max() <= tolerance * expected.std()
 
 
 def kept_and_anew(model, source, *texts, **options):

@@ -1,6 +1,5 @@
 """The picture of decoder features, against forward hooks on an untouched UNet and NumPy's SVD."""
 
-import comfy.model_management
 import numpy as np
 import pytest
 import torch
@@ -11,14 +10,6 @@ from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from small_unet import conditioning, latent, small_model
 
 HEIGHT, WIDTH = 8, 12
-
-
-@pytest.fixture(scope="module")
-def model():
-    with torch.inference_mode():
-        model = small_model()
-        comfy.model_management.load_models_gpu([model])
-        return model
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,14 @@
 """The guidance gradient, taken in the executor's inference mode through the real guider, against ordinary autograd on an
-independent float64 copy of the weights; and what such a run leaves behind."""
+independent float64 copy of the weights."""
 
 import comfy.controlnet
-import comfy.model_management
 import comfy.ops
-import comfy.sample
-import comfy.samplers
 import pytest
 import torch
 import torch.nn.functional as F
-from guided_pass import TIMESTEP, latents, loaded_model, sigma_of
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.map_jobs import with_map_jobs
-from pix2pix_zero.host.sampling import invert_latent, sample_edit
-from pix2pix_zero.host.unet_passes import UNetPasses
-from small_unet import conditioning, latent, small_model
-
-SITES = 11
+from guided_pass import latents, loaded_model
+from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
+from small_unet import conditioning
 
 
 @pytest.fixture(scope="module")
@@ -27,82 +18,6 @@ def model():
 
 def with_extras(texts, **extras):
     return [[text, {**options, **extras}] for text, options in texts]
-
-
-def guider_gradient(model, positive, x_source, x, source=None):
-    """(gradient, distance) as the guided sampler gets them."""
-    sigma = sigma_of(model)
-    found = []
-
-    def walk(model_k, noise, sigmas, extra_args, callback, disable):
-        passes = UNetPasses(model_k, extra_args, cross_attention_sites(model.model.diffusion_model))
-        reference = passes.record_maps("source", x_source.clone(), sigma)
-        found.extend(passes.map_gradient("positive", x.clone(), sigma, reference))
-        return noise
-
-    with torch.inference_mode():
-        guider = comfy.samplers.CFGGuider(with_map_jobs(model))
-        guider.inner_set_conds(
-            {"positive": positive, "negative": conditioning(seed=9), "source": source or conditioning()}
-        )
-        empty = torch.zeros_like(x)
-        guider.sample(empty, empty, comfy.samplers.KSAMPLER(walk), torch.tensor([sigma, 0.0]), seed=0)
-    return found
-
-
-class PlainUNet:
-    """A float64 copy of ordinary tensors, differentiated by ordinary autograd; nothing of this pack is used."""
-
-    def __init__(self, model, patches=None, foreign=None, control=None, weights=None):
-        self.unet = small_model(weight_dtype=torch.float64).model.diffusion_model
-        weights = weights or model.model.diffusion_model.state_dict()
-        self.unet.load_state_dict({name: weight.clone().double() for name, weight in weights.items()})
-        self.scale = (1 + sigma_of(model) ** 2) ** 0.5
-        self.patches = patches or {}
-        self.foreign = foreign or {}
-        self.control = control
-
-    def maps(self, x, text):
-        maps = []
-
-        def attention(q, k, v, heads):
-            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-            probabilities = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-            return probabilities, (probabilities @ v).transpose(1, 2).flatten(2)
-
-        def attend(q, k, v, options):
-            probabilities, out = attention(q, k, v, options["n_heads"])
-            maps.append(probabilities)
-            site = (*options["block"], options["block_index"])
-            return self.foreign[site](q, k, v, options) if site in self.foreign else out
-
-        blocks = [("middle", 0), *((name, number) for name in ("input", "output") for number in range(8))]
-        options = {
-            "patches": {**self.patches, "input_block_patch_after_skip": [lambda h, _: h.clone()]},
-            "patches_replace": {"attn2": dict.fromkeys(blocks, attend)},
-            "optimized_attention_override": lambda func, q, k, v, heads, **_: attention(q, k, v, heads)[1],
-        }
-        control = self.control and {key: [t.double() for t in values] for key, values in self.control.items()}
-        timestep = torch.full((len(x),), float(TIMESTEP), dtype=torch.float64)
-        self.unet(x / self.scale, timestep, context=text.double(), control=control, transformer_options=options)
-        assert len(maps) == SITES
-        return maps
-
-    def gradient(self, text, x_source, x, source_text=None):
-        x = x.double().requires_grad_(True)
-        source_text = conditioning()[0][0] if source_text is None else source_text
-        with torch.no_grad():
-            reference = self.maps(x_source.double(), source_text.expand(len(x), -1, -1))
-        maps = self.maps(x, text.expand(len(x), -1, -1))
-        distance = sum(((a - b) ** 2).sum((2, 3)).mean(1) for a, b in zip(maps, reference))
-        return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
-
-
-def assert_same_gradient(ours, theirs):
-    (gradient, distance), (expected, expected_distance) = ours, theirs
-    assert expected.abs().max() > 0
-    assert float((gradient - expected).norm() / expected.norm()) <= 5e-5
-    torch.testing.assert_close(distance.double(), expected_distance, rtol=1e-5, atol=0)
 
 
 class ForeignAttention:
@@ -293,110 +208,6 @@ def test_a_text_for_an_area_moves_that_area(model):
     inside, inside_distance = plain.gradient(part[0][0], x_source[..., 4:10], x[..., 4:10], source_part[0][0])
     expected[..., 4:10] = (expected[..., 4:10] + inside) / 2
     assert_same_gradient((gradient, distance), (expected, 0.75 * expected_distance + 0.25 * inside_distance))
-
-
-def test_texts_of_different_lengths_are_refused_in_words(model):
-    x_source, x = latents(model)
-    with pytest.raises(ValueError, match="number of tokens"):
-        guider_gradient(model, conditioning(seed=1, tokens=14), x_source, x)
-
-
-class Traces:
-    """Everything about a MODEL that a run could change."""
-
-    def __init__(self, model):
-        self.parameters = {
-            name: (id(p), p.data_ptr(), p.detach().clone(), p.requires_grad)
-            for name, p in model.model.named_parameters()
-        }
-        self.options = repr(model.model_options)
-        self.wrappers = repr(model.wrappers)
-        self.patches = repr((model.patches.keys(), model.object_patches, model.weight_wrapper_patches))
-        self.methods = sorted(n for n, m in model.model.named_modules() if "forward" in m.__dict__ or m._forward_hooks)
-
-    def check(self, model):
-        for name, parameter in model.model.named_parameters():
-            identity, pointer, value, requires_grad = self.parameters[name]
-            assert (id(parameter), parameter.data_ptr(), parameter.requires_grad) == (identity, pointer, requires_grad)
-            assert parameter.grad is None
-            assert torch.equal(parameter, value), name
-        now = Traces(model)
-        assert (now.options, now.wrappers, now.patches, now.methods) == (
-            self.options,
-            self.wrappers,
-            self.patches,
-            self.methods,
-        )
-        assert torch._C._len_torch_function_stack() == 0
-        assert not torch.is_inference_mode_enabled()
-
-
-def ordinary_sample(model):
-    with torch.inference_mode():
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-        texts = conditioning(seed=1), conditioning()
-        empty = torch.zeros_like(noise)
-        return comfy.sample.sample(model, noise, 3, 2.0, "euler", "normal", *texts, empty, disable_pbar=True, seed=1)
-
-
-def edit(model, inversion, preset="default"):
-    with torch.inference_mode():
-        return sample_edit(model, inversion, conditioning(seed=1), conditioning(), 2.0, 0.01, preset=preset)
-
-
-def invert(model):
-    with torch.inference_mode():
-        return invert_latent(model, conditioning(), latent(), 2, 0, NoiseRegularization(steps=0))
-
-
-@pytest.mark.parametrize("preset", ["default", "official"])
-def test_an_edit_leaves_no_trace(model, preset):
-    before, traces = ordinary_sample(model), Traces(model)
-    edit(model, invert(model), preset)
-    traces.check(model)
-    assert torch.equal(ordinary_sample(model), before)
-
-
-class Mishap:
-    """An attention patch of another pack that fails, or hears the user's Cancel, in the middle of a guided pass."""
-
-    def __init__(self, act):
-        self.act = act
-        self.countdown = 12
-
-    def __call__(self, q, k, v, options):
-        if torch.is_grad_enabled():
-            self.countdown -= 1
-            if self.countdown == 0:
-                self.act()
-        return q, k, v
-
-
-def fail():
-    raise RuntimeError("another pack's patch failed")
-
-
-@pytest.mark.parametrize(
-    ("act", "error"),
-    [
-        (fail, RuntimeError),
-        (comfy.model_management.interrupt_current_processing, comfy.model_management.InterruptProcessingException),
-    ],
-    ids=["exception", "interrupt"],
-)
-def test_an_edit_that_breaks_off_leaves_no_trace(model, act, error):
-    inversion = invert(model)
-    before, expected, traces = ordinary_sample(model), edit(model, inversion), Traces(model)
-    mishap = Mishap(act)
-    faulty = model.clone()
-    faulty.set_model_attn1_patch(mishap)
-    with pytest.raises(error):
-        edit(faulty, inversion)
-    assert mishap.countdown == 0, "it broke off at once, inside the first guided passes"
-    assert not comfy.model_management.processing_interrupted()
-    traces.check(model)
-    assert torch.equal(ordinary_sample(model), before)
-    assert torch.equal(edit(model, inversion), expected)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["usual", "flat"])

@@ -1,22 +1,13 @@
 """What the nodes show while they run: phase, step, progress bar and preview. The server's part is in test_strip.py."""
 
-import comfy.model_management
 import latent_preview
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import progress, sampling
-from small_unet import conditioning, latent, small_model
+from small_unet import conditioning, latent
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def model():
-    with torch.inference_mode():
-        model = small_model()
-        comfy.model_management.load_models_gpu([model])
-        return model
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+"""What the presets of the guided sampler compute, and what happens when memory runs out."""
+
+import pytest
+import torch
+from small_edit import counted_edits, edit, invert
+
+
+@pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official"])
+def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, caplog):
+    """Another pack's patch fails as the allocator would, in the first guided pass."""
+    inversion = invert(model)
+    expected = edit(model, inversion, preset=preset)
+    failures = 0
+
+    def allocate(q, k, v, options):
+        nonlocal failures
+        if torch.is_grad_enabled() and failures < 1 and options["block"] == ("middle", 0):
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. (test)")
+        return q, k, v
+
+    short = model.clone()
+    short.set_model_attn1_patch(allocate)
+    if preset == "low memory":  # which has nothing left to give up
+        with pytest.raises(torch.OutOfMemoryError):
+            edit(short, inversion, preset=preset)
+        return
+    edited = edit(short, inversion, preset=preset)
+    assert failures == 1
+    assert (edited - expected).abs().max() <= 1e-4 * expected.std()
+    assert [record.levelname for record in caplog.records if "out of memory" in record.message] == ["WARNING"]
+
+
+def test_low_memory_gives_the_edit_of_the_default(model):
+    inversion = invert(model)
+    default, lean = edit(model, inversion), edit(model, inversion, preset="low memory")
+    assert (lean - default).abs().max() <= 1e-4 * default.std()
+
+
+@pytest.mark.parametrize(("steps", "guided"), [(50, 13), (4, 4)])
+def test_fast_guides_a_part_of_many_steps(model, steps, guided):
+    inversion = invert(model, steps=steps, map_memory=0)
+    edited, recorded = counted_edits(model, inversion, preset="fast", strength=1e-4)
+    assert recorded == guided
+    assert (edited - edit(model, inversion, strength=0.0)).abs().max() > 0.01 * edited.std()
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-4])
+def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
+    """At odd steps the negative's noise is that of the positive less what it was less in the step before."""
+    inversion, estimates = invert(model, steps=4), []
+
+    def note(args):
+        sigma = float(args["sigma"].flatten()[0])
+        predictions = [(args["input"] - args[name]) / sigma for name in ("cond_denoised", "uncond_denoised")]
+        estimates.append((args["input"], sigma, *predictions))
+        return args["denoised"]
+
+    watched = model.clone()
+    watched.set_model_sampler_post_cfg_function(note)
+    edit(watched, inversion, preset="fast", strength=strength, cfg=4.0)
+    assert len(estimates) == 4
+    for index in (1, 3):
+        distances = [positive - negative for _, _, positive, negative in estimates[index - 1 : index + 1]]
+        torch.testing.assert_close(*distances, rtol=1e-3, atol=1e-4)
+    fresh = [positive - negative for _, _, positive, negative in estimates[::2]]
+    assert (fresh[1] - fresh[0]).abs().max() > 1e-2 * fresh[0].abs().max(), "even steps evaluate it"
