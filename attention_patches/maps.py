@@ -55,5 +55,14 @@ def attention_maps(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor
     return (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5).softmax(-1)
 
 
+def maps_of_first(maps: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The maps [..., tokens] that `maps` [..., more tokens] would be if the text ended after so many.
+
+    A softmax over some of the logits is that part of the whole one, scaled to sum to 1.
+    """
+    first = maps[..., :tokens]
+    return first / first.sum(-1, keepdim=True).clamp_min(torch.finfo(first.dtype).tiny)
+
+
 def _by_head(t: torch.Tensor, heads: int) -> torch.Tensor:
     return t.float().unflatten(-1, (heads, -1)).transpose(1, 2)

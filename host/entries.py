@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy.samplers import get_area_and_mult
@@ -13,12 +13,14 @@ class Entry:
     """`area`: as the host has it, sizes, then offsets, or None for the whole picture. `tokens`: of its text, or None.
 
     `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
+    `shared_tokens`: where the text that it is compared with is of another length, how many tokens both have.
     """
 
     uuid: object
     area: list | None = None
     tokens: int | None = None
     share: torch.Tensor | None = None
+    shared_tokens: int | None = None
 
 
 def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:
@@ -27,6 +29,20 @@ def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor
     return [
         Entry(entry["uuid"], entry.get("area"), _tokens(entry), shares.get(i)) for i, entry in enumerate(conditioning)
     ]
+
+
+def compared_with(entries: list[Entry], reference: list[dict]) -> list[Entry]:
+    """The entries with their `shared_tokens`. `reference`: a processed conditioning, entry i for entry i."""
+    return [
+        *(_with_shared_tokens(entry, _tokens(other)) for entry, other in zip(entries, reference)),
+        *entries[len(reference) :],
+    ]
+
+
+def _with_shared_tokens(entry: Entry, others: int | None) -> Entry:
+    if None in (entry.tokens, others) or entry.tokens == others:
+        return entry
+    return replace(entry, shared_tokens=min(entry.tokens, others))
 
 
 def areas_of(conditioning: Sequence[dict]) -> list[tuple | None]:

@@ -13,7 +13,7 @@ from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 
-from ..attention_patches.maps import AttentionTap, LastSiteReached, attention_maps
+from ..attention_patches.maps import AttentionTap, LastSiteReached, attention_maps, maps_of_first
 from ..attention_patches.matching import GradientScale, match_maps
 from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
@@ -113,6 +113,9 @@ class MatchMaps:
     """Job: the attention distance to `reference`, `distance` [B], and its `gradient` [B, C, H, W] afterwards.
 
     Where several entries draw, each counts as much as its share of the estimate; one without a reference is not guided.
+    Texts of unequal length are compared over the tokens that both have, as if the longer one ended there: what the words
+    after them draw is left free. To repeat both to one length, as the host does in a batch, would ask those words for the
+    maps of others that stand in their place by chance; to compare the maps as they are, to draw nothing.
     `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call; no graph is
     recorded past the last site.
     """
@@ -184,40 +187,58 @@ class MatchMaps:
         self, call: UNetCall, entries: list[Entry], numbers: list[int | None]
     ) -> tuple[torch.Tensor, torch.Tensor, list]:
         x = call.x.clone().requires_grad_(True)
-        scale = GradientScale()
-        distances = [{} for _ in numbers]
-        last_q = None
-
-        def visit(site, q, k, heads):
-            nonlocal last_q
-            lengths = own_tokens(k.shape[1], entries)
-            parts = [list(tensor.chunk(len(numbers))) for tensor in (q, k)]
-            for i, (number, tokens) in enumerate(zip(numbers, lengths)):
-                if (number, site) in self.reference:
-                    part_q, part_k = (tensors[i] for tensors in parts)
-                    reference = self.reference[number, site][call.first : call.first + call.pictures]
-                    _check_maps(reference, part_q, tokens, heads)
-                    own = part_k[:, :tokens]
-                    parts[0][i], own, distances[i][site] = match_maps(part_q, own, reference, heads, scale)
-                    # Repetitions of the text by the host are equal to it.
-                    parts[1][i] = own if tokens == k.shape[1] else torch.cat([own, part_k[:, tokens:]], 1)
-            q, k = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in parts)
-            if site == self.sites[-1]:
-                last_q = q
-                if self.stop:
-                    raise LastSiteReached
-                torch.set_grad_enabled(False)  # until `input_gradients` ends
-            return q, k
-
+        matching = _Matching(self, call, entries, numbers)
         options = careful_block_patches(differentiable_attention(call.transformer_options))
         if call.arguments["control"] is not None:
             options = unshared_skips(options)
         try:
-            output = call(x, AttentionTap(self.sites, visit).install(options), ordinary)
+            output = call(x, AttentionTap(self.sites, matching.visit).install(options), ordinary)
         except LastSiteReached:
             output = torch.zeros_like(x)
-        gradient = _gradient(last_q, x, scale)
-        return output.detach(), gradient, [sum(of_entry.values(), x.new_zeros(())) for of_entry in distances]
+        gradient = _gradient(matching.last_q, x, matching.scale)
+        distances = [sum(of_entry.values(), x.new_zeros(())) for of_entry in matching.distances]
+        return output.detach(), gradient, distances
+
+
+class _Matching:
+    """What one differentiated call does at each site. `distances`: of each entry in it, by site.
+
+    `last_q`: what the backward pass starts from.
+    """
+
+    def __init__(self, job: MatchMaps, call: UNetCall, entries: list[Entry], numbers: list[int | None]):
+        self.job = job
+        self.pictures = slice(call.first, call.first + call.pictures)
+        self.entries = entries
+        self.numbers = numbers
+        self.scale = GradientScale()
+        self.distances = [{} for _ in numbers]
+        self.last_q = None
+
+    def visit(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, heads: int) -> tuple:
+        lengths = own_tokens(k.shape[1], self.entries)
+        queries, keys = (list(tensor.chunk(len(self.numbers))) for tensor in (q, k))
+        for i, (number, tokens) in enumerate(zip(self.numbers, lengths)):
+            if (number, site) in self.job.reference:
+                queries[i], keys[i] = self._match(i, site, queries[i], keys[i], tokens, heads)
+        q, k = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (queries, keys))
+        if site == self.job.sites[-1]:
+            self.last_q = q
+            if self.job.stop:
+                raise LastSiteReached
+            torch.set_grad_enabled(False)  # until `input_gradients` ends
+        return q, k
+
+    def _match(self, i: int, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, tokens: int, heads: int) -> tuple:
+        reference = self.job.reference[self.numbers[i], site][self.pictures]
+        shared = self.entries[i].shared_tokens
+        if shared is not None:
+            tokens, reference = shared, maps_of_first(reference, shared)
+        own = k[:, :tokens]
+        _check_maps(reference, q, own, heads)
+        q, own, self.distances[i][site] = match_maps(q, own, reference, heads, self.scale)
+        # Repetitions of the text by the host are equal to it.
+        return q, own if own.shape == k.shape else torch.cat([own, k[:, tokens:]], 1)
 
 
 def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[int | None]]:
@@ -227,11 +248,11 @@ def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[in
     return [Entry(uuid) if i is None else entries[i] for i, uuid in zip(numbers, call.uuids)], numbers
 
 
-def _check_maps(reference: torch.Tensor, q: torch.Tensor, tokens: int, heads: int) -> None:
-    if reference.shape != (len(q), heads, q.shape[1], tokens):
+def _check_maps(reference: torch.Tensor, q: torch.Tensor, k: torch.Tensor, heads: int) -> None:
+    if reference.shape != (len(q), heads, q.shape[1], k.shape[1]):
         raise ValueError(
-            "positive: its text is encoded to another number of tokens than the caption the picture was "
-            "inverted with. Make it from the same caption, with Apply Edit Direction, or shorten the text."
+            "model: another node gives the edit's attention another shape than that of the inverted picture, so that the "
+            "two cannot be matched. Take out that node, or set guidance_strength to 0."
         )
 
 

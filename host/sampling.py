@@ -130,7 +130,7 @@ def _transitions(model, sigmas: torch.Tensor, method: str) -> list[ddim.Transiti
 
 def inverted_noise(inversion: Inversion, model) -> torch.Tensor:
     """The noise end of an inversion as LATENT samples: sample it with noise disabled on the inversion's own sigmas."""
-    return model.model.process_latent_out(inversion.trajectory[-1])
+    return model.model.process_latent_out(inversion.trajectory[-1]).to(comfy.model_management.intermediate_device())
 
 
 def _sample(guider, sampler_function, samples: torch.Tensor, sigmas: torch.Tensor, seed: int) -> torch.Tensor:
@@ -188,37 +188,26 @@ def sample_edit(
 
     Raises ValueError if the inversion was made with another model or a conditioning does not fit the batch.
     """
-    check_diffusion(model)
-    if inversion.model() is not model.model:
-        raise ValueError(
-            "inversion: it was made with another model. Connect the same model to Inversion and to this sampler."
-        )
-    if feature_until and preset != "official":
+    _check_edit(model, inversion, positive, negative)
+    official = preset == "official"
+    if feature_until and not official:
         model = with_source_features(model, inversion, feature_until, attention_until=0.0)
-    start = inversion.trajectory[-1]
-    for conditioning, socket in ((positive, "positive"), (negative, "negative")):
-        check_conditioning(conditioning, len(start), socket)
-    if len(positive) != len(inversion.source):
-        raise ValueError(
-            f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
-            "Make it from the same conditioning, with Apply Edit Direction."
-        )
     positive, negative = (beside_the_source(texts, inversion.source) for texts in (positive, negative))
     chosen = PRESETS[preset]
     unet = model.model.diffusion_model
     sites = cross_attention_sites(unet)
-    attending = len(positive) * sum(height * width for height, width in map_shapes(unet, start.shape[-2:]).values())
-    maps = inversion.maps
-    if maps is not None and maps.made_with != attention_state(model):
-        maps = None
+    size = inversion.trajectory.shape[-2:]
+    attending = len(positive) * sum(height * width for height, width in map_shapes(unet, size).values())
     sampling = model.get_model_object("model_sampling")
     levels = (sampling.percent_to_sigma(percent) for percent in window)
     guidance = GuidanceSchedule(strength, *levels, **chosen.schedule(inversion.steps))
+    maps = None if official else _maps_for(model, inversion)
+    needs = _needs([*positive, *inversion.source], maps, inversion.steps)
     guided = with_map_jobs(model)
-    needs = _needs(positive, None if preset == "official" else maps, inversion.steps)
     if strength:
         # The least it can do with, so that weights stay where they are; more is used where it is free.
-        guided = announce_memory(guided, guided_pass_memory(model, start.shape, LEVELS[-1], **needs))
+        least = guided_pass_memory(model, inversion.trajectory.shape[1:], LEVELS[-1], **needs)
+        guided = announce_memory(guided, least)
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         guider.add_source()
@@ -226,28 +215,17 @@ def sample_edit(
         level = affordable_level(model, x, chosen.checkpointing, **needs)
         rows = affordable_rows(model, x, level, entries=len(positive), **needs)
         mask_at = partial(_mask_at, inversion, model_k, extra_args["model_options"], sigmas)
-        if preset == "official":
-            sample = partial(sample_official, final_sigma=float(sampling.sigmas[0]))
-        else:
-            sample = partial(sample_guided, blend=blend)
-            if maps is not None:
-                sample = partial(sample, reference_maps=lambda level: maps.get(level, x.device))
-
-        def on_step(step, denoised, x, distance):
-            if distance is None:
-                _report(callback, sigmas, "Sampling", step, denoised, x)
-            else:
-                note = f", map distance {float(distance.mean()) / attending:.3f}"
-                _report(callback, sigmas, "Guided step", step, denoised, x, note)
-
-        return sample(
+        run = (
             inversion,
             UNetPasses(model_k, extra_args, sites, Checkpointing(level, rows)),
             inversion.trajectory[-1].to(x),
             guidance,
-            on_step,
+            partial(_report_edit, callback, sigmas, attending),
             partial(_keep_outside, inversion, mask_at),
         )
+        if official:
+            return sample_official(*run, final_sigma=float(sampling.sigmas[0]))
+        return sample_guided(*run, lambda level: None if maps is None else maps.get(level, x.device), blend)
 
     guider = EditGuider(guided)
     guider.inner_set_conds({"positive": positive, "negative": negative, "source": inversion.source})
@@ -256,9 +234,42 @@ def sample_edit(
     return _sample(guider, walk, picture, inversion.sigmas.flip(0), seed=0)
 
 
-def _needs(positive: list, maps: MapStore | None, steps: int) -> dict:
-    """What beside the latent's size decides the memory of a guided pass, see `guided_pass_memory`."""
-    lengths = [text.shape[1] for text, _ in positive if text is not None]
+def _check_edit(model, inversion: Inversion, positive: list, negative: list) -> None:
+    check_diffusion(model)
+    if inversion.model() is not model.model:
+        raise ValueError(
+            "inversion: it was made with another model. Connect the same model to Inversion and to this sampler."
+        )
+    for conditioning, socket in ((positive, "positive"), (negative, "negative")):
+        check_conditioning(conditioning, inversion.batch, socket)
+    if len(positive) != len(inversion.source):
+        raise ValueError(
+            f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
+            "Make it from the same conditioning, with Apply Edit Direction."
+        )
+
+
+def _maps_for(model, inversion: Inversion) -> MapStore | None:
+    """The maps that the inversion has kept, if the MODEL draws the same ones."""
+    maps = inversion.maps
+    return maps if maps is not None and maps.made_with == attention_state(model) else None
+
+
+def _report_edit(callback, sigmas, attending: int, step: int, denoised, x, distance: torch.Tensor | None) -> None:
+    """`attending`: how many pixels of all sites look at the text."""
+    if distance is None:
+        _report(callback, sigmas, "Sampling", step, denoised, x)
+    else:
+        note = f", map distance {float(distance.mean()) / attending:.3f}"
+        _report(callback, sigmas, "Guided step", step, denoised, x, note)
+
+
+def _needs(texts: list, maps: MapStore | None, steps: int) -> dict:
+    """What beside the latent's size decides the memory of a guided pass, see `guided_pass_memory`.
+
+    `texts`: the entries of both CONDITIONINGs, the edit's and the source's.
+    """
+    lengths = [text.shape[1] for text, _ in texts if text is not None]
     kept = maps is not None and all(maps.get(level, torch.device("cpu")) is not None for level in range(1, steps + 1))
     return {"records": not kept, **({"tokens": max(lengths)} if lengths else {})}
 
@@ -282,7 +293,8 @@ def edited_area(model, inversion: Inversion, blend: LocalBlend | None) -> torch.
     if blend is not None and blend.mask is not None:
         area = area * blend.mask.to(area)
     ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-    return torch.nn.functional.interpolate(area, scale_factor=ratio, mode="bilinear", align_corners=False)[:, 0]
+    area = torch.nn.functional.interpolate(area, scale_factor=ratio, mode="bilinear", align_corners=False)[:, 0]
+    return area.to(comfy.model_management.intermediate_device())
 
 
 def _latent_mask(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:

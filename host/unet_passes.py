@@ -11,7 +11,7 @@ from ..attention_patches.sites import AttentionSite
 from ..editing.guidance import Maps
 from .checkpointing import LEVELS
 from .edit_texts import same_tensor
-from .entries import Entry, entries_of
+from .entries import Entry, compared_with, entries_of
 from .map_jobs import Checkpointing, MatchMaps, RecordMaps, with_job
 
 
@@ -149,7 +149,10 @@ class UNetPasses:
         return denoised, job.gradient, job.distance
 
     def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stop: bool) -> MatchMaps:
-        return MatchMaps(self.sites, self._entries(branch, x, sigma), reference, x, self.checkpointing, stop)
+        entries = self._entries(branch, x, sigma)
+        if branch == "positive":
+            entries = compared_with(entries, self.guider.conds["source"])
+        return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stop)
 
     def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:
         return entries_of(self.guider.conds[branch], x, _levels(x, sigma))

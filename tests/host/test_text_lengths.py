@@ -1,0 +1,124 @@
+"""Guided edits whose text is longer or shorter than the inversion's caption: what both have is matched, the rest is free."""
+
+import itertools
+
+import pytest
+import torch
+from composed_run import edit, invert, same, soft_model
+from guided_pass import latents
+from patch_catalogue import appended_tokens
+from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.editing.local_blend import LocalBlend
+from pix2pix_zero.host import sampling
+from pix2pix_zero.host.presets import PRESETS
+from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
+from small_unet import conditioning, latent
+
+LENGTHS = [(7, 14), (14, 7), (14, 21)]
+STRENGTH = 1e-3
+
+
+@pytest.fixture(scope="module")
+def model():
+    return soft_model()
+
+
+def repeated(texts):
+    """As the host makes a text longer: its attention's output stays as it is."""
+    return [[text.repeat(1, 2, 1), options] for text, options in texts]
+
+
+@pytest.mark.parametrize(("before", "after"), LENGTHS)
+def test_gradient_is_that_of_the_shares_that_common_tokens_have_in_what_they_draw(model, before, after):
+    x_source, x = latents(model, batch=2)
+    source, positive = conditioning(tokens=before), conditioning(seed=1, tokens=after)
+    ours = guider_gradient(model, positive, x_source, x, source)
+    expected = PlainUNet(model).gradient(positive[0][0], x_source, x, source[0][0], min(before, after))
+    assert_same_gradient(ours, expected)
+
+
+@pytest.mark.parametrize(("before", "after"), LENGTHS)
+def test_tokens_that_another_pack_appends_are_not_taken_for_the_texts(model, before, after):
+    patched = model.clone()
+    patched.set_model_attn2_patch(appended_tokens)
+    x_source, x = latents(model)
+    source, positive = conditioning(tokens=before), conditioning(seed=1, tokens=after)
+    ours = guider_gradient(patched, positive, x_source, x, source)
+    plain = PlainUNet(model, patches={"attn2_patch": [appended_tokens]})
+    assert_same_gradient(ours, plain.gradient(positive[0][0], x_source, x, source[0][0], min(before, after)))
+
+
+def test_each_of_several_texts_is_matched_over_what_it_shares_with_its_own_counterpart(model):
+    """The host calls the UNet once for both, with the shorter one repeated."""
+    x_source, x = latents(model)
+    source = [*conditioning(seed=3), *conditioning(seed=4, tokens=14)]
+    positive = [*conditioning(seed=1, tokens=14), *conditioning(seed=2)]
+    ours = guider_gradient(model, positive, x_source, x, source)
+    plain = PlainUNet(model)
+    parts = [plain.gradient(a, x_source, x, b, 7) for (a, _), (b, _) in zip(positive, source)]
+    assert_same_gradient(ours, [sum(pair) / 2 for pair in zip(*parts)])
+
+
+@pytest.mark.parametrize("longer", ["source", "positive"])
+def test_a_text_that_is_only_repeated_is_matched_like_the_text(model, longer):
+    x_source, x = latents(model)
+    texts = {"source": conditioning(), "positive": conditioning(seed=1)}
+    gradient, distance = guider_gradient(model, x_source=x_source, x=x, **texts)
+    texts[longer] = repeated(texts[longer])
+    assert_same_gradient(guider_gradient(model, x_source=x_source, x=x, **texts), (gradient, distance.double()))
+
+
+def test_words_that_are_added_are_free_to_draw(model):
+    """With one latent and one caption, nothing but added words can change the first maps."""
+    x, _ = latents(model)
+    first = cross_attention_sites(model.model.diffusion_model)[:1]
+    ((caption, _),), ((more, _),) = conditioning(), conditioning(seed=5)
+    added = [[torch.cat([caption, more], 1), {}]]
+    gradient, distance = guider_gradient(model, added, x, x, sites=first)
+    assert float(distance) <= 1e-9
+    other_gradient, other = guider_gradient(model, conditioning(seed=1), x, x, sites=first)
+    assert float(other) > 1e-3
+    assert gradient.norm() <= 1e-4 * other_gradient.norm()
+
+
+@pytest.mark.parametrize(("preset", "longer"), zip(PRESETS, itertools.cycle(["source", "positive"])))
+def test_every_preset_makes_the_edit_of_a_text_from_its_repetition(model, preset, longer):
+    texts = {"source": conditioning(), "positive": conditioning(seed=1)}
+
+    def run(strength=10 * STRENGTH if preset == "official" else STRENGTH):
+        blend = LocalBlend(0.9)
+        inversion = invert(model, texts["source"], latent(1, 8, 8), method="direct")
+        positive = texts["positive"]
+        edited = edit(model, inversion, positive, strength=strength, preset=preset, blend=blend, feature_until=0.5)
+        return edited, blend.mask
+
+    expected, expected_mask = run()
+    texts[longer] = repeated(texts[longer])
+    ours, mask = run()
+    assert same(ours, expected)
+    assert not same(run(strength=0.0)[0], expected, 1e-3), "guidance must matter"
+    if preset != "official":
+        assert 0 < expected_mask.mean() < 1
+        assert same(mask, expected_mask, 1e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), LENGTHS[:2])
+def test_maps_kept_and_recorded_anew_and_matched_one_picture_at_a_time_give_one_edit(model, before, after, monkeypatch):
+    source, positive = conditioning(tokens=before), conditioning(seed=1, tokens=after)
+    picture = latent(2, 8, 8)
+    inversion = invert(model, source, picture, method="direct")
+    assert inversion.maps.size > 0
+    kept = edit(model, inversion, positive, strength=STRENGTH)
+    anew = edit(model, invert(model, source, picture, method="direct", map_memory=0), positive, strength=STRENGTH)
+    assert same(anew, kept)
+    assert not same(edit(model, inversion, positive), kept, 1e-2), "guidance must matter"
+    monkeypatch.setattr(sampling, "affordable_rows", lambda *args, **needs: 1)
+    assert same(edit(model, inversion, positive, strength=STRENGTH), kept)
+
+
+def test_memory_is_estimated_for_the_longer_text(model, monkeypatch):
+    announced = []
+    monkeypatch.setattr(sampling, "affordable_level", lambda *args, tokens, **_: announced.append(tokens) or "none")
+    edit(model, invert(model, conditioning(tokens=14)), conditioning(seed=1), strength=STRENGTH)
+    edit(model, invert(model), conditioning(seed=1, tokens=21), strength=STRENGTH)
+    assert announced == [14, 21]
