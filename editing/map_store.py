@@ -17,13 +17,22 @@ class MapStore:
         self.budget = budget
         self.made_with = made_with
         self._levels: dict[int, dict] = {}
+        self._largest = 0
 
     def add(self, level: int, key: object, maps: torch.Tensor) -> None:
         """Keep fp `maps` [B, heads, pixels, tokens], values in 0..1, of one site at a level."""
         self._levels.setdefault(level, {})[key] = encode(maps).to("cpu")
 
+    def will_keep(self, level: int, last: int) -> bool:
+        """Whether a level would still be held after `last`, if those to come are as large as the largest so far.
+
+        Maps of other levels need not be added: on a GPU, bringing them to RAM takes about as long as drawing them.
+        """
+        return self._largest * (last - level + 1) <= self.budget
+
     def trim(self) -> None:
         """Drop the oldest levels until the rest fits the budget. Call it after each level."""
+        self._largest = max([self._largest, *(_size(maps) for maps in self._levels.values())])
         while self._levels and self.size > self.budget:
             del self._levels[next(iter(self._levels))]
 
@@ -39,7 +48,11 @@ class MapStore:
     @property
     def size(self) -> int:
         """Bytes in use."""
-        return sum(maps.nbytes for level in self._levels.values() for maps in level.values())
+        return sum(map(_size, self._levels.values()))
+
+
+def _size(level: dict) -> int:
+    return sum(maps.nbytes for maps in level.values())
 
 
 class KeptMaps:

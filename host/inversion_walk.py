@@ -15,12 +15,16 @@ from .unet_passes import UNetPasses
 
 
 class _Estimates:
-    """Estimates of the clean picture in the order of the levels; the maps drawn on the trajectory go to `maps`."""
+    """Estimates of the clean picture in the order of the levels; the maps drawn on the trajectory go to `maps`.
 
-    def __init__(self, passes: UNetPasses, hooks: HookSchedule, maps: MapStore | None, on_step: Callable):
+    `last`: the last level that is evaluated.
+    """
+
+    def __init__(self, passes: UNetPasses, hooks: HookSchedule, maps: MapStore | None, last: int, on_step: Callable):
         self.passes = passes
         self.hooks = hooks
         self.maps = maps
+        self.last = last
         self.on_step = on_step
         self.of_steps = []
         self.recorded = None
@@ -28,7 +32,7 @@ class _Estimates:
     def denoise(self, x: torch.Tensor, sigma: float, level: int) -> torch.Tensor:
         """`level`: that of the trajectory which x is on, or 0 if it is on none."""
         self.hooks.go_to(sigma)
-        if self.maps is None or level == 0:
+        if self.maps is None or level == 0 or not self.maps.will_keep(level, self.last):
             return self.passes.denoise(x, sigma)
         self.recorded = x
         denoised = self.passes.denoise_and_record(x, sigma, partial(self.maps.add, level))
@@ -67,7 +71,7 @@ def walk_up(
     `latent`: the clean picture [B, C, H, W], in the model's space. `sigmas`: [N+1] ascending from 0. `transitions`: the
     steps, but for the method "fixed-point", which goes from each level to the next.
     """
-    estimates = _Estimates(passes, hooks, maps, on_step)
+    estimates = _Estimates(passes, hooks, maps, len(sigmas) - (2 if method == "ddim" else 1), on_step)
     if method == "fixed-point":
         visited = invert_fixed_point(
             latent, sigmas, estimates.denoise, regularize, fixed_point_iterations, estimates.step_solved

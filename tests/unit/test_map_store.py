@@ -55,3 +55,16 @@ def test_a_dropped_level_is_forgotten_and_leaves_the_others():
     store.drop(5)
     assert store.get(1, CPU) is None
     torch.testing.assert_close(store.get(2, CPU)["site"], maps(2), atol=1e-5, rtol=0)
+
+
+def test_a_level_that_would_give_way_later_is_told_beforehand():
+    one_level = 2 * maps().numel()
+    store = MapStore(int(2.5 * one_level))
+    assert store.will_keep(1, 5), "how large a level is, only the first one tells"
+    store.add(1, "site", maps(1))
+    store.trim()
+    assert [store.will_keep(level, 5) for level in range(2, 6)] == [False, False, True, True]
+    for level in (4, 5):
+        store.add(level, "site", maps(level))
+        store.trim()
+    assert [store.get(level, CPU) is not None for level in range(1, 6)] == [False, False, False, True, True]
