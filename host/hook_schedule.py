@@ -15,7 +15,7 @@ class HookSchedule:
         self.patcher = patcher
         self.hooks = list({id(hook): hook for group in groups for hook in group.hooks}.values())
         self.options = {"sample_sigmas": sigmas}
-        self.levels = sigmas.sort(descending=True).values
+        self.levels = sigmas.sort(descending=True).values.cpu()  # the host compares them one by one
 
     def go_to(self, sigma: float) -> None:
         """To be called ahead of the evaluation at this noise level."""

@@ -50,7 +50,7 @@ def report_noise(
 
 def _noise_maps(latent: dict, inversion: Inversion | None, socket: str) -> torch.Tensor:
     """The maps [B, C, H, W], in units of true noise."""
-    samples = latent["samples"].float()
+    samples = latent["samples"].cpu().float()
     if samples.ndim != 4 or min(samples.shape[-2:]) < 2:
         raise ValueError(
             f"{socket}: its shape is {list(samples.shape)}, but noise is [batch, channels, height, width], at least 2 x 2. "

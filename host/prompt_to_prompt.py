@@ -308,7 +308,8 @@ class Sampling:
         A step from sigma to sigma' takes `x` to `r * x + (1 - r) * denoised` with `r = sigma' / sigma`. The inversion's
         residual is added to that, and outside the mask the source's own latent takes its place.
         """
-        lower = [float(s) for s in model_options["transformer_options"]["sample_sigmas"] if s < sigma * (1 - 1e-4)]
+        levels = model_options["transformer_options"]["sample_sigmas"].tolist()
+        lower = [level for level in levels if level < sigma * (1 - 1e-4)]
         if not lower:
             return denoised
         ratio = max(lower) / sigma
