@@ -1,0 +1,497 @@
+"""Nodes with the model on another device than pictures, latents and texts, as on a GPU, against a run on the CPU alone.
+
+The other device is simulated (`other_device`): what CUDA would refuse raises there, and the numbers have to be the same.
+"""
+
+import contextlib
+from functools import cached_property
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import attention_pytorch
+from other_device import OTHER, OtherTensor, other_device
+from pix2pix_zero.editing.directions import EditDirection
+from pix2pix_zero.editing.inversion import Inversion
+from pix2pix_zero.editing.map_store import KeptMaps, decode
+from pix2pix_zero.host import metric_files
+from pix2pix_zero.host.sampling import INVERSION_METHODS
+from pix2pix_zero.host.unet_passes import UNetPasses
+from pix2pix_zero.nodes import sampler
+from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
+from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
+from pix2pix_zero.nodes.demo import Pix2PixZeroDemoScene
+from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
+from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
+from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
+from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
+from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
+from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
+from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
+from pix2pix_zero.nodes.reference import Pix2PixZeroReference
+from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
+from small_unet import CONFIG, conditioning, latent, small_model
+from tiny_clip import tiny_clip
+from tiny_judges import make_clip_folder, make_dino_folder, make_lpips_file
+
+CPU = torch.device("cpu")
+STEPS = 2
+SMALLER = {"transformer_depth": [0, 1], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1]}
+TEXT = "a cat on a sofa"
+ROOM = 2**36
+
+
+@contextlib.contextmanager
+def host_on(device, intermediate=CPU):
+    """While active, ComfyUI computes on this device. `intermediate`: where tensors are between nodes."""
+    if device == CPU:
+        yield
+        return
+    host = comfy.model_management
+    with pytest.MonkeyPatch.context() as patch, other_device() as other:
+        for name in ("get_torch_device", "text_encoder_device"):
+            patch.setattr(host, name, lambda: OTHER)
+        for name in ("get_free_memory", "get_total_memory"):
+            patch.setattr(host, name, lambda dev=None, both=False, **_both: (ROOM, ROOM) if both or _both else ROOM)
+        patch.setattr(host, "text_encoder_initial_device", lambda *args, **kwargs: CPU)
+        patch.setattr(host, "should_use_fp16", lambda *args, **kwargs: False)
+        patch.setattr(host, "intermediate_device", lambda: intermediate)
+        yield other
+
+
+def pytorchs_attention(func, *args, **kwargs):
+    return attention_pytorch(*args, **kwargs)
+
+
+class Workplace:
+    """The same models on one device."""
+
+    def __init__(self, device):
+        self.device = device
+        self.model = self.new_model()
+        self.clip = tiny_clip()
+
+    def new_model(self, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in SMALLER.items():
+                patch.setitem(CONFIG, name, value)
+            model = small_model(**options).model
+        patcher = comfy.model_patcher.ModelPatcher(model, load_device=self.device, offload_device=CPU)
+        # As the host chooses on a GPU; on a CPU it would sum in another order.
+        patcher.model_options["transformer_options"]["optimized_attention_override"] = pytorchs_attention
+        return patcher
+
+    @cached_property
+    def inversion(self):
+        return invert(self)[0]
+
+    @cached_property
+    def inversion_of_text(self):
+        return invert(self, [self.encode(TEXT)])[0]
+
+    def encode(self, text):
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+
+@pytest.fixture(scope="module")
+def workplaces():
+    made = []
+    for device in (CPU, OTHER):
+        with host_on(device), torch.inference_mode():
+            made.append(Workplace(device))
+    yield made
+    loaded = comfy.model_management.current_loaded_models
+    with host_on(OTHER):
+        for there in [model for model in loaded if model.device == OTHER]:
+            there.model_unload()
+            loaded.remove(there)
+
+
+@pytest.fixture
+def same_on_both(workplaces):
+    """``same_on_both(run)``: what ``run(workplace)`` gives on the other device, checked to be the same on the CPU.
+
+    `between`: where that has its tensors between nodes.
+    """
+
+    def check(run, tolerance=1e-5, between=CPU):
+        results = []
+        for workplace in workplaces:
+            with host_on(workplace.device, between), torch.inference_mode():
+                result = list(parts(run(workplace)))
+                if between == OTHER:
+                    result = [part.cpu() if isinstance(part, torch.Tensor) else part for part in result]
+                results.append(result)
+        for expected, ours in zip(*results, strict=True):
+            assert_same(ours, expected, tolerance)
+        return results[1]
+
+    return check
+
+
+def parts(value):
+    """Tensors, texts and numbers in what a node returns."""
+    if isinstance(value, Inversion):
+        value = value.trajectory, value.sigmas, value.residuals, value.noise_mask, value.reconstruction_psnr
+    if isinstance(value, EditDirection):
+        value = value.tensors, value.first_token, value.encoder
+    if isinstance(value, dict):
+        value = [value[name] for name in sorted(value)]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from parts(item)
+    else:
+        yield value
+
+
+def kept_levels(inversion):
+    levels = range(1, inversion.steps + 1)
+    return [level for level in levels if inversion.maps is not None and inversion.maps.get(level, CPU) is not None]
+
+
+def assert_same(ours, expected, tolerance):
+    if not isinstance(expected, torch.Tensor):
+        assert ours == (pytest.approx(expected, rel=1e-4, nan_ok=True) if isinstance(expected, float) else expected)
+        return
+    assert not isinstance(ours, OtherTensor), "it was left on the other device"
+    assert ours.dtype == expected.dtype
+    assert float((ours - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def handed_over(value):
+    """What a node gives or takes, with its tensors where ComfyUI has them between nodes."""
+    if isinstance(value, torch.Tensor):
+        return value.to(comfy.model_management.intermediate_device())
+    if isinstance(value, dict):
+        return {name: handed_over(item) for name, item in value.items()}
+    return [handed_over(item) for item in value] if isinstance(value, list) else value
+
+
+def invert(workplace, texts=None, batch=1, noise_mask=None, model=None, **changes):
+    settings = dict(
+        steps=STEPS,
+        seed=0,
+        autocorrelation_weight=20.0,
+        kl_weight=1.0,
+        regularization_steps=1,
+        autocorrelation_rolls=2,
+        method="direct",
+    )
+    picture = latent(batch, 8, 12) | ({} if noise_mask is None else {"noise_mask": noise_mask})
+    inputs = {name: [value] for name, value in (settings | changes).items()}
+    model = workplace.model if model is None else model
+    result = Pix2PixZeroInversion.execute(
+        model=[model],
+        positive=handed_over(texts or [conditioning()]),
+        latent_image=[handed_over(picture)],
+        **inputs,
+    ).result
+    return [output for (output,) in result]
+
+
+def edit(workplace, inversion=None, texts=None, edits=None, model=None, **changes):
+    settings = dict(
+        cfg=2.0,
+        guidance_strength=6e-4,
+        start_percent=0.0,
+        end_percent=1.0,
+        preset="default",
+        local_blend=0.2,
+        feature_until=0.0,
+    )
+    inputs = {name: [value] for name, value in (settings | changes).items()}
+    (latents,), (area,) = Pix2PixZeroKSampler.execute(
+        model=[workplace.model if model is None else model],
+        inversion=[inversion or workplace.inversion],
+        positive=handed_over(edits or [conditioning(seed=1)]),
+        negative=handed_over(texts or [conditioning()]),
+        **handed_over(inputs),
+    ).result
+    return latents, area
+
+
+def sample(workplace, model, inversion, positive, negative):
+    """The stock guider from the inversion's noise."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(2.0)
+    noise = workplace.model.model.process_latent_out(inversion.trajectory[-1])
+    euler = comfy.samplers.sampler_object("euler")
+    return guider.sample(torch.zeros_like(noise), noise, euler, inversion.sigmas.flip(0), seed=0).to(
+        comfy.model_management.intermediate_device()
+    )
+
+
+def left_half():
+    mask = torch.zeros(1, 64, 96)
+    mask[:, :, :48] = 1
+    return mask
+
+
+@pytest.mark.parametrize("method", INVERSION_METHODS)
+def test_inversion(same_on_both, method):
+    steps = 3 if method == "official" else STEPS  # the least it takes
+    same_on_both(lambda here: invert(here, method=method, steps=steps, measure_reconstruction=method == "direct"))
+
+
+EDITS = {
+    "default": {},
+    "fast": {"preset": "fast", "local_blend": 0.0},
+    "low memory": {"preset": "low memory", "mask": left_half(), "end_percent": 0.7},
+    "official": {"preset": "official", "end_percent": 0.7},
+    "unguided": {"guidance_strength": 0.0},
+    "features": {"feature_until": 0.7, "start_percent": 0.3, "end_percent": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_guided_sampling(same_on_both, name):
+    same_on_both(lambda here: edit(here, **EDITS[name]))
+
+
+def test_maps_that_did_not_all_fit(same_on_both):
+    def run(here):
+        inversion = invert(here, map_memory=0.008)[0]
+        assert kept_levels(inversion) == [STEPS]
+        return edit(here, inversion)
+
+    same_on_both(run)
+
+
+def test_a_batch_with_a_text_for_each_picture(same_on_both):
+    def run(here):
+        texts, edits = ([conditioning(seed=seed) for seed in seeds] for seeds in ((0, 2), (1, 3)))
+        inversion = invert(here, texts, batch=2, noise_mask=left_half())[0]
+        return inversion, edit(here, inversion, texts, edits, feature_until=0.7)
+
+    same_on_both(run)
+
+
+def test_generated_reference(same_on_both):
+    def run(here):
+        empty = {"samples": torch.zeros(1, 4, 8, 12)}
+        inversion, generated = Pix2PixZeroReference.execute(
+            here.model, conditioning(), conditioning(seed=9), empty, STEPS, 3.0, 7
+        ).result
+        return inversion, generated
+
+    same_on_both(run)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_plug_and_play(same_on_both, alpha):
+    def run(here):
+        inversion = here.inversion if alpha == 1 else invert(here, noise_mask=left_half())[0]
+        (model,) = Pix2PixZeroPlugAndPlay.execute(here.model, inversion, 0.8, 0.5, alpha).result
+        return sample(here, model, inversion, conditioning(seed=1), conditioning(seed=2))
+
+    same_on_both(run)
+
+
+@pytest.mark.parametrize("options", [{}, {"reweight": "dog: 2", "local_blend": 0.3}], ids=["plain", "blend"])
+def test_prompt_to_prompt(same_on_both, options):
+    def run(here):
+        inversion = here.inversion_of_text
+        model, positive = Pix2PixZeroPromptToPrompt.execute(
+            here.model, inversion, here.clip, TEXT, "a dog on a sofa", 0.7, 0.4, **options
+        ).result
+        return positive[0][0], sample(here, model, inversion, positive, here.encode("ugly"))
+
+    same_on_both(run)
+
+
+def test_edit_direction(same_on_both):
+    def run(here):
+        lines = "a cat\na black cat", "a dog\na black dog"
+        (direction,) = Pix2PixZeroEditDirectionFromSentences.execute(here.clip, *lines).result
+        (moved,) = Pix2PixZeroApplyDirection.execute(here.encode(TEXT), direction, 0.7).result
+        return direction, moved
+
+    same_on_both(run)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_heatmaps(same_on_both, kept):
+    def run(here):
+        inversion = here.inversion_of_text if kept else invert(here, [here.encode(TEXT)], map_memory=0)[0]
+        inputs = dict(caption=TEXT, words="cat", start_percent=0.0, end_percent=1.0, resolution="all")
+        lists = {name: [value] for name, value in inputs.items()}
+        return Pix2PixZeroAttentionHeatmap.execute(
+            model=[here.model], inversion=[inversion], clip=[here.clip], **lists
+        ).result
+
+    same_on_both(run, tolerance=1 / 255)
+
+
+@pytest.mark.parametrize("features", ["residual features", "keys"])
+def test_feature_pictures(same_on_both, features):
+    same_on_both(lambda here: Pix2PixZeroFeaturePCA.execute(here.model, here.inversion, features, 0.3).result, 1e-4)
+
+
+def test_captions(same_on_both):
+    def run(here):
+        (captioner,) = Pix2PixZeroLoadCaptioner.execute("demo", False).result
+        picture, *_ = Pix2PixZeroDemoScene.execute("cat", 3, "orange", "no", "day", "summer", "flat", "sitting").result
+        return Pix2PixZeroCaption.execute(captioner, picture, "a drawing of", 4).result
+
+    assert "cat" in same_on_both(run)[0]
+
+
+def test_metrics(same_on_both, tmp_path, monkeypatch):
+    make_clip_folder(tmp_path / "clip")
+    make_dino_folder(tmp_path / "dino")
+    make_lpips_file(tmp_path / "lpips.safetensors")
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, metric_files.FOLDER_NAME, ([str(tmp_path)], {".safetensors"})
+    )
+    source, edited = (F.interpolate(torch.rand(1, 3, 5, 5), (40, 48)).movedim(1, -1) for _ in range(2))
+    mask = torch.zeros(1, 40, 48)
+    mask[:, 8:24, 10:30] = 1
+
+    def run(here):
+        return Pix2PixZeroEditMetrics.execute(
+            [source],
+            [edited],
+            [mask],
+            ["a photo of a cat"],
+            ["a photo of a dog"],
+            clip_model=["clip"],
+            dino_model=["dino"],
+            lpips_model=["lpips.safetensors"],
+        ).result
+
+    same_on_both(run)
+
+
+def test_previews(same_on_both, monkeypatch):
+    monkeypatch.setattr(comfy.cli_args.args, "preview_method", comfy.cli_args.LatentPreviewMethod.Latent2RGB)
+
+    def run(here):
+        shown = []
+        with monkeypatch.context() as patch:
+            patch.setattr(comfy.utils, "PROGRESS_BAR_ENABLED", True)
+            patch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, preview, **_: shown.append(preview))
+            edit(here, invert(here)[0], preset="fast")
+        return [torch.from_numpy(np.asarray(preview[1], dtype=np.float32)) for preview in shown if preview is not None]
+
+    pictures = same_on_both(run, tolerance=1.5 / 255)
+    assert len(pictures) == 2 * STEPS
+
+
+class ShortOfMemory:
+    """An attention patch that runs out of memory in the first passes that record a graph."""
+
+    def __init__(self, times):
+        self.left = times
+
+    def __call__(self, q, k, v, options):
+        if q.requires_grad and self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return q, k, v
+
+
+def test_out_of_memory(same_on_both, caplog):
+    def run(here):
+        model = here.model.clone()
+        model.set_model_attn1_patch(ShortOfMemory(times=2))
+        texts, edits = ([conditioning(seed=seed) for seed in seeds] for seeds in ((0, 2), (1, 3)))
+        return edit(here, invert(here, texts, batch=2, model=model)[0], texts, edits, model=model, end_percent=0.7)
+
+    same_on_both(run)
+    assert caplog.text.count("out of memory in a guided step") == 4
+
+
+def test_weights_that_stay_on_the_cpu(same_on_both, monkeypatch):
+    load = comfy.model_patcher.ModelPatcher.partially_load
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        room = self.model_size() // 3 - self.model.model_loaded_weight_memory
+        return load(self, device_to, max(room, 0), force_patch_weights)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", partially_load)
+
+    def run(here):
+        model = here.new_model()
+        inversion = invert(here, model=model)[0]
+        assert model.model.model_lowvram
+        return edit(here, inversion, model=model, end_percent=0.7)
+
+    same_on_both(run)
+
+
+def test_where_everything_stays_on_the_device_between_nodes(same_on_both):
+    """ComfyUI's --gpu-only."""
+
+    def run(here):
+        texts, edits = ([conditioning(seed=seed) for seed in seeds] for seeds in ((0, 2), (1, 3)))
+        inversion, noise, *_ = invert(here, texts, batch=2, noise_mask=left_half())
+        latents, area = edit(here, inversion, texts, edits, mask=left_half(), end_percent=0.7)
+        noise = {"samples": noise["samples"][:1]}
+        assert {latents["samples"].device, noise["samples"].device, area.device} == {
+            comfy.model_management.intermediate_device()
+        }
+        return inversion, latents, Pix2PixZeroNoiseReport.execute(noise, inversion).result
+
+    same_on_both(run, between=OTHER)
+
+
+UNGUIDED = {"guidance_strength": 0.0, "local_blend": 0.0}
+SITES = 4
+WAITS = {
+    "inversion": (None, {"download": 2 + SITES, "upload": 2, "item": 1}),
+    "inversion that keeps the last maps": (0.008, {"download": 2, "upload": 2, "item": 1}),
+    "guided": ({"local_blend": 0.0}, {"upload": SITES + 1, "item": 1}),
+    "unguided": (UNGUIDED, {"upload": 1}),
+    "blend": ({"guidance_strength": 0.0}, {"upload": 2}),
+    "features": (UNGUIDED | {"feature_until": 1.0}, {"upload": 2, "item": 1}),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_how_often_the_host_waits_for_the_device_in_each_step(workplaces, name):
+    """Latents and maps are brought there as they are wanted; the map distance, and by the host its grid, are read."""
+    options, expected = WAITS[name]
+    there, counts = workplaces[1], []
+    with host_on(OTHER) as other, torch.inference_mode():
+        for steps in (3, 4):
+            inversion = None
+            if isinstance(options, dict):
+                inversion = invert(there, steps=steps)[0]
+            other.waits.clear()
+            if inversion is None:
+                invert(there, steps=steps, **({} if options is None else {"map_memory": options}))
+            else:
+                edit(there, inversion, **options)
+            counts.append(other.waits.copy())
+    assert counts[1] - counts[0] == expected
+
+
+def contrast_in_ram(self, x, sigma, contrast=UNetPasses.contrast):
+    return contrast(self, x, sigma).cpu()
+
+
+def area_on_the_device(model, inversion, blend):
+    return torch.ones(1, 64, 96, device=OTHER)
+
+
+MISTAKES = {
+    "kept maps": ((KeptMaps, "__getitem__", lambda self, key: decode(self._codes[key])), "two devices"),
+    "contrast": ((UNetPasses, "contrast", contrast_in_ram), "two devices"),
+    "edited area": ((sampler, "edited_area", area_on_the_device), "left on the other device"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_tensor_in_the_wrong_place_is_found(workplaces, same_on_both, monkeypatch, name):
+    fault, words = MISTAKES[name]
+    monkeypatch.setattr(*fault)
+    with pytest.raises((RuntimeError, AssertionError), match=words):
+        same_on_both(edit)
