@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CellType, FunctionType
 
 import torch
 
 from .plug_and_play import PICTURES
+
+GLIGEN_PATCHES = "middle_patch"
 
 
 @dataclass
@@ -40,10 +43,12 @@ class UNetCall:
     def parts(self, rows: int) -> Iterator["UNetCall"]:
         """Calls of at most `rows` rows that make up this one: itself, or some of one entry's pictures each.
 
-        A call with patches that hold something for each row, GLIGEN's, stays whole.
+        GLIGEN's patches hold boxes for each row and are divided too; a call stays whole with others at their place that
+        are not functions, since what those hold cannot be told.
         """
         options = self.transformer_options
-        if "middle_patch" in options.get("patches", {}) or len(self.x) <= rows:
+        middle = options.get("patches", {}).get(GLIGEN_PATCHES, [])
+        if len(self.x) <= rows or not all(isinstance(patch, FunctionType) for patch in middle):
             yield self
             return
         *_, total = options.get(PICTURES, (self.pictures,))
@@ -60,10 +65,25 @@ class UNetCall:
                         "uuids": [uuid],
                         "cond_or_uncond": [branch],
                         "sigmas": _rows(options["sigmas"], slice(start, stop), self.pictures),
+                        "patches": _patches_of_rows(options.get("patches", {}), here, len(self.x)),
                         PICTURES: (self.first + start, self.first + stop, total),
                     },
                     self.first + start,
                 )
+
+
+def _patches_of_rows(patches: dict, here: slice, total: int) -> dict:
+    if GLIGEN_PATCHES not in patches:
+        return patches
+    return {**patches, GLIGEN_PATCHES: [_function_of_rows(patch, here, total) for patch in patches[GLIGEN_PATCHES]]}
+
+
+def _function_of_rows(function: FunctionType, here: slice, total: int) -> FunctionType:
+    """A function like another, but of the tensors that it closes over it has some rows."""
+    cells = tuple(CellType(_rows(cell.cell_contents, here, total)) for cell in function.__closure__ or ())
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _rows(value, here: slice, total: int):

@@ -1,10 +1,12 @@
 """Pictures of any size, batches of any number, and as much memory as there is."""
 
+import inspect
+
 import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import pytest
 import torch
-from composed_run import directional_derivative, edit, guided_step, invert, soft_model
+from composed_run import directional_derivative, edit, guided_step, invert, same, soft_model
 from guided_pass import latents
 from patch_catalogue import combined, control_net, gligen, random, regional, unequal
 from pix2pix_zero.editing.directions import EditDirection
@@ -29,10 +31,6 @@ def model():
 @pytest.fixture(scope="module")
 def double():
     return soft_model(torch.float64)
-
-
-def same(ours, expected, tolerance=1e-4):
-    return (ours - expected).abs().max() <= tolerance * expected.std()
 
 
 # Odd ones are halved and doubled again by the UNet.
@@ -146,14 +144,55 @@ def test_a_batch_that_memory_does_not_hold_is_split_with_the_same_result(model, 
     assert same(split, whole)
 
 
-def test_a_batch_with_boxes_held_for_each_row_stays_whole(model, no_memory, monkeypatch):
+def with_own_boxes(module):
+    """GLIGEN's module as packs that move boxes from picture to picture use it: each row of a batch has its own."""
+    set_position = module.set_position
+
+    def set_positions(shape, boxes, device):
+        moved = [[(text, height, width, y, x + row) for text, height, width, y, x in boxes] for row in range(shape[0])]
+        patches = [set_position((1, *shape[1:]), row, device) for row in moved]
+        objs = torch.cat([inspect.getclosurevars(patch).nonlocals["objs"] for patch in patches])
+
+        def patch(x, options):
+            return module.module_list[options["transformer_index"]](x, objs.to(x))
+
+        return patch
+
+    module.set_position = set_positions
+
+
+@pytest.mark.parametrize(
+    ("own_boxes", "patch"), [(True, None), (False, regional)], ids=["boxes of their own", "boxes for all, an area"]
+)
+def test_a_batch_with_boxes_is_split_with_the_same_result(model, no_memory, monkeypatch, own_boxes, patch):
     rows, shrink = no_memory
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # GLIGEN's own
     source, positive = (gligen(own(conditioning(seed=seed), 2), "positive") for seed in (0, 1))
+    if own_boxes:
+        for texts in (source, positive):
+            with_own_boxes(texts[0][1]["gligen"][1].model)
+    if patch is not None:
+        source, positive = (patch(texts, "positive") for texts in (source, positive))
     inversion = invert(model, source, latent(2, 8, 12))
     whole = edit(model, inversion, positive, strength=STRENGTH)
+    assert {count for count, _ in rows} == {2}
     shrink()
     assert same(edit(model, inversion, positive, strength=STRENGTH), whole)
+    assert set(rows) == {(1, 1)}
+
+
+def test_a_batch_with_a_patch_that_may_hold_rows_stays_whole(model, no_memory):
+    class Patch:
+        def __call__(self, x, options):
+            return 1.1 * x
+
+    rows, shrink = no_memory
+    patched = model.clone()
+    patched.set_model_patch(Patch(), "middle_patch")
+    inversion = invert(patched, picture=latent(2, 8, 12))
+    whole = edit(patched, inversion, strength=STRENGTH)
+    shrink()
+    assert same(edit(patched, inversion, strength=STRENGTH), whole)
     assert set(rows) == {(2, 1)}
 
 
