@@ -13,6 +13,7 @@ import safetensors
 import torch
 
 from . import captioner_files as files
+from .model_files import download_model
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never caption
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
@@ -165,7 +166,7 @@ def load_captioner(model_name: str, allow_download: bool = False) -> Captioner:
         return load_demo_captioner()
     folder = files.captioner_folder(model_name)
     if allow_download and model_name in files.WELL_KNOWN and files.missing_files(folder):
-        files.download_captioner(model_name, folder)
+        download_model(model_name, folder, files.ARTEFACTS)
     files.require_complete(folder, model_name)
     return load_captioner_folder(folder, folder / files.WEIGHTS)
 

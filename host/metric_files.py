@@ -1,19 +1,17 @@
-"""Where the networks that judge edits live on disk: names, folders, what must be in them, and the download a user ticks.
+"""Where the networks that judge edits live on disk: names, folders, what must be in them.
 
 `models/pix2pix_zero/metrics` holds a folder per CLIP or DINO model, in the layout of Hugging Face transformers, and LPIPS as
 plain .safetensors files. CLIP folders of that layout below `models/clip_vision` are offered too.
 """
 
 import json
-import logging
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import folder_paths
 
-from .captioner_files import CONFIG, PICKLES, PREPROCESSOR, WEIGHTS, safetensors_revision
-
-logger = logging.getLogger(__name__)
+from . import model_files
+from .model_files import CONFIG, PICKLES, PREPROCESSOR, WEIGHTS
 
 FOLDER_NAME = "pix2pix_zero_metrics"
 PLACE = "models/pix2pix_zero/metrics"
@@ -63,10 +61,7 @@ DINO = ModelKind(
 
 def register_metrics_folder() -> None:
     """Make `models/pix2pix_zero/metrics` known to ComfyUI, beside any of extra_model_paths.yaml."""
-    default = str(Path(folder_paths.models_dir) / "pix2pix_zero" / "metrics")
-    paths, _ = folder_paths.folder_names_and_paths.setdefault(FOLDER_NAME, ([default], {".safetensors"}))
-    if default not in paths:
-        paths.append(default)
+    model_files.register_folder(FOLDER_NAME, "pix2pix_zero", "metrics")
 
 
 def model_names(kind: ModelKind) -> list[str]:
@@ -115,7 +110,7 @@ def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     folder = model_folder(kind, name)
     repo_id = next((repo_id for repo_id in kind.well_known if repo_id.endswith("/" + folder.name)), None)
     if allow_download and name in kind.well_known and missing_files(kind, folder):
-        _download(kind, name, folder)
+        model_files.download_model(name, folder, kind.artefacts)
     missing = missing_files(kind, folder)
     if not missing:
         return folder
@@ -149,12 +144,11 @@ def fingerprint(kind: ModelKind | None, name: str) -> str:
     if name == NONE:
         return NONE
     paths = [lpips_file(name)] if kind is None else [model_folder(kind, name) / file for file in kind.artefacts]
-    return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()])
+    return model_files.fingerprint(paths)
 
 
 def _check_name(name: str, socket: str) -> None:
-    # Checked as text and not resolved: a model folder that is a link to another disk is fine, "../x" is not.
-    if name in ("", ".", "..") or any(len(path(name).parts) != 1 for path in (PurePosixPath, PureWindowsPath)):
+    if not model_files.is_plain_name(name):
         raise ValueError(f"{socket}: '{name}' is not the name of a model in {PLACE}. Choose a name from the list.")
 
 
@@ -176,18 +170,3 @@ def model_type(folder: Path) -> str | None:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _download(kind: ModelKind, repo_id: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        revision = safetensors_revision(repo_id)
-        logger.info("Downloading %s (revision %s) from the Hugging Face hub to %s", repo_id, revision, folder)
-        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=list(kind.artefacts))
-    except Exception as error:  # the hub's client has no common base class, and raises that of its HTTP library
-        raise ValueError(
-            f"allow_download: {repo_id} could not be downloaded to {folder}: {error}. Check the network and run again, "
-            f"or put these files there by hand: {', '.join(kind.artefacts)}."
-        ) from error
-    logger.info("%s is in %s", repo_id, folder)
