@@ -7,6 +7,7 @@ from ..host.batching import run_per_picture
 from ..host.noise_levels import SCHEDULERS
 from ..host.reconstruction_report import reconstruction_report, show_and_log
 from ..host.sampling import FIXED_POINT_ITERATIONS, INVERSION_METHODS, MAP_MEMORY, invert_latent, inverted_noise
+from .inputs import scheduler_input
 from .types import CATEGORY, Inversion
 
 
@@ -108,16 +109,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     "50 steps at 512x512 fill 1700 MB; what does not fit is computed for each edit. Lower it if RAM is "
                     "short; 0 keeps none.",
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULERS),
-                    default=SCHEDULERS[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw "
-                    "in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
-                    "many steps as you ask for.",
-                ),
+                scheduler_input(),
                 io.Int.Input(
                     "fixed_point_iterations",
                     default=FIXED_POINT_ITERATIONS,

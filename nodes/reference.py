@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..host.noise_levels import SCHEDULERS
 from ..host.sampling import generate_reference
+from .inputs import scheduler_input
 from .types import CATEGORY, Inversion
 
 
@@ -51,16 +52,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise the picture is drawn from. Change it for another picture.",
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULERS),
-                    default=SCHEDULERS[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw "
-                    "in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
-                    "many steps as you ask for.",
-                ),
+                scheduler_input(),
             ],
             outputs=[
                 Inversion.Output(display_name="inversion", tooltip="The picture and the way to it, for edits."),
