@@ -5,12 +5,18 @@ Paper: Parmar et al., "Zero-shot Image-to-Image Translation" (pix2pix-zero), sec
 ("cond" [n, tokens, width], for SDXL also "pooled_output" [n, width]).
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from .token_alignment import Partners
+
 Encoding = dict[str, torch.Tensor]
+NumberedEncoding = tuple[Sequence[int], Encoding]
+
+# What is subtracted from what: rows at the same position, or rows of the same word.
+ALIGNMENTS = ("positions", "words")
 
 # Allows for rounding to half precision and for prompt weighting; encoders with other weights differ by far more.
 FIRST_TOKEN_TOLERANCE = 0.05
@@ -31,6 +37,9 @@ class EditDirection:
     first_token: torch.Tensor | None = None
     """[width]: a causal encoder gives the start token the same vector in every prompt, so it identifies the encoder in
     a conditioning. None when the encoder is not causal."""
+    added: torch.Tensor | None = None
+    """[1, words, width]: for "cond", what turns the last rows of a caption's padding into the words that the edit adds.
+    None when it adds none or was found by positions."""
 
 
 class _MeanEncoding:
@@ -44,7 +53,8 @@ class _MeanEncoding:
         self.first_token: torch.Tensor | None = None
         self.first_token_is_constant = True
 
-    def add(self, encodings: Encoding) -> None:
+    def add(self, encodings: Encoding, counted: torch.Tensor | None = None) -> None:
+        """`counted` [n, tokens]: which rows of "cond" take part; without it all do."""
         self.count += next(iter(encodings.values())).shape[0]
         for name, rows in encodings.items():
             rows = rows.detach().to("cpu", torch.float64)
@@ -52,10 +62,13 @@ class _MeanEncoding:
                 rows = rows[:, : self.chunk_length]
                 if name == "cond":
                     self._watch_first_token(rows[:, 0])
-            self._accumulate(name, rows)
+            self._accumulate(name, rows, counted if name == "cond" else None)
 
-    def _accumulate(self, name: str, rows: torch.Tensor) -> None:
-        total, count = rows.sum(0), torch.full(rows.shape[1:2] if rows.ndim == 3 else (), float(rows.shape[0]))
+    def _accumulate(self, name: str, rows: torch.Tensor, counted: torch.Tensor | None) -> None:
+        if counted is not None:
+            total, count = (rows * counted.unsqueeze(-1)).sum(0), counted.sum(0).to(rows)
+        else:
+            total, count = rows.sum(0), torch.full(rows.shape[1:2] if rows.ndim == 3 else (), float(rows.shape[0]))
         if name in self.sums:
             total, old_total = _pad_to_longer(total, self.sums[name])
             count, old_count = _pad_to_longer(count, self.counts[name])
@@ -76,7 +89,7 @@ class _MeanEncoding:
         return self.first_token.float() if same else None
 
     def mean(self, name: str) -> torch.Tensor:
-        total, count = self.sums[name], self.counts[name]
+        total, count = self.sums[name], self.counts[name].clamp_min(1)
         return total / (count.unsqueeze(-1) if count.ndim else count)
 
 
@@ -112,18 +125,58 @@ def edit_direction(
         if mean.count == 0:
             raise ValueError(f"{side}: there is no sentence to encode. Give at least one.")
         means.append(mean)
-    source_mean, target_mean = means
+    return _difference(*means, encoder, source, target)
 
+
+def aligned_direction(
+    source_encodings: Iterable[NumberedEncoding],
+    target_encodings: Iterable[NumberedEncoding],
+    partners: Sequence[Partners],
+    chunk_length: int,
+    encoder: str = "",
+    source: str = "",
+    target: str = "",
+) -> EditDirection:
+    """As `edit_direction`, but word by word: from every row of a source sentence to its partner in the target sentence.
+
+    Words that only one side has would otherwise shift all the others, and the mean would mix differences of unrelated
+    words. Both arguments yield (numbers of the pairs, their encodings); `partners`: of each pair, `editing.token_alignment.
+    partner_rows`. The mean over pairs stays at the source's position. Words that at least half of the target sentences
+    add have no such position: their mean encoding is kept in `added`, to take the place of padding; cross-attention does
+    not mind where in a text a word stands. Without words that shift this is `edit_direction`, to the last bit.
+    """
+    before, after, added = (_MeanEncoding(chunk_length) for _ in range(3))
+    for numbers, batch in source_encodings:
+        before.add(batch, torch.stack([partners[i].rows >= 0 for i in numbers]))
+    longest = max(len(p.added) for p in partners)
+    for numbers, batch in target_encodings:
+        rows = torch.stack([partners[i].rows for i in numbers])
+        after.add({**batch, "cond": _take_rows(batch["cond"], rows)}, rows >= 0)
+        if longest:
+            places = torch.tensor([[*partners[i].added, *[-1] * (longest - len(partners[i].added))] for i in numbers])
+            added.add({"cond": _take_rows(batch["cond"], places)}, places >= 0)
+    direction = _difference(before, after, encoder, source, target)
+    words = int((2 * added.counts["cond"] >= len(partners)).sum()) if longest else 0
+    if not words:
+        return direction
+    difference = added.mean("cond")[:words] - after.mean("cond")[-words:]
+    return replace(direction, added=difference.float().unsqueeze(0))
+
+
+def _take_rows(cond: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[n, tokens, width] at rows [n, k], any row where that is -1: [n, k, width]."""
+    return cond.gather(1, rows.clamp_min(0).to(cond.device).unsqueeze(-1).expand(-1, -1, cond.shape[-1]))
+
+
+def _difference(a: _MeanEncoding, b: _MeanEncoding, encoder: str, source: str, target: str) -> EditDirection:
     tensors = {}
-    for name in source_mean.sums:
-        a, b = source_mean.mean(name), target_mean.mean(name)
-        if a.ndim == 2:
-            tokens = min(a.shape[0], b.shape[0])
-            a, b = a[:tokens], b[:tokens]
-        tensors[name] = (b - a).float().unsqueeze(0)
-
-    first_token = source_mean.constant_first_token(target_mean)
-    return EditDirection(tensors, encoder, source, target, min(source_mean.count, target_mean.count), first_token)
+    for name in a.sums:
+        from_, to = a.mean(name), b.mean(name)
+        if from_.ndim == 2:
+            tokens = min(from_.shape[0], to.shape[0])
+            from_, to = from_[:tokens], to[:tokens]
+        tensors[name] = (to - from_).float().unsqueeze(0)
+    return EditDirection(tensors, encoder, source, target, min(a.count, b.count), a.constant_first_token(b))
 
 
 def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float) -> EditDirection:
@@ -135,6 +188,8 @@ def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float
             "direction_a and direction_b come from different text encoders and cannot be added. "
             "Make both with the same CLIP (and the same CLIP skip)."
         )
+    # Side by side: words of both edits in the same rows would be neither.
+    added = [weight * d.added for weight, d in ((weight_b, b), (weight_a, a)) if d.added is not None]
     return EditDirection(
         tensors={name: weight_a * t + weight_b * b.tensors[name] for name, t in a.tensors.items()},
         encoder=a.encoder,
@@ -142,14 +197,18 @@ def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float
         target=f"{weight_a:g} x ({a.target}) + {weight_b:g} x ({b.target})",
         count=min(a.count, b.count),
         first_token=a.first_token,
+        added=torch.cat(added, 1) if added else None,
     )
 
 
-def apply_direction(encoding: torch.Tensor, direction: torch.Tensor, strength: float) -> torch.Tensor:
+def apply_direction(
+    encoding: torch.Tensor, direction: torch.Tensor, strength: float, added: torch.Tensor | None = None
+) -> torch.Tensor:
     """encoding + strength * direction, as a new tensor of the encoding's dtype and device.
 
     encoding [B, chunks * tokens, width] with direction [1, tokens, width]: added to every row, repeated over the chunks
     of a long prompt. Or [B, width] with [1, width] (pooled). Strength 0 gives the encoding back bit for bit.
+    `added` [1, words, width] (see `EditDirection.added`) goes to the last rows of the last chunk, where the padding is.
 
     Raises ValueError when the shapes do not fit.
     """
@@ -167,6 +226,9 @@ def apply_direction(encoding: torch.Tensor, direction: torch.Tensor, strength: f
         return encoding.clone()
     if encoding.ndim == 3:
         direction = direction.repeat(1, encoding.shape[1] // direction.shape[1], 1)
+    if added is not None:
+        words = min(added.shape[1], direction.shape[1])
+        direction[:, direction.shape[1] - words :] += added[:, added.shape[1] - words :]
     moved = encoding.float() + strength * direction.to(encoding.device, torch.float32)
     return moved.to(encoding.dtype)
 

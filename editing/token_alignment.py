@@ -1,7 +1,7 @@
-"""Which token of an edited prompt takes its attention from which token of the source prompt.
+"""Which token of an edited prompt belongs to which token of the source prompt, decided word by word.
 
-Prompt-to-Prompt (Hertz et al., ICLR 2023) section 3.2: word swap, prompt refinement and attention re-weighting, decided
-word by word.
+For attention maps: Prompt-to-Prompt (Hertz et al., ICLR 2023) section 3.2, word swap, prompt refinement and attention
+re-weighting. For edit directions: which rows of two encodings are compared.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -127,6 +127,60 @@ def align(
     return pairs + [(None, j) for j in range(j, n)]
 
 
+def word_pairs(source: Prompt, target: Prompt) -> Iterator[tuple[Word | None, Word | None]]:
+    """The words of two prompts in order, each with its partner or None.
+
+    Paired by `align`: equal ones, then little ones with little ones, and rather those that end a phrase, ahead of a
+    little word: the nouns.
+    """
+    kinds = _kinds(source.words), _kinds(target.words)
+
+    def likeness(i: int, j: int) -> int:
+        one, other = kinds[0][i], kinds[1][j]
+        return 0 if (one < 0) != (other < 0) else 1 + (one == other == 1)
+
+    for i, j in align([w.tokens for w in source.words], [w.tokens for w in target.words], likeness):
+        yield (None if i is None else source.words[i]), (None if j is None else target.words[j])
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Which row of a target prompt's first chunk belongs to which row of the source's.
+
+    `rows`: [length], for each row of the source the target's row, -1 where it has none. `added`: the target's rows of
+    words that the source lacks, in order.
+    """
+
+    rows: torch.Tensor
+    added: tuple[int, ...]
+
+
+def partner_rows(source: Prompt, target: Prompt, length: int) -> Partners:
+    """Partners of the rows of two prompts' first chunks of `length` tokens.
+
+    A kept word meets itself and a word that became another meets that, from their last tokens on, which know the whole
+    word in a causal encoder; tokens that are left over are removed or added. Start meets start and end meets end. Padding
+    meets the padding at its own position, or where the longer target still has words the first of it: beside what the
+    words say it then has the same position embedding. What was removed meets the last of the padding.
+    """
+    rows = torch.full((length,), -1)
+    removed: list[int] = []
+    added: list[int] = []
+    for before, after in word_pairs(source, target):
+        old, new = (word.positions if word else () for word in (before, after))
+        shared = min(len(old), len(new))
+        removed += old[: len(old) - shared]
+        added += new[: len(new) - shared]
+        _meet(rows, old[len(old) - shared :], new[len(new) - shared :])
+    ours, theirs = source.chunks[0], target.chunks[0]
+    _meet(rows, ours.start + ours.end, theirs.start + theirs.end)
+    if theirs.padding:
+        first, last = min(theirs.padding), max(theirs.padding)
+        _meet(rows, sorted(ours.padding), [max(p, first) for p in sorted(ours.padding)])
+        _meet(rows, removed, [last] * len(removed))
+    return Partners(rows, tuple(p for p in added if p < length))
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """How the maps of the edited prompt follow from those of the source: `source @ mapper + own * target`.
@@ -152,23 +206,14 @@ class TokenMap:
 def map_tokens(source: Prompt, target: Prompt) -> TokenMap:
     """Map the tokens of `source` to those of `target`.
 
-    Words are paired by `align`: little ones with little ones, and rather those that end a phrase, ahead of a little word:
-    the nouns. A word that became another passes on its map: token by token if both have as many, else its sum in equal
+    A word that became another passes on its map: token by token if both have as many, else its sum in equal
     shares. Added words keep their own maps. Start, end and padding follow their counterparts; where the prompts have
     different numbers of chunks, the attention of those is shared out or summed.
     """
     mapper = torch.zeros(source.length, target.length)
     own = torch.zeros(target.length)
     removed, added = [], []
-    kinds = _kinds(source.words), _kinds(target.words)
-
-    def likeness(i: int, j: int) -> int:
-        one, other = kinds[0][i], kinds[1][j]
-        return 0 if (one < 0) != (other < 0) else 1 + (one == other == 1)
-
-    for i, j in align([w.tokens for w in source.words], [w.tokens for w in target.words], likeness):
-        before = None if i is None else source.words[i]
-        after = None if j is None else target.words[j]
+    for before, after in word_pairs(source, target):
         if before is not None and after is not None:
             _pass_on(mapper, before.positions, after.positions)
         elif after is not None:
@@ -198,6 +243,12 @@ def column_factors(length: int, factors: Iterable[tuple[Sequence[Word], float]])
 def positions(words: Iterable[Word]) -> list[int]:
     """Of all tokens of some words."""
     return [p for word in words for p in word.positions]
+
+
+def _meet(rows: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> None:
+    for p, q in zip(old, new):
+        if p < len(rows) and q < len(rows):
+            rows[p] = q
 
 
 def _kinds(words: Sequence[Word]) -> list[int]:

@@ -16,9 +16,11 @@ from ..editing.directions import EditDirection
 
 FOLDER = "pix2pix_zero_directions"
 FORMAT = "pix2pix_zero_direction"
-VERSION = 1
+# 2: with words that the edit adds, which earlier releases cannot apply. Other directions are still written as 1.
+PLAIN_VERSION, VERSION = 1, 2
 _STAMPED_BYTES = 1 << 24
 _TENSOR_PREFIX = "direction."
+_ADDED = "added_words"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -47,9 +49,11 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
     tensors = {_TENSOR_PREFIX + k: v.contiguous() for k, v in direction.tensors.items()}
     if direction.first_token is not None:
         tensors["first_token"] = direction.first_token.contiguous()
+    if direction.added is not None:
+        tensors[_ADDED] = direction.added.contiguous()
     metadata = {
         "format": FORMAT,
-        "format_version": str(VERSION),
+        "format_version": str(PLAIN_VERSION if direction.added is None else VERSION),
         "encoder": direction.encoder,
         "source": direction.source,
         "target": direction.target,
@@ -143,14 +147,14 @@ def _check_format(direction_name: str, metadata: dict[str, str]) -> None:
             "Choose one that Save Direction wrote."
         )
     version = metadata.get("format_version", "")
-    if version != str(VERSION):
+    if version not in (str(PLAIN_VERSION), str(VERSION)):
         raise ValueError(
             f'direction_name: "{direction_name}" has format version {version}, this pack reads {VERSION}. Update the pack.'
         )
 
 
 def _from_file(direction_name: str, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> EditDirection:
-    first_token = tensors.pop("first_token", None)
+    first_token, added = tensors.pop("first_token", None), tensors.pop(_ADDED, None)
     outputs = {key.removeprefix(_TENSOR_PREFIX): tensor for key, tensor in tensors.items()}
     whole = (
         all(t.is_floating_point() and bool(t.isfinite().all()) for t in outputs.values())
@@ -158,6 +162,7 @@ def _from_file(direction_name: str, metadata: dict[str, str], tensors: dict[str,
         and all(t.shape[0] == 1 for t in outputs.values())
         and (first_token is None or first_token.shape == outputs["cond"].shape[-1:])
         and metadata.get("count", "").isdigit()
+        and (added is None or _are_words(added, outputs["cond"]))
     )
     if not whole:
         raise ValueError(f'direction_name: "{direction_name}" is damaged: its tensors are not those of a direction.')
@@ -168,4 +173,11 @@ def _from_file(direction_name: str, metadata: dict[str, str], tensors: dict[str,
         target=metadata.get("target", ""),
         count=int(metadata["count"]),
         first_token=first_token,
+        added=None if added is None else added.float(),
     )
+
+
+def _are_words(added: torch.Tensor, cond: torch.Tensor) -> bool:
+    """Whether these can be rows that `EditDirection.added` holds."""
+    fits = added.ndim == 3 and added.shape[0] == 1 and added.shape[1] > 0 and added.shape[2] == cond.shape[2]
+    return fits and added.is_floating_point() and bool(added.isfinite().all())

@@ -10,29 +10,62 @@ import comfy.utils
 import torch
 from comfy.sd1_clip import ClipTokenWeightEncoder
 
-from ..editing.directions import EditDirection, Encoding, apply_direction, edit_direction, same_encoder
+from ..editing.directions import (
+    EditDirection,
+    Encoding,
+    NumberedEncoding,
+    aligned_direction,
+    apply_direction,
+    edit_direction,
+    same_encoder,
+)
+from ..editing.token_alignment import Partners, partner_rows
 from .progress import show
+from .prompt_words import tokenize
 
 ROWS_PER_BATCH = 32
 Tokens = dict[str, list]
+Numbered = tuple[int, Tokens]  # the sentence's place in its list
 
 
 def find_direction(
-    clip, source_sentences: Sequence[str], target_sentences: Sequence[str], source: str, target: str
+    clip,
+    source_sentences: Sequence[str],
+    target_sentences: Sequence[str],
+    source: str,
+    target: str,
+    alignment: str = "positions",
 ) -> EditDirection:
     """The edit direction from one list of sentences to the other through a CLIP, with a progress bar.
 
-    `source` and `target` are names for people to read.
+    `source` and `target` are names for people to read. `alignment` is one of `editing.directions.ALIGNMENTS`; "words"
+    compares sentence i with sentence i. Raises ValueError where that cannot be done.
     """
     progress = comfy.utils.ProgressBar(len(source_sentences) + len(target_sentences))
-    return edit_direction(
-        encode_sentences(clip, source_sentences, progress),
-        encode_sentences(clip, target_sentences, progress),
-        chunk_length(clip),
-        encoder_fingerprint(clip),
-        source,
-        target,
-    )
+    length = chunk_length(clip)
+    names = encoder_fingerprint(clip), source, target
+    if alignment == "words":
+        partners = _partners(clip, source_sentences, target_sentences, length)
+        sides = (_encode_numbered(clip, side, progress) for side in (source_sentences, target_sentences))
+        return aligned_direction(*sides, partners, length, *names)
+    sides = (encode_sentences(clip, side, progress) for side in (source_sentences, target_sentences))
+    return edit_direction(*sides, length, *names)
+
+
+def _partners(clip, sources: Sequence[str], targets: Sequence[str], length: int | None) -> list[Partners]:
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"alignment: words are compared line by line, but there are {len(sources)} source_sentences and "
+            f"{len(targets)} target_sentences. Write as many, each the partner of the other, or choose positions."
+        )
+    if length is None:
+        raise ValueError(
+            "clip: its texts have no fixed number of tokens, so words cannot be aligned. Set alignment to positions."
+        )
+    return [
+        partner_rows(tokenize(clip, a, "source_sentences"), tokenize(clip, b, "target_sentences"), length)
+        for a, b in zip(sources, targets)
+    ]
 
 
 def encode_sentences(
@@ -44,6 +77,13 @@ def encode_sentences(
     the same number of chunks; order between batches is not kept. Respects CLIP skip, LoRA patches and offloading. Can
     be cancelled between batches.
     """
+    for _, encodings in _encode_numbered(clip, sentences, progress):
+        yield encodings
+
+
+def _encode_numbered(
+    clip, sentences: Sequence[str], progress: comfy.utils.ProgressBar | None
+) -> Iterator[NumberedEncoding]:
     _refuse_scheduled_hooks(clip)
     batched, alone = _group_by_layout([clip.tokenize(s) for s in sentences])
     for layout, group in batched.items():
@@ -51,7 +91,7 @@ def encode_sentences(
         step = max(1, ROWS_PER_BATCH // rows)
         for start in range(0, len(group), step):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            batch = group[start : start + step]
+            numbers, batch = zip(*group[start : start + step])
             encodings = _encode_together(clip, batch) if len(batch) > 1 else _encode_alone(clip, batch[0])
             # Encoders of other shapes may mix rows: the first batch proves that together equals one by one.
             proven = start > 0 or len(batch) == 1
@@ -59,11 +99,11 @@ def encode_sentences(
                 logging.info("pix2pix-zero: this text encoder takes one sentence at a time")
                 alone += group[start:]
                 break
-            yield encodings
+            yield numbers, encodings
             _advance(progress, len(batch))
-    for tokens in alone:
+    for number, tokens in alone:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        yield _encode_alone(clip, tokens)
+        yield (number,), _encode_alone(clip, tokens)
         _advance(progress, 1)
 
 
@@ -114,7 +154,7 @@ def move_conditioning(conditioning: list, direction: EditDirection, strength: fl
     """
     moved = []
     for cond, options in conditioning:
-        new_cond = apply_direction(cond, direction.tensors["cond"], strength)
+        new_cond = apply_direction(cond, direction.tensors["cond"], strength, direction.added)
         if not same_encoder(cond, direction):
             raise ValueError(
                 "conditioning: it was encoded by another text encoder than the direction. Make the direction with the "
@@ -160,16 +200,17 @@ def _is_plain(tokens) -> bool:
     )
 
 
-def _group_by_layout(tokens: list[Tokens]) -> tuple[dict[tuple, list[Tokens]], list[Tokens]]:
+def _group_by_layout(tokens: list[Tokens]) -> tuple[dict[tuple, list[Numbered]], list[Numbered]]:
     """Sentences with the same number and length of rows for each encoder, and those that must be encoded alone."""
-    batched: dict[tuple, list[Tokens]] = {}
+    batched: dict[tuple, list[Numbered]] = {}
     alone = []
-    for t in tokens:
+    for numbered in enumerate(tokens):
+        t = numbered[1]
         if _is_plain(t) and len({len(rows) for rows in t.values()}) == 1:
             layout = tuple((name, len(rows), tuple(len(row) for row in rows)) for name, rows in t.items())
-            batched.setdefault(layout, []).append(t)
+            batched.setdefault(layout, []).append(numbered)
         else:
-            alone.append(t)
+            alone.append(numbered)
     return batched, alone
 
 
@@ -178,7 +219,7 @@ def _encode_alone(clip, tokens: Tokens) -> Encoding:
     return {k: v for k, v in encoded.items() if torch.is_tensor(v) and v.is_floating_point()}
 
 
-def _encode_together(clip, batch: list[Tokens]) -> Encoding | None:
+def _encode_together(clip, batch: Sequence[Tokens]) -> Encoding | None:
     """Encode sentences as the chunks of one long prompt, which ComfyUI runs through the encoder as a batch.
 
     The long prompt's cond is the sentences' conds end to end. Only its first pooled vector is returned by ComfyUI, so

@@ -2,10 +2,23 @@
 
 from comfy_api.latest import io
 
-from ..editing.directions import combine
+from ..editing.directions import ALIGNMENTS, combine
 from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
 from ..host.text_encoding import find_direction, move_conditioning
 from .types import CATEGORY, Direction
+
+
+def _alignment_input(advice: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "alignment",
+        options=list(ALIGNMENTS),
+        default=ALIGNMENTS[0],
+        optional=True,
+        tooltip="positions: compares two sentences token by token, as the paper does. words: compares each word with "
+        "itself. On the demo model, adding something (cat to cat wearing glasses) is then complete at strength 1, where "
+        "positions takes 1.25 to 1.5; with the right strength both are equally good, and other edits are alike. "
+        f"{advice}",
+    )
 
 
 class Pix2PixZeroEditDirection(io.ComfyNode):
@@ -32,14 +45,15 @@ class Pix2PixZeroEditDirection(io.ComfyNode):
                     tooltip="What it should become: dog, winter, oil painting, golden, cat wearing glasses. The closer "
                     "in meaning to the source, the cleaner the edit.",
                 ),
+                _alignment_input("Choose words if something added does not show."),
             ],
             outputs=[Direction.Output(display_name="direction", tooltip="From source to target, for Apply Direction.")],
         )
 
     @classmethod
-    def execute(cls, clip, source: str, target: str) -> io.NodeOutput:
+    def execute(cls, clip, source: str, target: str, alignment: str = ALIGNMENTS[0]) -> io.NodeOutput:
         source_sentences, target_sentences = paired_sentences(source, target, PAIRS, seed=0)
-        return io.NodeOutput(find_direction(clip, source_sentences, target_sentences, source, target))
+        return io.NodeOutput(find_direction(clip, source_sentences, target_sentences, source, target, alignment))
 
 
 class Pix2PixZeroEditDirectionFromSentences(io.ComfyNode):
@@ -66,14 +80,17 @@ class Pix2PixZeroEditDirectionFromSentences(io.ComfyNode):
                     tooltip="One sentence per line about what it should become. The same sentences with only the "
                     "concept exchanged work best.",
                 ),
+                _alignment_input("words compares line by line, so write as many of both."),
             ],
             outputs=[Direction.Output(display_name="direction", tooltip="From source to target, for Apply Direction.")],
         )
 
     @classmethod
-    def execute(cls, clip, source_sentences: str, target_sentences: str) -> io.NodeOutput:
+    def execute(
+        cls, clip, source_sentences: str, target_sentences: str, alignment: str = ALIGNMENTS[0]
+    ) -> io.NodeOutput:
         source, target = read_sentence_lists(source_sentences, target_sentences)
-        return io.NodeOutput(find_direction(clip, source, target, source[0], target[0]))
+        return io.NodeOutput(find_direction(clip, source, target, source[0], target[0], alignment))
 
 
 class Pix2PixZeroCombineDirections(io.ComfyNode):

@@ -4,11 +4,13 @@ import pytest
 import torch
 from pix2pix_zero.editing.directions import (
     EditDirection,
+    aligned_direction,
     apply_direction,
     combine,
     edit_direction,
     same_encoder,
 )
+from pix2pix_zero.editing.token_alignment import Partners
 
 TOKENS, WIDTH = 7, 5
 
@@ -77,6 +79,91 @@ def test_sentences_of_any_length_are_averaged_position_by_position():
 def test_an_empty_side_is_refused():
     with pytest.raises(ValueError, match="^target: "):
         edit_direction([encodings(1, 1)], [])
+
+
+# Of sentences with TOKENS rows: the target's row for each of the source's, and the words it adds.
+PARTNERS = [
+    ([0, 1, 4, 5, 6, 6, 6], [2, 3]),
+    ([0, 3, 4, 5, 6, 6, 6], [1, 2]),
+    ([0, 1, 2, 3, 4, 5, 6], []),
+    ([0, 2, 3, -1, 5, 6, -1], [1]),
+]
+
+
+def numbered(encoded, *groups):
+    """Batches of some rows each, as the host yields them: in any order."""
+    return [(group, {name: rows[list(group)] for name, rows in encoded.items()}) for group in groups]
+
+
+def aligned(source, target, pairs=PARTNERS):
+    return aligned_direction(
+        source, target, [Partners(torch.tensor(rows), tuple(added)) for rows, added in pairs], TOKENS
+    )
+
+
+def test_words_are_compared_with_themselves_and_what_the_target_adds_takes_the_place_of_padding():
+    before, after = encodings(4, 1), encodings(4, 2, tokens=2 * TOKENS)
+    found = aligned(numbered(before, (0, 1, 2, 3)), numbered(after, (2, 0), (3, 1)))
+    a, b = before["cond"].double(), after["cond"].double()
+    for p in range(TOKENS):
+        differences, targets = [], []
+        for i, (rows, _) in enumerate(PARTNERS):
+            if rows[p] >= 0:
+                differences.append(b[i, rows[p]] - a[i, p])
+                targets.append(b[i, rows[p]])
+        assert torch.allclose(found.tensors["cond"][0, p].double(), sum(differences) / len(differences), atol=1e-6)
+        # The last two rows of the padding become the two words.
+        word = p - (TOKENS - 2)
+        if word >= 0:
+            words = [b[i, added[word]] for i, (_, added) in enumerate(PARTNERS) if len(added) > word]
+            expected = sum(words) / len(words) - sum(targets) / len(targets)
+            assert torch.allclose(found.added[0, word].double(), expected, atol=1e-6)
+    assert found.added.shape == (1, 2, WIDTH) and found.added.dtype == torch.float32
+    pooled = (after["pooled_output"] - before["pooled_output"]).double().mean(0)
+    assert torch.allclose(found.tensors["pooled_output"][0].double(), pooled, atol=1e-6)
+    assert torch.equal(found.first_token, before["cond"][0, 0])
+
+
+def test_words_that_few_sentences_add_are_left_out():
+    before, after = (numbered(encodings(4, seed), (0, 1, 2, 3)) for seed in (1, 2))
+    once = [PARTNERS[0], *[PARTNERS[2]] * 3]
+    assert aligned(before, after, once).added is None
+    assert aligned(before, after, [*once[:2], *once[:2]]).added.shape == (1, 2, WIDTH)
+
+
+def test_where_no_word_shifts_words_and_positions_are_the_same_to_the_last_bit():
+    before, after = (numbered(encodings(6, seed), (0, 1, 2, 3), (4, 5)) for seed in (1, 2))
+    words = aligned(before, after, [PARTNERS[2]] * 6)
+    positions = edit_direction([rows for _, rows in before], [rows for _, rows in after], TOKENS)
+    assert all(torch.equal(words.tensors[name], positions.tensors[name]) for name in positions.tensors)
+    assert words.added is None and words.count == positions.count
+
+
+def test_the_same_sentences_have_no_direction():
+    side = numbered(encodings(4, 1), (0, 1, 2, 3))
+    found = aligned(side, side, [PARTNERS[2]] * 4)
+    assert not any(tensor.any() for tensor in found.tensors.values()) and found.added is None
+
+
+def test_added_words_go_to_the_last_rows_of_the_last_chunk():
+    d, added = torch.randn(1, TOKENS, WIDTH), torch.randn(1, 2, WIDTH)
+    cond, kept = torch.randn(3, 2 * TOKENS, WIDTH), d.clone()
+    moved = apply_direction(cond, d, -0.5, added)
+    plain = apply_direction(cond, d, -0.5)
+    assert torch.equal(moved[:, :-2], plain[:, :-2])
+    expected = cond[:, -2:].double() - 0.5 * (d[:, -2:].double() + added.double())
+    assert torch.allclose(moved[:, -2:].double(), expected, atol=1e-6)
+    assert torch.equal(d, kept), "a direction is applied to many captions"
+    assert torch.equal(apply_direction(cond, d, 0.0, added), cond)
+
+
+def test_combined_directions_keep_the_words_of_both_side_by_side():
+    a, b = direction(added=torch.randn(1, 2, WIDTH)), direction(added=torch.randn(1, 1, WIDTH))
+    both = combine(a, b, 0.5, -2.0)
+    assert torch.equal(both.added, torch.cat([-2.0 * b.added, 0.5 * a.added], 1))
+    assert torch.equal(combine(a, direction(), 0.5, 1.0).added, 0.5 * a.added)
+    assert torch.equal(combine(direction(), b, 1.0, 3.0).added, 3.0 * b.added)
+    assert combine(direction(), direction(), 1.0, 1.0).added is None
 
 
 def test_it_is_added_to_every_row_and_every_chunk():

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from pix2pix_zero.editing.token_alignment import align, column_factors, map_tokens, read_prompt
+from pix2pix_zero.editing.token_alignment import align, column_factors, map_tokens, partner_rows, read_prompt
 from pix2pix_zero.editing.word_masks import WordMask, soft_mask
 
 LENGTH = 14
@@ -196,3 +196,35 @@ def test_soft_mask_is_the_union_with_soft_edges():
     assert mask.shape == (1, 1, 16, 16)
     assert mask[..., 0].eq(1).all() and mask[..., -1].eq(1).all() and mask[..., 7:9].eq(0).all()
     assert mask[..., 3].gt(0).all() and mask[..., 3].lt(1).all()
+
+
+# The target's row for each row of the source; start, words, end and padding of LENGTH tokens.
+ROWS = {
+    "nothing shifts": ("a cat at night", "a dog at night", [*range(14)], []),
+    "added inside": (
+        "a cat at night",
+        "a cat wearing glasses at night",
+        [0, 1, 2, 5, 6, 7, 8, 8, 8, 9, 10, 11, 12, 13],
+        [3, 4],
+    ),
+    "added at the end": ("a cat", "a cat with glasses", [0, 1, 2, 5, 6, 6, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4]),
+    "removed": ("a cat with glasses", "a cat", [0, 1, 2, 13, 13, 3, 6, 7, 8, 9, 10, 11, 12, 13], []),
+    "one for two": ("a cat at", "a gold-fish at", [0, 1, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 13], [2]),
+    "two for one": ("a gold-fish at", "a cat at", [0, 1, 13, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13], []),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_two_sentences_are_partners_word_by_word(case):
+    source, target, rows, added = ROWS[case]
+    found = partner_rows(prompt(source), prompt(target), LENGTH)
+    assert found.rows.tolist() == rows
+    assert list(found.added) == added
+
+
+def test_rows_that_leave_the_first_chunk_have_no_partner():
+    source, target = prompt("a b c d", "e", length=6), prompt("x a b c", "d e", length=6)
+    found = partner_rows(source, target, 6)
+    assert found.rows.tolist() == [0, 2, 3, 4, -1, 5], "d has left the chunk"
+    assert found.added == (1,)
+    assert partner_rows(target, source, 6).rows.tolist() == [0, -1, 1, 2, 3, 5], "no padding for what was removed"
