@@ -23,7 +23,11 @@ class Pix2PixZeroKSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model the picture was inverted with. LoRAs may be added to it."),
                 Inversion.Input("inversion", tooltip="The picture, from Invert Picture or Generate Reference."),
-                io.Conditioning.Input("positive", tooltip="The caption moved along the edit, from Apply Direction."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The caption moved along the edit, from Apply Direction. Words may follow it, by Conditioning (Concat) "
+                    "too: they are drawn, and the rest is held in place.",
+                ),
                 io.Conditioning.Input(
                     "negative",
                     tooltip="For an inverted picture the unedited caption: what is not edited then stays as it is. "
