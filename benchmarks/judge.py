@@ -12,19 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..demo_model.scene import FURS, SIZE, STYLES, SUBJECTS
+from ..demo_model.scene import ATTRIBUTES, SIZE
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
 # Every question with its possible answers, in the order of the network's outputs.
-QUESTIONS: dict[str, tuple] = {
-    "subject": SUBJECTS,
-    "fur": tuple(FURS),
-    "glasses": (False, True),
-    "night": (False, True),
-    "winter": (False, True),
-    "style": STYLES,
-}
+QUESTIONS = ATTRIBUTES
 
 
 class JudgeNetwork(nn.Module):

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .scene import FURS, SIZE, STYLES, SUBJECTS, Scene, sample_scene
+from .scene import ATTRIBUTES, FURS, SIZE, STYLES, SUBJECTS, Scene, sample_scene
 from .scene_captions import caption
 from .scene_renders import render
 
@@ -38,15 +38,6 @@ FOLDER = Path(__file__).with_name("captioner")
 TRAINING_SEED = 1_000_000
 HELD_OUT_SEED = 500_000
 
-# What a caption says, each with the values it can take: the extra targets that help the vision tower to start.
-ATTRIBUTES: dict[str, tuple] = {
-    "subject": SUBJECTS,
-    "fur": tuple(FURS),
-    "glasses": (False, True),
-    "night": (False, True),
-    "winter": (False, True),
-    "style": STYLES,
-}
 # Openings that a user may type as `prefix`; the model learns to go on from them but never says them itself.
 OPENINGS = ("", "a photo of", "a picture of", "an image of", "a drawing of", "a painting of", "a sketch of", "there is")
 STYLE_OPENING = re.compile(r"^(a photo of|a pencil sketch of|an oil pastel drawing of) ")

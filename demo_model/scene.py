@@ -23,6 +23,15 @@ FURS = {
     "black": (58, 55, 66),
     "brown": (138, 90, 56),
 }
+# What a caption tells of a scene, each field with the values it can take.
+ATTRIBUTES: dict[str, tuple] = {
+    "subject": SUBJECTS,
+    "fur": tuple(FURS),
+    "glasses": (False, True),
+    "night": (False, True),
+    "winter": (False, True),
+    "style": STYLES,
+}
 
 
 @dataclass(frozen=True)

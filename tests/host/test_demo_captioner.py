@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 from pix2pix_zero.demo_model.captioner_training import (
-    ATTRIBUTES,
     HELD_OUT_SEED,
     caption_accuracy,
     gaussian_blur,
     render_scenes,
     train_captioner,
 )
-from pix2pix_zero.demo_model.scene import sample_scene
+from pix2pix_zero.demo_model.scene import ATTRIBUTES, sample_scene
 from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
 
