@@ -25,8 +25,8 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 Inversion.Input("inversion", tooltip="The picture, from Invert Picture or Generate Reference."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The caption moved along the edit, from Apply Direction. Words may follow it, by Conditioning (Concat) "
-                    "too: they are drawn, and the rest is held in place.",
+                    tooltip="The caption moved along the edit, from Apply Direction. Words may follow it, by Conditioning "
+                    "(Concat) too: they are drawn, and the rest is held in place.",
                 ),
                 io.Conditioning.Input(
                     "negative",
