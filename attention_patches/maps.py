@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
+from .replacement import with_attention
 from .sites import AttentionSite
 
 Visit = Callable[[AttentionSite, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -27,23 +27,10 @@ class AttentionTap:
 
     def install(self, transformer_options: dict) -> dict:
         """A copy of `transformer_options` with the tap in it."""
-        options = transformer_options.copy()
-        options["patches_replace"] = options.get("patches_replace", {}).copy()
-        theirs = options["patches_replace"].get("attn2", {})
-        ours = {site: self._tap(site, theirs.get(site, theirs.get(site[:2]))) for site in self.sites}
-        options["patches_replace"]["attn2"] = theirs | ours
-        return options
+        return with_attention(transformer_options, "attn2", self.sites, self._attend)
 
-    def _tap(self, site: AttentionSite, previous):
-        def attend(q, k, v, extra_options):
-            heads = extra_options["n_heads"]
-            q, k = self.visit(site, q, k, heads)
-            if previous is not None:
-                return previous(q, k, v, extra_options)
-            precision = extra_options.get("attn_precision")
-            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-
-        return attend
+    def _attend(self, site, q, k, v, heads, attention):
+        return attention(*self.visit(site, q, k, heads), v)
 
 
 def attention_maps(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:

@@ -9,9 +9,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 
+from .replacement import with_attention
 from .sites import AttentionSite, is_unet
 
 # In latent pixels a side: SD 1.x's block 4 of its output blocks, which the paper chose, and SDXL's block 1.
@@ -103,8 +104,8 @@ def tapped(unet, sites: Iterable[Site], visit: Visit, transformer_options: dict)
             if isinstance(site, ResidualSite):
                 convolution = unet.output_blocks[site.number][site.index].out_layers[-1]
                 stack.enter_context(convolution.register_forward_hook(partial(_visit_output, visit, site)))
-        attention = [site for site in sites if isinstance(site, AttentionSite)]
-        yield _with_self_attention(attention, visit, transformer_options)
+        attending = [site for site in sites if isinstance(site, AttentionSite)]
+        yield with_attention(transformer_options, "attn1", attending, partial(_visit_attention, visit))
 
 
 def _visit_output(visit: Visit, site: ResidualSite, module, args, output: torch.Tensor) -> torch.Tensor:
@@ -112,21 +113,5 @@ def _visit_output(visit: Visit, site: ResidualSite, module, args, output: torch.
     return output
 
 
-def _with_self_attention(sites: list[AttentionSite], visit: Visit, transformer_options: dict) -> dict:
-    options = transformer_options.copy()
-    options["patches_replace"] = options.get("patches_replace", {}).copy()
-    theirs = options["patches_replace"].get("attn1", {})
-    ours = {site: _attention_patch(site, visit, theirs.get(site, theirs.get(site[:2]))) for site in sites}
-    options["patches_replace"]["attn1"] = theirs | ours
-    return options
-
-
-def _attention_patch(site: AttentionSite, visit: Visit, previous: Callable | None) -> Callable:
-    def attend(q, k, v, extra_options):
-        q, k, v = visit(site, (q, k, v))
-        if previous is not None:
-            return previous(q, k, v, extra_options)
-        precision, heads = extra_options.get("attn_precision"), extra_options["n_heads"]
-        return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-
-    return attend
+def _visit_attention(visit: Visit, site: AttentionSite, q, k, v, heads, attention: Callable) -> torch.Tensor:
+    return attention(*visit(site, (q, k, v)))

@@ -4,51 +4,34 @@ Both halves work on the final transformer options of one UNet call, as `Attentio
 and replace patches of other packs at the same place still compute the attention's output.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
 from ..editing.token_alignment import TokenMap
 from .maps import LastSiteReached, attention_maps
-from .sites import AttentionSite, cross_attention_sites
+from .replacement import with_attention
+from .sites import AttentionSite
 
 Place = tuple[str, AttentionSite]
 """("attn1" for self-attention or "attn2" for cross-attention, site)."""
 
 
 def install(transformer_options: dict, places: list[Place], attend: Callable) -> dict:
-    """A copy of `transformer_options` in which `attend(place, q, k, v, extra_options, attention)` draws these places.
+    """A copy of `transformer_options` in which `attend(place, q, k, v, heads, attention)` draws these places.
 
     `attention(q, k, v)` is what would have drawn it otherwise.
     """
-    options = transformer_options.copy()
-    options["patches_replace"] = options.get("patches_replace", {}).copy()
     for kind in {kind for kind, _ in places}:
-        theirs = options["patches_replace"].get(kind, {})
-        ours = {
-            site: _patch((kind, site), theirs.get(site, theirs.get(site[:2])), attend)
-            for other, site in places
-            if other == kind
-        }
-        options["patches_replace"][kind] = theirs | ours
-    return options
+        sites = [site for other, site in places if other == kind]
+        transformer_options = with_attention(transformer_options, kind, sites, partial(_at_place, attend, kind))
+    return transformer_options
 
 
-def _patch(place: Place, previous: Callable | None, attend: Callable) -> Callable:
-    def patch(q, k, v, extra_options):
-        def attention(q, k, v):
-            if previous is not None:
-                return previous(q, k, v, extra_options)
-            heads, precision = extra_options["n_heads"], extra_options.get("attn_precision")
-            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-
-        return attend(place, q, k, v, extra_options["n_heads"], attention)
-
-    return patch
+def _at_place(attend: Callable, kind: str, site: AttentionSite, *args) -> torch.Tensor:
+    return attend((kind, site), *args)
 
 
 class SourceAttention:
@@ -143,23 +126,3 @@ class AttentionEdit:
             return None
         values = v.float().unflatten(-1, (heads, -1)).transpose(1, 2)
         return ((edited - own) @ values).transpose(1, 2).flatten(2)
-
-
-def site_levels(unet) -> dict[AttentionSite, int]:
-    """How often the picture was halved on the way to each attention site of ComfyUI's UNetModel."""
-    levels = {}
-    level = 0
-    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
-    for name, blocks in groups:
-        for number, block in enumerate(blocks):
-            for layer in block or ():
-                level += isinstance(layer, Downsample) - isinstance(layer, Upsample)
-                for index in range(len(getattr(layer, "transformer_blocks", ()))):
-                    levels[AttentionSite(name, number, index)] = level
-    return levels
-
-
-def map_shapes(unet, size: tuple[int, int]) -> dict[AttentionSite, tuple[int, int]]:
-    """(height, width) of the maps at each cross-attention site for a latent of a size (height, width)."""
-    levels = site_levels(unet)
-    return {site: tuple(math.ceil(side / 2 ** levels[site]) for side in size) for site in cross_attention_sites(unet)}

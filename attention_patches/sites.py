@@ -1,8 +1,12 @@
-"""Where a UNet attends to the text."""
+"""Where a UNet attends to the text, and how large the picture is there."""
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
 
 class AttentionSite(NamedTuple):
@@ -18,6 +22,15 @@ def is_unet(diffusion_model) -> bool:
     return hasattr(diffusion_model, "input_blocks")
 
 
+def named_layers(unet: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
+    """(block name, number, layer) of ComfyUI's UNetModel in the order of its forward pass."""
+    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    for name, blocks in groups:
+        for number, block in enumerate(blocks):
+            for layer in block if block is not None else ():
+                yield name, number, layer
+
+
 def cross_attention_sites(unet) -> list[AttentionSite]:
     """Every cross-attention layer of ComfyUI's UNetModel in the order of its forward pass.
 
@@ -29,13 +42,9 @@ def cross_attention_sites(unet) -> list[AttentionSite]:
             "model: it is not a UNet with cross-attention (but a diffusion transformer, perhaps), so there are no maps to "
             "guide it by. Use an SD 1.x, SD 2.x or SDXL model."
         )
-    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
     return [
         AttentionSite(name, number, index)
-        for name, blocks in groups
-        for number, block in enumerate(blocks)
-        if block is not None
-        for layer in block
+        for name, number, layer in named_layers(unet)
         if isinstance(layer, SpatialTransformer)
         for index, transformer in enumerate(layer.transformer_blocks)
         if transformer.attn2 is not None
@@ -47,3 +56,20 @@ def attends_to_itself(unet, site: AttentionSite) -> bool:
     blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}
     (transformer,) = (layer for layer in blocks[site.block][site.number] if isinstance(layer, SpatialTransformer))
     return not transformer.transformer_blocks[site.index].disable_self_attn
+
+
+def site_levels(unet) -> dict[AttentionSite, int]:
+    """How often the picture was halved on the way to each attention site of ComfyUI's UNetModel."""
+    levels = {}
+    level = 0
+    for name, number, layer in named_layers(unet):
+        level += isinstance(layer, Downsample) - isinstance(layer, Upsample)
+        for index in range(len(getattr(layer, "transformer_blocks", ()))):
+            levels[AttentionSite(name, number, index)] = level
+    return levels
+
+
+def map_shapes(unet, size: tuple[int, int]) -> dict[AttentionSite, tuple[int, int]]:
+    """(height, width) of the maps at each cross-attention site for a latent of a size (height, width)."""
+    levels = site_levels(unet)
+    return {site: tuple(math.ceil(side / 2 ** levels[site]) for side in size) for site in cross_attention_sites(unet)}

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..attention_patches.prompt_to_prompt import map_shapes, site_levels
-from ..attention_patches.sites import AttentionSite
+from ..attention_patches.sites import AttentionSite, map_shapes, site_levels
 from ..editing.attention_heat import AttentionHeat
 from ..editing.inversion import Inversion
 from ..editing.token_alignment import Prompt, positions
 from . import charts, progress
 from .map_jobs import attention_state, with_map_jobs
-from .plug_and_play import check_model
+from .model_checks import check_inversion
 from .prompt_words import entries, tokenize
 from .unet_passes import UNetPasses
 
@@ -57,7 +56,7 @@ def attention_heatmaps(
 
     Raises ValueError, naming the socket, for a model, text, word, window or resolution that does not fit.
     """
-    check_model(inversion, model)
+    check_inversion(inversion, model)
     if clip is None:
         raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
     if image is not None and len(image) not in (1, inversion.batch):

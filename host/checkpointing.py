@@ -12,7 +12,7 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch.utils.checkpoint import checkpoint
 
-from ..attention_patches.sites import AttentionSite
+from ..attention_patches.sites import AttentionSite, named_layers
 from .gradients import own_attribute, recording_again, weights_stay_put
 
 LEVELS = ("none", "feed-forward", "blocks")
@@ -79,15 +79,6 @@ def _blocks(unet: torch.nn.Module, last_site: AttentionSite | None) -> Iterator[
             else:
                 # Only one of several blocks is alive at a time.
                 yield from blocks
-
-
-def named_layers(unet: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
-    """(block name, number, layer) of ComfyUI's UNetModel in the order of its forward pass."""
-    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
-    for name, blocks in groups:
-        for number, block in enumerate(blocks):
-            for layer in block if block is not None else ():
-                yield name, number, layer
 
 
 def _recomputing(module: torch.nn.Module, piece: int | None) -> contextlib.AbstractContextManager:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from ..attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
 from ..editing.inversion import Inversion
 from ..editing.principal_components import as_colours, principal_components
-from .plug_and_play import check_model, latent_at, read_features, with_jobs
+from .model_checks import check_inversion
+from .plug_and_play import latent_at, read_features, with_jobs
 
 KINDS = ("residual features", "queries", "keys", "values")
 PIXELS = 8  # of the picture, to a latent pixel
@@ -21,7 +22,7 @@ def feature_pictures(model, inversion: Inversion, kind: str, percent: float, dec
     output blocks, or -1 for the one of `feature_site`. All pictures of the inversion share their colours. Raises
     ValueError if the inversion was made with another model, or the block has no such features.
     """
-    check_model(inversion, model)
+    check_inversion(inversion, model)
     residual, site = _sites(model.model.diffusion_model, kind, decoder_block)
     features = features_of_inversion(model, inversion, [residual, site], percent)
     batch, _, height, width = features[residual][0].shape

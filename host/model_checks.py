@@ -2,6 +2,8 @@
 
 from comfy import model_sampling as kinds
 
+from ..editing.inversion import Inversion
+
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
 
 
@@ -10,6 +12,15 @@ def check_diffusion(model) -> None:
     reason = _reason_against(model.get_model_object("model_sampling"))
     if reason is not None:
         raise ValueError(f"model: {reason} {USE}")
+
+
+def check_inversion(inversion: Inversion, model) -> None:
+    """Raise ValueError as `check_diffusion`, and unless the inversion was made with this MODEL, patched or not."""
+    check_diffusion(model)
+    if inversion.model() is not model.model:
+        raise ValueError(
+            "inversion: it was made with another model. Connect the same model to Inversion and to this node."
+        )
 
 
 def _reason_against(sampling) -> str | None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
@@ -21,11 +20,11 @@ from ..attention_patches.maps import LastSiteReached
 from ..attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ..editing.inversion import Inversion
 from .gradients import uncompiled
-from .model_checks import check_diffusion
+from .model_checks import check_inversion
+from .source_conditioning import load_with_source, processed_source
 
 PACK = "pix2pix_zero_"
 JOB = PACK + "plug_and_play"
-SOURCE = PACK + "source"
 PICTURES = PACK + "pictures"  # in a part of a UNet call: its pictures' place in the batch, as (first, stop, of all)
 
 
@@ -40,7 +39,7 @@ def with_source_features(
     share of the sampler's own negative in what cfg leads away from; the rest is the prediction for the source text.
     Raises ValueError if the inversion was made with another model, or the model is no UNet.
     """
-    check_model(inversion, model)
+    check_inversion(inversion, model)
     unet = model.model.diffusion_model
     residual = feature_site(unet)
     sites = {
@@ -50,7 +49,7 @@ def with_source_features(
     model = with_jobs(model)
     lockstep = _LockstepSampling(inversion, sites, negative_alpha)
     for kind, wrapper in (
-        (WrappersMP.PREPARE_SAMPLING, lockstep.load),
+        (WrappersMP.PREPARE_SAMPLING, partial(load_with_source, inversion)),
         (WrappersMP.SAMPLER_SAMPLE, lockstep.sample),
         (WrappersMP.CALC_COND_BATCH, _source_first),
     ):
@@ -65,15 +64,6 @@ def with_jobs(model):
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, JOB)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, JOB, _carry_out)
     return model
-
-
-def check_model(inversion: Inversion, model) -> None:
-    """Raise ValueError unless the inversion was made with this MODEL, patched or not."""
-    check_diffusion(model)
-    if inversion.model() is not model.model:
-        raise ValueError(
-            "inversion: it was made with another model. Connect the same model to Inversion and to this node."
-        )
 
 
 def lowest_level(inversion: Inversion, share: float) -> float:
@@ -108,24 +98,22 @@ def _step_through(inversion: Inversion, sigma: float) -> tuple[float, float, tor
 
 
 class _LockstepSampling:
-    """The wrappers of one MODEL around a whole sampling. `sites`: with the noise level that each group ends at."""
+    """The wrapper of one MODEL around a whole sampling. `sites`: with the noise level that each group ends at."""
 
     def __init__(self, inversion: Inversion, sites: dict[tuple[Site, ...], float], negative_alpha: float):
         self.inversion = inversion
         self.sites = sites
         self.negative_alpha = negative_alpha
 
-    def load(self, executor, model, noise_shape, conds, *args, **kwargs):
-        """Load what the source's conditioning needs, such as its ControlNet, together with the model."""
-        source = comfy.sampler_helpers.convert_cond(self.inversion.source)
-        loaded = executor(model, noise_shape, {**conds, SOURCE: source}, *args, **kwargs)
-        return loaded[0], conds, loaded[2]
-
     def sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
         """Sample with the source's conditioning at hand in the model options."""
         self._check_start(noise, latent_image)
-        source = self._process(guider)
-        options = create_model_options_clone(extra_args["model_options"])
+        with processed_source(guider, self.inversion) as source:
+            extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source)}
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+
+    def _options(self, model_options: dict, source: list[dict]) -> dict:
+        options = create_model_options_clone(model_options)
         options["transformer_options"][JOB] = InjectFeatures(self.inversion, source, self.sites)
         if self.negative_alpha < 1:
             blend = partial(_blend_negative, source, self.negative_alpha)
@@ -133,11 +121,7 @@ class _LockstepSampling:
         if self.inversion.noise_mask is not None:
             keep = partial(_keep_outside, self.inversion)
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), keep]
-        try:
-            extra_args = {**extra_args, "model_options": options}
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
-        finally:
-            comfy.sampler_helpers.cleanup_models({SOURCE: source}, [])
+        return options
 
     def _check_start(self, noise: torch.Tensor, latent_image: torch.Tensor | None) -> None:
         ours = self.inversion.trajectory[-1]
@@ -154,17 +138,6 @@ class _LockstepSampling:
                 "noise: it would be added to `noise` of the inversion node, which is all the noise there must be. Use "
                 "SamplerCustomAdvanced with DisableNoise, or KSampler (Advanced) with add_noise disabled."
             )
-
-    def _process(self, guider) -> list[dict]:
-        """The source's conditioning, apart from the guider's own, between which the host hands ControlNets on."""
-        source = {SOURCE: comfy.sampler_helpers.convert_cond(self.inversion.source)}
-        comfy.samplers.preprocess_conds_hooks(source)
-        comfy.samplers.filter_registered_hooks_on_conds(source, guider.model_options)
-        device = guider.model_patcher.load_device
-        picture = self.inversion.trajectory[0].to(device)
-        noise = torch.zeros_like(picture)
-        model = guider.inner_model
-        return comfy.samplers.process_conds(model, noise, source, device, latent_image=picture, seed=0)[SOURCE]
 
 
 def _source_first(executor, model, conds, x_in, timestep, model_options):

@@ -7,8 +7,8 @@ sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet ca
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 
-import comfy.sampler_helpers
 import comfy.utils
 import torch
 from comfy import samplers
@@ -16,15 +16,16 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
 from ..attention_patches.maps import LastSiteReached
-from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention, site_levels
-from ..attention_patches.sites import attends_to_itself, cross_attention_sites
+from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
+from ..attention_patches.sites import attends_to_itself, cross_attention_sites, site_levels
 from ..editing.inversion import Inversion
 from ..editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ..editing.word_masks import WordMask, soft_mask
 from .gradients import differentiable_attention
 from .map_jobs import JOB
-from .model_checks import check_diffusion
+from .model_checks import check_inversion
 from .prompt_words import blend_tokens, find_words, read_factors, tokenize
+from .source_conditioning import load_with_source, processed_source
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 BLEND_FROM = 0.2
@@ -72,11 +73,7 @@ def edit_by_prompt(
     """
     if clip is None:
         raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
-    check_diffusion(model)
-    if inversion.model() is not model.model:
-        raise ValueError(
-            "inversion: it was made with another model. Connect the same model to Inversion and to Prompt-to-Prompt."
-        )
+    check_inversion(inversion, model)
     if model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
         raise ValueError("model: it has a Prompt-to-Prompt edit already. Connect the model from before it.")
     cross_attention_sites(model.model.diffusion_model)  # refuses models without any
@@ -129,42 +126,21 @@ def _encode_target(clip, target: str, prompt: Prompt, inversion: Inversion) -> l
 
 
 def _with_edit(model, edit: PromptEdit):
-    def load(executor, model, noise_shape, conds, *args, **kwargs):
-        """Load what the source's conditioning needs, such as its ControlNet, together with the model."""
-        source = comfy.sampler_helpers.convert_cond(edit.inversion.source)
-        real_model, _, models = executor(model, noise_shape, {**conds, KEY: source}, *args, **kwargs)
-        return real_model, conds, models
-
     def sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
-        source = _process_source(guider, edit.inversion)
-        options["transformer_options"][KEY] = Sampling(edit, guider, source)
-        try:
+        with processed_source(guider, edit.inversion) as source:
+            if source[0].get("area") is not None:
+                raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
+            options["transformer_options"][KEY] = Sampling(edit, guider, source)
             return executor(guider, sigmas, {**extra_args, "model_options": options}, callback, noise, *args, **kwargs)
-        finally:
-            comfy.sampler_helpers.cleanup_models({KEY: source}, [])
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, load)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(load_with_source, edit.inversion))
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
     return model
-
-
-def _process_source(guider, inversion: Inversion) -> list[dict]:
-    """The source's conditioning as a guider's own, but apart from it: the host hands ControlNets on between the guider's."""
-    source = {KEY: comfy.sampler_helpers.convert_cond(inversion.source)}
-    samplers.preprocess_conds_hooks(source)
-    samplers.filter_registered_hooks_on_conds(source, guider.model_options)
-    device = guider.model_patcher.load_device
-    picture = inversion.trajectory[0].to(device)
-    noise = torch.zeros_like(picture)
-    source = samplers.process_conds(guider.inner_model, noise, source, device, latent_image=picture, seed=0)[KEY]
-    if source[0].get("area") is not None:
-        raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
-    return source
 
 
 def _check_sampling(options: dict, guider, noise: torch.Tensor, edit: PromptEdit) -> None:

@@ -12,8 +12,7 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ..attention_patches.prompt_to_prompt import map_shapes
-from ..attention_patches.sites import cross_attention_sites, is_unet
+from ..attention_patches.sites import cross_attention_sites, is_unet, map_shapes
 from ..editing import ddim
 from ..editing.guidance import GuidanceSchedule, sample_guided, sample_official
 from ..editing.inversion import Inversion
@@ -29,7 +28,7 @@ from .hook_schedule import HookSchedule
 from .inversion_walk import plain_psnr, walk_up
 from .map_jobs import Checkpointing, attention_state, with_map_jobs
 from .memory import affordable_level, affordable_rows, announce_memory, guided_pass_memory
-from .model_checks import check_diffusion
+from .model_checks import check_inversion
 from .noise_levels import ddim_grid, places_on_table
 from .plug_and_play import with_source_features
 from .presets import PRESETS
@@ -235,11 +234,7 @@ def sample_edit(
 
 
 def _check_edit(model, inversion: Inversion, positive: list, negative: list) -> None:
-    check_diffusion(model)
-    if inversion.model() is not model.model:
-        raise ValueError(
-            "inversion: it was made with another model. Connect the same model to Inversion and to this sampler."
-        )
+    check_inversion(inversion, model)
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, inversion.batch, socket)
     if len(positive) != len(inversion.source):
