@@ -6,6 +6,7 @@ sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet ca
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,7 @@ from .prompt_words import blend_tokens, find_words, read_factors, tokenize
 from .source_conditioning import load_with_source, processed_source
 
 KEY = "pix2pix_zero_prompt_to_prompt"
+INSTALL = KEY + "_install"  # of one evaluation: what its UNet calls' transformer options go through
 BLEND_FROM = 0.2
 """Share of the steps before local blending starts, as in the authors' code: earlier, the maps say little."""
 
@@ -175,22 +177,15 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-    call = transformer_options.get(KEY)
-    if not isinstance(call, _Call):
+    install = transformer_options.get(INSTALL)
+    if install is None:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     if x.device.type == "cpu":  # faster there than the host's choice, sub-quadratic attention
         transformer_options = differentiable_attention(transformer_options)
     try:
-        return executor(x, t, c_concat, c_crossattn, control, call.install(transformer_options), **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, install(transformer_options), **kwargs)
     except LastSiteReached:
         return torch.zeros_like(x)
-
-
-class _Call:
-    """What `_apply_model` does in the UNet calls of one evaluation."""
-
-    def __init__(self, install):
-        self.install = install
 
 
 class Sampling:
@@ -240,8 +235,8 @@ class Sampling:
             self.watched,
             lambda place, *maps: seen.__setitem__(place, maps),
         )
-        call = _Call(lambda options: edit.install(options, self.cross))
-        denoised = executor(x, timestep, _with_call(model_options, call), seed)
+        installing = _installing(model_options, partial(edit.install, cross=self.cross))
+        denoised = executor(x, timestep, installing, seed)
         for maps in seen.values():
             for mask, part in zip(self.masks, maps):
                 if mask.tokens:
@@ -249,7 +244,7 @@ class Sampling:
         return self._land(denoised, x, sigma, place, step, model_options)
 
     def _attend_to_source(self, attention, x, timestep, model_options, place) -> None:
-        options = _with_call(model_options, _Call(attention.install))
+        options = _installing(model_options, attention.install)
         latent = self._latent(place).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
         if len(attention.kept) != len(attention.places):
@@ -312,7 +307,7 @@ class Sampling:
         return mask
 
 
-def _with_call(model_options: dict, call: _Call) -> dict:
+def _installing(model_options: dict, install: Callable[[dict], dict]) -> dict:
     options = create_model_options_clone(model_options)
-    options["transformer_options"][KEY] = call
+    options["transformer_options"][INSTALL] = install
     return options
