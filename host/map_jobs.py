@@ -263,7 +263,7 @@ def _gradient(last_q: torch.Tensor, x: torch.Tensor, scale: GradientScale) -> to
     """
     if scale.largest is None:
         return torch.autograd.grad(last_q, x, torch.zeros_like(last_q))[0]
-    exponent = 4 - int(torch.frexp(scale.largest).exponent)
+    exponent = 4 - math.frexp(float(scale.largest))[1]  # not every device has torch.frexp
     for _ in range(4):
         scale.value = 2.0**exponent
         (gradient,) = torch.autograd.grad(last_q, x, torch.zeros_like(last_q), retain_graph=True)
