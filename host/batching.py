@@ -12,12 +12,15 @@ import torch
 
 from .progress import runs
 
+TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
+
 
 def stack_conditionings(conditionings: list[list], socket: str) -> list:
     """Several CONDITIONINGs as one with a row for each. A single one is returned as it is.
 
-    Texts of unequal length are repeated to a common one, which leaves cross-attention as it was. Raises ValueError if
-    they have unequal numbers of parts or come from different text encoders.
+    Texts of unequal length are repeated to a common one, which leaves cross-attention as it was; their own are in the
+    options, as `TEXT_LENGTHS`. Raises ValueError if they have unequal numbers of parts or come from different text
+    encoders.
     """
     if len(conditionings) == 1:
         return conditionings[0]
@@ -30,8 +33,11 @@ def _stack_entries(entries: tuple, socket: str) -> list:
     texts = [text for text, _ in entries]
     if len({text.shape[2:] for text in texts}) > 1:
         raise ValueError(f"{socket}: the texts of one batch come from different text encoders. Use one CLIP.")
-    tokens = math.lcm(*(text.shape[1] for text in texts))
+    lengths = tuple(text.shape[1] for text in texts)
+    tokens = math.lcm(*lengths)
     extras = dict(entries[0][1])
+    if len(set(lengths)) > 1:
+        extras[TEXT_LENGTHS] = lengths
     if extras.get("pooled_output") is not None:
         extras["pooled_output"] = torch.cat([extra["pooled_output"] for _, extra in entries])
     return [torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text in texts]), extras]

@@ -7,20 +7,23 @@ from dataclasses import dataclass, replace
 import torch
 from comfy.samplers import get_area_and_mult
 
+from .batching import TEXT_LENGTHS
+
 
 @dataclass(frozen=True)
 class Entry:
     """`area`: as the host has it, sizes, then offsets, or None for the whole picture. `tokens`: of its text, or None.
 
     `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
-    `shared_tokens`: where the text that it is compared with is of another length, how many tokens both have.
+    `shared_tokens`: where it and the text that it is compared with are not of one length, how many tokens both have, for
+    all pictures or for each.
     """
 
     uuid: object
     area: list | None = None
     tokens: int | None = None
     share: torch.Tensor | None = None
-    shared_tokens: int | None = None
+    shared_tokens: tuple[int, ...] | None = None
 
 
 def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:
@@ -31,18 +34,20 @@ def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor
     ]
 
 
-def compared_with(entries: list[Entry], reference: list[dict]) -> list[Entry]:
-    """The entries with their `shared_tokens`. `reference`: a processed conditioning, entry i for entry i."""
-    return [
-        *(_with_shared_tokens(entry, _tokens(other)) for entry, other in zip(entries, reference)),
-        *entries[len(reference) :],
-    ]
+def compared_with(entries: list[Entry], conditioning: list[dict], reference: list[dict]) -> list[Entry]:
+    """The entries of a processed conditioning with their `shared_tokens`. `reference`: another, entry i for entry i."""
+    shared = [_shared_tokens(own, other) for own, other in zip(conditioning, reference)]
+    return [replace(entry, shared_tokens=tokens) for entry, tokens in zip(entries, shared)] + entries[len(shared) :]
 
 
-def _with_shared_tokens(entry: Entry, others: int | None) -> Entry:
-    if None in (entry.tokens, others) or entry.tokens == others:
-        return entry
-    return replace(entry, shared_tokens=min(entry.tokens, others))
+def _shared_tokens(*pair: dict) -> tuple[int, ...] | None:
+    tokens = [_tokens(entry) for entry in pair]
+    if None in tokens:
+        return None
+    own, others = (entry.get(TEXT_LENGTHS, (length,)) for entry, length in zip(pair, tokens))
+    if {*tokens, *own, *others} == {tokens[0]}:
+        return None
+    return tuple(min(own[i % len(own)], others[i % len(others)]) for i in range(max(len(own), len(others))))
 
 
 def areas_of(conditioning: Sequence[dict]) -> list[tuple | None]:

@@ -232,13 +232,22 @@ class _Matching:
     def _match(self, i: int, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, tokens: int, heads: int) -> tuple:
         reference = self.job.reference[self.numbers[i], site][self.pictures]
         shared = self.entries[i].shared_tokens
-        if shared is not None:
-            tokens, reference = shared, maps_of_first(reference, shared)
+        if shared is None:
+            parts = [self._match_first(tokens, q, k, reference, heads)]
+        elif len(set(shared)) == 1:
+            parts = [self._match_first(shared[0], q, k, maps_of_first(reference, shared[0]), heads)]
+        else:
+            rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
+            parts = [self._match_first(n, *row, maps_of_first(maps, n), heads) for n, *row, maps in rows]
+        q, k, self.distances[i][site] = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts))
+        return q, k
+
+    def _match_first(self, tokens: int, q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, heads: int) -> tuple:
         own = k[:, :tokens]
         _check_maps(reference, q, own, heads)
-        q, own, self.distances[i][site] = match_maps(q, own, reference, heads, self.scale)
+        q, own, distance = match_maps(q, own, reference, heads, self.scale)
         # Repetitions of the text by the host are equal to it.
-        return q, own if own.shape == k.shape else torch.cat([own, k[:, tokens:]], 1)
+        return q, own if own.shape == k.shape else torch.cat([own, k[:, tokens:]], 1), distance
 
 
 def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[int | None]]:

@@ -22,6 +22,7 @@ from ..attention_patches.sites import attends_to_itself, cross_attention_sites, 
 from ..editing.inversion import Inversion
 from ..editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ..editing.word_masks import WordMask, soft_mask
+from .batching import TEXT_LENGTHS
 from .gradients import differentiable_attention
 from .map_jobs import JOB
 from .model_checks import check_inversion
@@ -124,7 +125,8 @@ def _encode_target(clip, target: str, prompt: Prompt, inversion: Inversion) -> l
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(target))
     if any(cond.shape[1] != prompt.length for cond, _ in encoded):
         raise ValueError("clip: its encoding is not one vector for each token. Use the CLIP of an SD or SDXL model.")
-    return [[cond, {**inversion.source[0][1], **options}] for cond, options in encoded]
+    beside = {name: value for name, value in inversion.source[0][1].items() if name != TEXT_LENGTHS}
+    return [[cond, {**beside, **options}] for cond, options in encoded]
 
 
 def _with_edit(model, edit: PromptEdit):

@@ -83,7 +83,7 @@ class UNetPasses:
         if theirs is not None:
             return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
         if hold_negative:
-            return [edited, edited + self.estimates.distance() * float(args["sigma"].flatten()[0])]
+            return [edited, edited + self.estimates.distance() * args["sigma"].view(-1, 1, 1, 1)]
         # Other packs tell the negative by its place in the list.
         return [edited, samplers.calc_cond_batch(args["model"], [[], negative], *rest, options)[1]]
 
@@ -151,7 +151,7 @@ class UNetPasses:
     def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stop: bool) -> MatchMaps:
         entries = self._entries(branch, x, sigma)
         if branch == "positive":
-            entries = compared_with(entries, self.guider.conds["source"])
+            entries = compared_with(entries, self.guider.conds[branch], self.guider.conds["source"])
         return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stop)
 
     def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:

@@ -10,6 +10,7 @@ from patch_catalogue import appended_tokens
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.host import sampling
+from pix2pix_zero.host.batching import stack_conditionings
 from pix2pix_zero.host.presets import PRESETS
 from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
 from small_unet import conditioning, latent
@@ -114,6 +115,24 @@ def test_maps_kept_and_recorded_anew_and_matched_one_picture_at_a_time_give_one_
     assert not same(edit(model, inversion, positive), kept, 1e-2), "guidance must matter"
     monkeypatch.setattr(sampling, "affordable_rows", lambda *args, **needs: 1)
     assert same(edit(model, inversion, positive, strength=STRENGTH), kept)
+
+
+@pytest.mark.parametrize("lengths", [(7, 14), (14, 7)], ids=["edits as long", "edits of other lengths"])
+def test_texts_of_a_batch_are_guided_as_if_each_came_alone(model, monkeypatch, lengths):
+    """The node repeats the texts of a list to one length."""
+    sources = [conditioning(seed=3), conditioning(seed=4, tokens=14)]
+    edits = [conditioning(seed=seed, tokens=tokens) for seed, tokens in enumerate(lengths, start=1)]
+    source, positive = (stack_conditionings(texts, "positive") for texts in (sources, edits))
+    picture = latent(2, 8, 8)
+    inversion = invert(model, source, picture)
+    together = edit(model, inversion, positive, strength=STRENGTH)
+    for i in range(2):
+        one = invert(model, sources[i], {"samples": picture["samples"][i : i + 1]})
+        alone = edit(model, one, edits[i], strength=STRENGTH)
+        assert same(together[i : i + 1], alone)
+        assert not same(edit(model, one, edits[i]), alone, 1e-2), "guidance must matter"
+    monkeypatch.setattr(sampling, "affordable_rows", lambda *args, **needs: 1)
+    assert same(edit(model, inversion, positive, strength=STRENGTH), together)
 
 
 def test_memory_is_estimated_for_the_longer_text(model, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pix2pix_zero.host.batching import run_per_picture, stack_conditionings
+from pix2pix_zero.host.batching import TEXT_LENGTHS, run_per_picture, stack_conditionings
 
 
 def text(value, tokens=4, width=3, pooled=None):
@@ -36,8 +36,9 @@ def test_a_list_of_pictures_keeps_its_texts_apart():
 def test_texts_of_unequal_length_are_repeated_so_that_attention_does_not_change():
     torch.manual_seed(0)
     short, long = torch.randn(1, 2, 3), torch.randn(1, 3, 3)
-    ((rows, _),) = stack_conditionings([[[short, {}]], [[long, {}]]], "positive")
+    ((rows, options),) = stack_conditionings([[[short, {}]], [[long, {}]]], "positive")
     assert rows.shape == (2, 6, 3)
+    assert options[TEXT_LENGTHS] == (2, 3)
     query = torch.randn(1, 5, 3)
     for row, alone in zip(rows, (short, long)):
         repeated, expected = (
