@@ -9,11 +9,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import numpy as np
-import safetensors
 import torch
 
 from . import captioner_files as files
-from .model_files import download_model
+from .model_files import download_model, read_weights
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never caption
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
@@ -188,23 +187,10 @@ def load_captioner_folder(folder: Path, weights: Path, prefix: str = "") -> Capt
         raise ValueError(f"model_name: {folder} holds a model of type '{config_type}', not 'blip'.")
     config = BlipConfig.from_pretrained(folder, local_files_only=True)
     return Captioner(
-        build_blip(config, read_weights(weights, prefix), str(folder)),
+        build_blip(config, read_weights(weights, "model_name", prefix), str(folder)),
         BertTokenizerFast.from_pretrained(folder, local_files_only=True),
         BlipImageProcessor.from_pretrained(folder, local_files_only=True),
     )
-
-
-def read_weights(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file whose key starts with `prefix`, without it, in float32."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (the file itself is no iterable)
-            return {key[len(prefix) :]: file.get_tensor(key).float() for key in keys}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"model_name: {path} cannot be read as safetensors: {error}. It is missing or its download was cut off: "
-            "get it again."
-        ) from error
 
 
 def build_blip(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
-import safetensors
 import torch
 import torch.nn.functional as F
 
 from ..editing.metrics import perceptual_distance
 from . import metric_files as files
 from .captioner import WholeModelPatcher, rgb_bytes
+from .model_files import read_weights
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never measure
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, ViTModel
@@ -150,9 +150,6 @@ class LpipsJudge(JudgingModel):
     BYTES_PER_PIXEL = 400
     """About what the features of the two pictures take."""
 
-    def __init__(self, network: LpipsNetwork):
-        super().__init__(network)
-
     def distance(self, source: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
         """LPIPS of pictures [B, H, W, 3]: [B], 0 for the same. Raises ValueError for pictures under 32 pixels."""
         if min(source.shape[1:3]) < self.SMALLEST:
@@ -197,7 +194,7 @@ def load_lpips(name: str) -> LpipsJudge:
     path = files.lpips_file(name)
     network = LpipsNetwork()
     # The package lists its linear layers a second time, under "lins".
-    weights = {key: value for key, value in _read_weights(path, "lpips_model").items() if not key.startswith("lins.")}
+    weights = {key: value for key, value in read_weights(path, "lpips_model").items() if not key.startswith("lins.")}
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -208,16 +205,6 @@ def load_lpips(name: str) -> LpipsJudge:
     return LpipsJudge(network)
 
 
-def _read_weights(path: Path, socket: str) -> dict[str, torch.Tensor]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself is no iterable)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{socket}: {path} cannot be read as safetensors: {error}. Its download was cut off: get it again."
-        ) from error
-
-
 def _read_transformer(kind: files.ModelKind, model_class, config_class, folder: Path, **options) -> torch.nn.Module:
     """A transformers model with exactly the weights of its folder, in fp32."""
     found = files.model_type(folder)
@@ -225,11 +212,9 @@ def _read_transformer(kind: files.ModelKind, model_class, config_class, folder: 
         raise ValueError(
             f"{kind.socket}: {folder} holds a model of type '{found}', not '{kind.model_type}'. Choose a {kind.words}."
         )
-    weights = _read_weights(folder / files.WEIGHTS, kind.socket)
+    weights = read_weights(folder / files.WEIGHTS, kind.socket)
     # Older checkpoints store a constant that transformers now computes; the pooler of a ViT is not read.
-    weights = {
-        k: v.float() for k, v in weights.items() if not k.endswith("position_ids") and not k.startswith("pooler.")
-    }
+    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids") and not k.startswith("pooler.")}
     config = config_class.from_pretrained(folder, local_files_only=True)
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True, **options

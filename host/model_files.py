@@ -1,10 +1,12 @@
-"""Models in the layout of Hugging Face transformers: their folders, names, changes, and the download a user ticks."""
+"""Models in the layout of Hugging Face transformers: their folders, names, weights, and the download a user ticks."""
 
 import logging
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
+import safetensors
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,23 @@ def fingerprint(paths: Iterable[Path]) -> str:
     """Changes whenever the files change, so that ComfyUI loads them again; those that do not exist are passed over."""
     stats = [(path.name, path.stat()) for path in paths if path.is_file()]
     return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+
+def read_weights(path: Path, socket: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file whose key starts with `prefix`, without it, in float32.
+
+    Raises:
+        ValueError: naming `socket`, the file is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (the file itself is no iterable)
+            return {key[len(prefix) :]: file.get_tensor(key).float() for key in keys}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{socket}: {path} cannot be read as safetensors: {error}. It is missing or its download was cut off: "
+            "get it again."
+        ) from error
 
 
 def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None:
