@@ -117,7 +117,7 @@ class OtherDevice(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         target = devices[0] if devices else OTHER
         if there and here:
-            _check_mixture(func, args)
+            _check_mixture(func, (*args, *kwargs.values()))
         if target == OTHER:
             _check_random(func, kwargs)
         self._count(func, args, kwargs, there, here, target)

@@ -28,7 +28,7 @@ from pix2pix_zero.host.unet_passes import UNetPasses
 from pix2pix_zero.nodes import sampler
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
-from pix2pix_zero.nodes.demo import Pix2PixZeroDemoScene
+from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel, Pix2PixZeroDemoScene
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
@@ -57,7 +57,7 @@ def host_on(device, intermediate=CPU):
         return
     host = comfy.model_management
     with pytest.MonkeyPatch.context() as patch, other_device() as other:
-        for name in ("get_torch_device", "text_encoder_device"):
+        for name in ("get_torch_device", "text_encoder_device", "vae_device"):
             patch.setattr(host, name, lambda: OTHER)
         for name in ("get_free_memory", "get_total_memory"):
             patch.setattr(host, name, lambda dev=None, both=False, **_both: (ROOM, ROOM) if both or _both else ROOM)
@@ -336,11 +336,26 @@ def test_feature_pictures(same_on_both, features):
     same_on_both(lambda here: Pix2PixZeroFeaturePCA.execute(here.model, here.inversion, features, 0.3).result, 1e-4)
 
 
+def test_the_demo_models_text_encoder_and_autoencoder(same_on_both):
+    picture, _, caption = scene()
+
+    def run(here):
+        model, clip, vae = Pix2PixZeroDemoModel.execute().result
+        assert {model.load_device, clip.patcher.load_device, vae.device} == {here.device}
+        latents = vae.encode(picture)
+        return clip.encode_from_tokens(clip.tokenize(caption)), latents, vae.decode(latents)
+
+    same_on_both(run)
+
+
+def scene():
+    return Pix2PixZeroDemoScene.execute("cat", 3, "orange", "no", "day", "summer", "flat", "sitting").result
+
+
 def test_captions(same_on_both):
     def run(here):
         (captioner,) = Pix2PixZeroLoadCaptioner.execute("demo", False).result
-        picture, *_ = Pix2PixZeroDemoScene.execute("cat", 3, "orange", "no", "day", "summer", "flat", "sitting").result
-        return Pix2PixZeroCaption.execute(captioner, picture, "a drawing of", 4).result
+        return Pix2PixZeroCaption.execute(captioner, scene()[0], "a drawing of", 4).result
 
     assert "cat" in same_on_both(run)[0]
 
