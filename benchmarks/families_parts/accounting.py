@@ -14,7 +14,7 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
-from ...attention_patches import maps as map_tap
+from ...attention_patches import replacement
 from ...attention_patches.maps import AttentionTap
 from ...attention_patches.sites import cross_attention_sites
 from ...host import gradients
@@ -111,7 +111,7 @@ def account(family: Family, size: int, dtype: torch.dtype = torch.bfloat16) -> d
     sites = cross_attention_sites(unet)
     with (
         patch.object(gradients, "attention_pytorch", _fused),
-        patch.object(map_tap, "optimized_attention", lambda q, k, v, heads, **_: _fused(q, k, v, heads)),
+        patch.object(replacement, "optimized_attention", lambda q, k, v, heads, **_: _fused(q, k, v, heads)),
     ):
         shapes, plain = _plain_pass(call, sites)
         peaks = {level: _guided_pass(call, sites, shapes, level) for level in LEVELS}
