@@ -52,19 +52,20 @@ ROOM = 2**36
 @contextlib.contextmanager
 def host_on(device, intermediate=CPU):
     """While active, ComfyUI computes on this device. `intermediate`: where tensors are between nodes."""
-    if device == CPU:
-        yield
-        return
     host = comfy.model_management
-    with pytest.MonkeyPatch.context() as patch, other_device() as other:
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("get_torch_device", "text_encoder_device", "vae_device"):
-            patch.setattr(host, name, lambda: OTHER)
+            patch.setattr(host, name, lambda: device)
+        if device == CPU:
+            yield
+            return
         for name in ("get_free_memory", "get_total_memory"):
             patch.setattr(host, name, lambda dev=None, both=False, **_both: (ROOM, ROOM) if both or _both else ROOM)
         patch.setattr(host, "text_encoder_initial_device", lambda *args, **kwargs: CPU)
         patch.setattr(host, "should_use_fp16", lambda *args, **kwargs: False)
         patch.setattr(host, "intermediate_device", lambda: intermediate)
-        yield other
+        with other_device() as other:
+            yield other
 
 
 def pytorchs_attention(func, *args, **kwargs):
