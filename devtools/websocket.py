@@ -8,13 +8,14 @@ import socket
 import struct
 
 TEXT, BINARY, CLOSE = 1, 2, 8
+ANSWER_WITHIN = 60.0  # seconds: a server that is busy takes its time to open the connection
 
 
 class WebSocket:
     """A connection that only listens; ``receive`` waits at most ``patience`` seconds."""
 
     def __init__(self, port: int, path: str, patience: float) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=patience)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=max(patience, ANSWER_WITHIN))
         self._buffer = b""
         self._parts, self._kind = b"", TEXT  # of a message in several frames
         key = base64.b64encode(os.urandom(16)).decode()
@@ -27,6 +28,7 @@ class WebSocket:
         answer, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
         if b" 101 " not in answer.split(b"\r\n", 1)[0]:
             raise ConnectionError("the server refused the progress connection")
+        self._socket.settimeout(patience)
 
     def __enter__(self) -> WebSocket:
         return self

@@ -385,6 +385,7 @@ def test_the_websocket_reads_every_frame_length_and_skips_pings():
             connection, _ = listener.accept()
             with connection:
                 connection.recv(4096)
+                time.sleep(0.4)  # a busy server: longer than one waits for a message
                 connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
                 for start in range(0, len(frames), 1000):
                     connection.sendall(frames[start : start + 1000])
