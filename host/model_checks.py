@@ -19,7 +19,7 @@ def check_inversion(inversion: Inversion, model) -> None:
     check_diffusion(model)
     if inversion.model() is not model.model:
         raise ValueError(
-            "inversion: it was made with another model. Connect the same model to Inversion and to this node."
+            "inversion: it was made with another model. Connect the same model to Invert Picture and to this node."
         )
 
 

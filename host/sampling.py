@@ -240,7 +240,7 @@ def _check_edit(model, inversion: Inversion, positive: list, negative: list) -> 
     if len(positive) != len(inversion.source):
         raise ValueError(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
-            "Make it from the same conditioning, with Apply Edit Direction."
+            "Make it from the same conditioning, with Apply Direction."
         )
 
 
@@ -301,7 +301,7 @@ def _check_areas(positive: list[dict], source: list[dict]) -> None:
     if areas_of(positive)[: len(source)] != areas_of(source):
         raise ValueError(
             "positive: its parts are limited to other areas than those of the inversion's caption. Make it from the same "
-            "conditioning, with Apply Edit Direction."
+            "conditioning, with Apply Direction."
         )
 
 
