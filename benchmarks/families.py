@@ -22,7 +22,7 @@ choose_device()
 from pix2pix_zero.benchmarks.families_parts.architectures import FAMILIES  # noqa: E402
 from pix2pix_zero.benchmarks.families_parts.full_size import DTYPES, FamilyJob  # noqa: E402
 from pix2pix_zero.devtools.process import orderly_end  # noqa: E402
-from pix2pix_zero.host.presets import PRESETS  # noqa: E402
+from pix2pix_zero.host.methods.presets import PRESETS  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "bench_families.json"
 GIB = 2**30

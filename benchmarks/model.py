@@ -24,7 +24,7 @@ from pix2pix_zero.demo_model.scene import Scene, sample_scene  # noqa: E402
 from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
 from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
-from pix2pix_zero.host.sampling import invert_latent, sample_edit  # noqa: E402
+from pix2pix_zero.host.sampling.run import invert_latent, sample_edit  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
 

@@ -33,11 +33,11 @@ from pix2pix_zero.benchmarks.pie_parts.pie_data import (  # noqa: E402
 from pix2pix_zero.benchmarks.pie_parts.pie_figures import PieFigures, pie_figures, table  # noqa: E402
 from pix2pix_zero.benchmarks.pie_parts.pie_methods import METHODS, Edit, Editor  # noqa: E402
 from pix2pix_zero.demo_model.loader import load_demo_model  # noqa: E402
-from pix2pix_zero.host import metric_files as files  # noqa: E402
-from pix2pix_zero.host.captioner import load_captioner  # noqa: E402
-from pix2pix_zero.host.captioner_files import register_blip_folder  # noqa: E402
-from pix2pix_zero.host.edit_figures import Judges, mean_figures  # noqa: E402
-from pix2pix_zero.host.metric_models import load_clip, load_dino, load_lpips  # noqa: E402
+from pix2pix_zero.host.networks import metric_files as files  # noqa: E402
+from pix2pix_zero.host.networks.captioner import load_captioner  # noqa: E402
+from pix2pix_zero.host.networks.captioner_files import register_blip_folder  # noqa: E402
+from pix2pix_zero.host.networks.edit_figures import Judges, mean_figures  # noqa: E402
+from pix2pix_zero.host.networks.metric_models import load_clip, load_dino, load_lpips  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "pie"
 

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.attention_heat import RESOLUTIONS, attention_heatmaps
 from ..host.batching import run_per_picture
+from ..host.views.attention_heat import RESOLUTIONS, attention_heatmaps
 from .types import CATEGORY, Inversion
 
 

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host import captioner_files
-from ..host.captioner import load_captioner
+from ..host.networks import captioner_files
+from ..host.networks.captioner import load_captioner
 from .types import CATEGORY, Captioner
 
 captioner_files.register_blip_folder()

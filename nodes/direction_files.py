@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.direction_files import (
+from ..host.text.direction_files import (
     direction_names,
     file_stamp,
     load_direction,

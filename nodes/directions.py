@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..editing.directions import ALIGNMENTS, combine
 from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
-from ..host.text_encoding import find_direction, move_conditioning
+from ..host.text.text_encoding import find_direction, move_conditioning
 from .types import CATEGORY, Direction
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.feature_pictures import KINDS, feature_pictures
+from ..host.views.feature_pictures import KINDS, feature_pictures
 from .types import CATEGORY, Inversion
 
 

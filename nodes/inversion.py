@@ -4,9 +4,9 @@ from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
 from ..host.batching import run_per_picture
-from ..host.noise_levels import SCHEDULERS
-from ..host.reconstruction_report import reconstruction_report, show_and_log
-from ..host.sampling import FIXED_POINT_ITERATIONS, INVERSION_METHODS, MAP_MEMORY, invert_latent, inverted_noise
+from ..host.sampling.noise_levels import SCHEDULERS
+from ..host.sampling.reconstruction_report import reconstruction_report, show_and_log
+from ..host.sampling.run import FIXED_POINT_ITERATIONS, INVERSION_METHODS, MAP_MEMORY, invert_latent, inverted_noise
 from .inputs import scheduler_input
 from .types import CATEGORY, Inversion
 

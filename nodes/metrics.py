@@ -4,10 +4,10 @@ from dataclasses import astuple, fields
 
 from comfy_api.latest import io
 
-from ..host import metric_files as files
-from ..host.edit_figures import EditFigures, Judges, mean_figures, measure_edits, pair_pictures
-from ..host.edit_report import write_report
-from ..host.metric_models import load_clip, load_dino, load_lpips
+from ..host.networks import metric_files as files
+from ..host.networks.edit_figures import EditFigures, Judges, mean_figures, measure_edits, pair_pictures
+from ..host.networks.edit_report import write_report
+from ..host.networks.metric_models import load_clip, load_dino, load_lpips
 from .types import CATEGORY
 
 files.register_metrics_folder()

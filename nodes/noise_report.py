@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.noise_pictures import report_noise
+from ..pictures.noise_report import report_noise
 from .types import CATEGORY, Inversion
 
 

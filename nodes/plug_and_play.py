@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.plug_and_play import with_source_features
+from ..host.methods.plug_and_play import with_source_features
 from .types import CATEGORY, Inversion
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.prompt_to_prompt import edit_by_prompt
+from ..host.methods.prompt_to_prompt import edit_by_prompt
 from .types import CATEGORY, Inversion
 
 

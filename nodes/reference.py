@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.noise_levels import SCHEDULERS
-from ..host.sampling import generate_reference
+from ..host.sampling.noise_levels import SCHEDULERS
+from ..host.sampling.run import generate_reference
 from .inputs import scheduler_input
 from .types import CATEGORY, Inversion
 

@@ -4,8 +4,8 @@ from comfy_api.latest import io
 
 from ..editing.local_blend import LocalBlend
 from ..host.batching import run_per_picture
-from ..host.presets import PRESETS
-from ..host.sampling import edited_area, masked, sample_edit
+from ..host.methods.presets import PRESETS
+from ..host.sampling.run import edited_area, masked, sample_edit
 from .types import CATEGORY, Inversion
 
 

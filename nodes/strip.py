@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.strips import picture_strip, read_numbers
+from ..pictures.strips import picture_strip, read_numbers
 from .types import CATEGORY
 
 

@@ -12,8 +12,8 @@ from diffusers.utils import logging
 
 from ...editing.guidance import GuidanceSchedule
 from ...editing.regularization import NoiseRegularization
-from ...host.presets import PRESETS
-from ...host.sampling import invert_latent, sample_edit
+from ...host.methods.presets import PRESETS
+from ...host.sampling.run import invert_latent, sample_edit
 from .unets import Shape, comfyui_model, diffusers_unet
 
 CFG = 7.5

@@ -17,13 +17,13 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ...attention_patches import replacement
 from ...attention_patches.maps import AttentionTap
 from ...attention_patches.sites import cross_attention_sites
-from ...host import gradients
-from ...host.checkpointing import LEVELS
-from ...host.entries import Entry
-from ...host.gradients import differentiable_attention
-from ...host.map_jobs import Checkpointing, MatchMaps
-from ...host.memory import graph_memory, map_memory
-from ...host.unet_calls import UNetCall
+from ...host.unet import gradients
+from ...host.unet.calls import UNetCall
+from ...host.unet.checkpointing import LEVELS
+from ...host.unet.entries import Entry
+from ...host.unet.gradients import differentiable_attention
+from ...host.unet.map_jobs import Checkpointing, MatchMaps
+from ...host.unet.memory import graph_memory, map_memory
 from .architectures import COMMON, Family
 from .live_memory import LiveMemory, storage_of
 

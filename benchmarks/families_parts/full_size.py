@@ -12,8 +12,8 @@ import torch
 
 from ...attention_patches.sites import cross_attention_sites
 from ...editing.regularization import NoiseRegularization
-from ...host.sampling import invert_latent, sample_edit
-from ...host.unet_passes import UNetPasses
+from ...host.sampling.passes import UNetPasses
+from ...host.sampling.run import invert_latent, sample_edit
 from ..cost_parts.memory import Peak
 from .accounting import TOKENS, account
 from .architectures import FAMILIES, detected, file_of

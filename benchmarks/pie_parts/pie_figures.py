@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from pix2pix_zero.editing import metrics
-from pix2pix_zero.host.edit_figures import Judges, clip_score
+from pix2pix_zero.host.networks.edit_figures import Judges, clip_score
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from comfy_extras import nodes_custom_sampler as stock
-from pix2pix_zero.host.captioner import Captioner
+from pix2pix_zero.host.networks.captioner import Captioner
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay

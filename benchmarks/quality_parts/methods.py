@@ -10,7 +10,7 @@ from torch import Tensor
 import nodes as host_nodes
 
 from ...editing.local_blend import LocalBlend
-from ...host.sampling import inverted_noise, sample_edit
+from ...host.sampling.run import inverted_noise, sample_edit
 from ...nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from ...nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from ...nodes.sampler import Pix2PixZeroKSampler

@@ -13,8 +13,8 @@ from ...demo_model.loader import WEIGHTS, load_demo_model
 from ...editing.inversion import Inversion
 from ...editing.regularization import NoiseRegularization
 from ...host.batching import stack_conditionings
-from ...host.captioner import load_demo_captioner
-from ...host.sampling import invert_latent
+from ...host.networks.captioner import load_demo_captioner
+from ...host.sampling.run import invert_latent
 from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
 from ...nodes.inversion import Pix2PixZeroInversion
 from .scenes import QualityEdit, Scenes

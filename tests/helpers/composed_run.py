@@ -9,10 +9,10 @@ from guided_pass import Distance, LastSite, sigma_of, tapped
 from patch_catalogue import IMAGE
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import sampling
-from pix2pix_zero.host.edit_guider import EditGuider
-from pix2pix_zero.host.map_jobs import with_map_jobs
-from pix2pix_zero.host.unet_passes import UNetPasses
+from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.edit_guider import EditGuider
+from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.unet.map_jobs import with_map_jobs
 from small_unet import conditioning, latent, small_model
 
 OFF = NoiseRegularization(steps=0)

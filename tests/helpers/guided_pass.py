@@ -5,8 +5,14 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.checkpointing import LEVELS, checkpointed
-from pix2pix_zero.host.gradients import differentiable_attention, input_gradients, ordinary, uncompiled, unshared_skips
+from pix2pix_zero.host.unet.checkpointing import LEVELS, checkpointed
+from pix2pix_zero.host.unet.gradients import (
+    differentiable_attention,
+    input_gradients,
+    ordinary,
+    uncompiled,
+    unshared_skips,
+)
 from small_unet import conditioning, small_model
 
 TIMESTEP = 500

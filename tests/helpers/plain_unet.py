@@ -4,8 +4,8 @@ import comfy.samplers
 import torch
 from guided_pass import TIMESTEP, sigma_of
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.map_jobs import with_map_jobs
-from pix2pix_zero.host.unet_passes import UNetPasses
+from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.unet.map_jobs import with_map_jobs
 from small_unet import conditioning, small_model
 
 SITES = 11

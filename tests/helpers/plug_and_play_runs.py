@@ -7,7 +7,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as stock
 from pix2pix_zero.attention_patches.plug_and_play import feature_site
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import sampling
+from pix2pix_zero.host.sampling import run as sampling
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from small_unet import conditioning, latent, small_model
 

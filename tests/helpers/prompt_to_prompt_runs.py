@@ -4,7 +4,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import invert_latent, inverted_noise
+from pix2pix_zero.host.sampling.run import invert_latent, inverted_noise
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from small_unet import latent
 

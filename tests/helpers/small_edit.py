@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import sampling
+from pix2pix_zero.host.sampling import run as sampling
 from small_unet import conditioning, latent
 
 OFF = NoiseRegularization(steps=0)

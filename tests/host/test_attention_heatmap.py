@@ -4,9 +4,11 @@ import comfy.samplers
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import attention_heat, charts, sampling
-from pix2pix_zero.host.attention_heat import attention_heatmaps, mean_attention
+from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.views import attention_heat
+from pix2pix_zero.host.views.attention_heat import attention_heatmaps, mean_attention
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
+from pix2pix_zero.pictures import charts
 from small_unet import latent, small_model
 
 CAPTION = "a photo of a fluffy cat on grass"

@@ -11,7 +11,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from pix2pix_zero.host import captioner, captioner_files
+from pix2pix_zero.host.networks import captioner, captioner_files
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
 from safetensors.torch import load_file, save_file
 
@@ -342,7 +342,7 @@ def test_a_failed_download_names_the_folder_and_the_files(blip_models, hub, run_
     assert hub["calls"] == []
 
 
-@pytest.mark.parametrize("module", ["host.captioner_files", "host.captioner", "nodes.caption"])
+@pytest.mark.parametrize("module", ["host.networks.captioner_files", "host.networks.captioner", "nodes.caption"])
 def test_the_nodes_import_without_transformers_and_the_hub(module, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

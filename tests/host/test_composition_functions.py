@@ -11,8 +11,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from composed_run import directional_derivative, edit, guided_step, invert, same, soft_model, stock_edit
 from guided_pass import latents, sigma_of
 from patch_catalogue import MODEL_PATCHES, core_extra, patched, random
-from pix2pix_zero.host.plug_and_play import latent_at, with_source_features
-from pix2pix_zero.host.prompt_to_prompt import edit_by_prompt
+from pix2pix_zero.host.methods.plug_and_play import latent_at, with_source_features
+from pix2pix_zero.host.methods.prompt_to_prompt import edit_by_prompt
 from small_unet import conditioning, latent
 from tiny_clip import tiny_clip
 

@@ -11,9 +11,9 @@ from guided_pass import latents
 from patch_catalogue import combined, control_net, gligen, random, regional, unequal
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import sampling
-from pix2pix_zero.host.plug_and_play import with_source_features
-from pix2pix_zero.host.unet_calls import UNetCall
+from pix2pix_zero.host.methods.plug_and_play import with_source_features
+from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.unet.calls import UNetCall
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler

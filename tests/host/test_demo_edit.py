@@ -8,7 +8,7 @@ from pix2pix_zero.benchmarks.quality_parts.methods import reconstruction, this_p
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench, node_default
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import invert_latent, sample_edit
+from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 
 FIRST_SEED = 400_000  # none of the benchmark's

@@ -22,9 +22,9 @@ from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.map_store import KeptMaps, decode
-from pix2pix_zero.host import metric_files
-from pix2pix_zero.host.sampling import INVERSION_METHODS
-from pix2pix_zero.host.unet_passes import UNetPasses
+from pix2pix_zero.host.networks import metric_files
+from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.sampling.run import INVERSION_METHODS
 from pix2pix_zero.nodes import sampler
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner

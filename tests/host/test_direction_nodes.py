@@ -7,7 +7,7 @@ import pytest
 import torch
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.sentences import paired_sentences
-from pix2pix_zero.host import direction_files, text_encoding
+from pix2pix_zero.host.text import direction_files, text_encoding
 from pix2pix_zero.nodes import direction_files as file_nodes
 from pix2pix_zero.nodes import directions as nodes
 from pix2pix_zero.nodes.sentences import Pix2PixZeroSentences

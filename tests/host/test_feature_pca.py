@@ -5,7 +5,7 @@ import pytest
 import torch
 from pix2pix_zero.editing.principal_components import as_colours, principal_components
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import sampling
+from pix2pix_zero.host.sampling import run as sampling
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from small_unet import conditioning, latent, small_model
 

@@ -8,7 +8,8 @@ import comfy.model_base
 import comfy.samplers
 import pytest
 import torch
-from pix2pix_zero.host import progress, sampling
+from pix2pix_zero.host import progress
+from pix2pix_zero.host.sampling import run as sampling
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from small_edit import OFF, edit, invert
 from small_unet import conditioning, latent, small_model

@@ -4,7 +4,8 @@ import latent_preview
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import progress, sampling
+from pix2pix_zero.host import progress
+from pix2pix_zero.host.sampling import run as sampling
 from small_unet import conditioning, latent
 
 STEPS = 4

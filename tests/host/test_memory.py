@@ -6,8 +6,8 @@ import pytest
 import torch
 from guided_pass import latents, loaded_model, pass_gradient
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
-from pix2pix_zero.host.checkpointing import LEVELS
-from pix2pix_zero.host.memory import (
+from pix2pix_zero.host.unet.checkpointing import LEVELS
+from pix2pix_zero.host.unet.memory import (
     affordable_level,
     announce_memory,
     graph_memory,

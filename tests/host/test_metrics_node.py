@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from judge_figures import box_mask, clip_similarity, dino_keys, lpips_distance, pictures
 from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.editing import metrics
-from pix2pix_zero.host import metric_files, metric_models
-from pix2pix_zero.host.edit_figures import EditFigures
+from pix2pix_zero.host.networks import metric_files, metric_models
+from pix2pix_zero.host.networks.edit_figures import EditFigures
 from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
 from safetensors.torch import load_file, save_file
 from tiny_judges import make_clip_folder, make_dino_folder, make_lpips_file
@@ -356,7 +356,14 @@ def test_downloads_only_when_ticked_and_only_once(models, hub, measure, caplog):
 
 
 @pytest.mark.parametrize(
-    "module", ["host.metric_files", "host.metric_models", "host.edit_figures", "host.edit_report", "nodes.metrics"]
+    "module",
+    [
+        "host.networks.metric_files",
+        "host.networks.metric_models",
+        "host.networks.edit_figures",
+        "host.networks.edit_report",
+        "nodes.metrics",
+    ],
 )
 def test_the_node_imports_without_transformers_and_the_hub(module, monkeypatch):
     for name in ("transformers", "huggingface_hub", "torchvision"):

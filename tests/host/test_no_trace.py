@@ -6,7 +6,7 @@ import pytest
 import torch
 from guided_pass import loaded_model
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import invert_latent, sample_edit
+from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
 from small_unet import conditioning, latent
 
 

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import charts, sampling
+from pix2pix_zero.host.sampling import run as sampling
 from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
+from pix2pix_zero.pictures import charts
 from small_unet import conditioning, latent, small_model
 
 

@@ -10,7 +10,7 @@ from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.directions import apply_direction, edit_direction
 from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.regularization import NoiseRegularization, draw_shifts
-from pix2pix_zero.host.sampling import ddim_grid, invert_latent, sample_edit
+from pix2pix_zero.host.sampling.run import ddim_grid, invert_latent, sample_edit
 from small_unet import CONFIG, CONTEXT_DIM, TOKENS, SmallSD, conditioning, latent
 
 LATENT_SCALE = 0.18215

@@ -25,6 +25,7 @@ SHIPPED = {
     "editing",
     "example_workflows",
     "host",
+    "pictures",
     "locales",
     "nodes",
     "pyproject.toml",

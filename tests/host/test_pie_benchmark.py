@@ -14,8 +14,8 @@ from pix2pix_zero.benchmarks import pie
 from pix2pix_zero.benchmarks.pie_parts import pie_data, pie_figures, pie_methods
 from pix2pix_zero.demo_model.scene import sample_scene
 from pix2pix_zero.demo_model.scene_renders import render, subject_mask
-from pix2pix_zero.host import metric_files
-from pix2pix_zero.host.edit_figures import Judges, mean_figures
+from pix2pix_zero.host.networks import metric_files
+from pix2pix_zero.host.networks.edit_figures import Judges, mean_figures
 from scipy.ndimage import correlate1d
 from tiny_judges import make_clip_folder, make_dino_folder, make_lpips_file
 

@@ -4,8 +4,8 @@ import comfy.samplers
 import pytest
 import torch
 from pix2pix_zero.editing import ddim
-from pix2pix_zero.host import sampling
-from pix2pix_zero.host.plug_and_play import latent_at, lowest_level
+from pix2pix_zero.host.methods.plug_and_play import latent_at, lowest_level
+from pix2pix_zero.host.sampling import run as sampling
 from plug_and_play_runs import SITES, STEPS, distance, edited_calls, invert, patch, sample, source_features
 from small_unet import conditioning, latent, small_model
 

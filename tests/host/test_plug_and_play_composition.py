@@ -6,7 +6,7 @@ import comfy.model_base
 import comfy.model_patcher
 import pytest
 import torch
-from pix2pix_zero.host.gradients import uncompiled
+from pix2pix_zero.host.unet.gradients import uncompiled
 from plug_and_play_runs import (
     STEPS,
     Recorder,

@@ -3,7 +3,7 @@
 import comfy.samplers
 import pytest
 import torch
-from pix2pix_zero.host.sampling import generate_reference
+from pix2pix_zero.host.sampling.run import generate_reference
 from prompt_to_prompt_runs import SOURCE, STEPS, Trace, apply_maps, branch, edit, encode, invert, maps_of, patch, sample
 from small_unet import latent, small_model
 

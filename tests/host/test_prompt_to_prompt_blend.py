@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pix2pix_zero.host import prompt_to_prompt
+from pix2pix_zero.host.methods import prompt_to_prompt
 from prompt_to_prompt_runs import STEPS, Trace, branch, edit, encode, invert, maps_of, patch, sample
 from small_unet import latent
 

@@ -10,8 +10,8 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 from pix2pix_zero.devtools.graphs import Graph
-from pix2pix_zero.host.plug_and_play import with_source_features
-from pix2pix_zero.host.sampling import invert_latent, inverted_noise
+from pix2pix_zero.host.methods.plug_and_play import with_source_features
+from pix2pix_zero.host.sampling.run import invert_latent, inverted_noise
 from prompt_to_prompt_runs import (
     OFF,
     SOURCE,

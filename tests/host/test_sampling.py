@@ -6,8 +6,8 @@ import comfy.samplers
 import pytest
 import torch
 from pix2pix_zero.editing.local_blend import LocalBlend
-from pix2pix_zero.host import sampling
-from pix2pix_zero.host.plug_and_play import with_source_features
+from pix2pix_zero.host.methods.plug_and_play import with_source_features
+from pix2pix_zero.host.sampling import run as sampling
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_edit import MILD, edit, invert

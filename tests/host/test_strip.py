@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from pix2pix_zero.devtools.graphs import example_graph
-from pix2pix_zero.host import charts
 from pix2pix_zero.nodes.strip import Pix2PixZeroStrengths, Pix2PixZeroStrip
+from pix2pix_zero.pictures import charts
 
 
 def pictures(count, height=256, width=300, seed=0):

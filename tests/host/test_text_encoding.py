@@ -7,8 +7,8 @@ import comfy.utils
 import pytest
 import torch
 from pix2pix_zero.editing.sentences import paired_sentences
-from pix2pix_zero.host import text_encoding
-from pix2pix_zero.host.text_encoding import chunk_length, encode_sentences, encoder_fingerprint, find_direction
+from pix2pix_zero.host.text import text_encoding
+from pix2pix_zero.host.text.text_encoding import chunk_length, encode_sentences, encoder_fingerprint, find_direction
 from tiny_clip import tiny_clip
 
 from nodes import CLIPTextEncode

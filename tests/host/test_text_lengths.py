@@ -9,9 +9,9 @@ from guided_pass import latents
 from patch_catalogue import appended_tokens
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.local_blend import LocalBlend
-from pix2pix_zero.host import sampling
 from pix2pix_zero.host.batching import stack_conditionings
-from pix2pix_zero.host.presets import PRESETS
+from pix2pix_zero.host.methods.presets import PRESETS
+from pix2pix_zero.host.sampling import run as sampling
 from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
 from small_unet import conditioning, latent
 

@@ -13,10 +13,10 @@ from pix2pix_zero.attention_patches.sites import attends_to_itself, cross_attent
 from pix2pix_zero.benchmarks.families_parts.architectures import COMMON, FAMILIES, detected, file_of
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.map_jobs import MatchMaps, with_map_jobs
-from pix2pix_zero.host.memory import guided_pass_memory
-from pix2pix_zero.host.sampling import invert_latent, sample_edit
-from pix2pix_zero.host.unet_passes import UNetPasses
+from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
+from pix2pix_zero.host.unet.map_jobs import MatchMaps, with_map_jobs
+from pix2pix_zero.host.unet.memory import guided_pass_memory
 
 TIMESTEP = 500
 REGULARIZATION = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)

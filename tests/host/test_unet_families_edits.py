@@ -6,12 +6,12 @@ import torch
 from families import WIDTH, further_channels, picture, small_family, texts
 from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import prompt_to_prompt
-from pix2pix_zero.host.edit_texts import beside_the_source
-from pix2pix_zero.host.plug_and_play import with_source_features
-from pix2pix_zero.host.prompt_to_prompt import edit_by_prompt
-from pix2pix_zero.host.sampling import invert_latent, inverted_noise, sample_edit
-from pix2pix_zero.host.unet_passes import UNetPasses
+from pix2pix_zero.host.methods import prompt_to_prompt
+from pix2pix_zero.host.methods.plug_and_play import with_source_features
+from pix2pix_zero.host.methods.prompt_to_prompt import edit_by_prompt
+from pix2pix_zero.host.sampling.edit_texts import beside_the_source
+from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.sampling.run import invert_latent, inverted_noise, sample_edit
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from tiny_clip import WIDTH_G, WIDTH_L, tiny_clip
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete, ModelSamplingSD3
-from pix2pix_zero.host.feature_pictures import feature_pictures
-from pix2pix_zero.host.noise_levels import SCHEDULERS, ddim_grid
-from pix2pix_zero.host.prompt_to_prompt import edit_by_prompt
-from pix2pix_zero.host.sampling import sample_edit
+from pix2pix_zero.host.methods.prompt_to_prompt import edit_by_prompt
+from pix2pix_zero.host.sampling.noise_levels import SCHEDULERS, ddim_grid
+from pix2pix_zero.host.sampling.run import sample_edit
+from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from pix2pix_zero.nodes.reference import Pix2PixZeroReference

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
-from ..attention_patches.maps import LastSiteReached
-from ..attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
-from ..editing.inversion import Inversion
-from .gradients import uncompiled
-from .model_checks import check_inversion
-from .source_conditioning import load_with_source, processed_source
+from ...attention_patches.maps import LastSiteReached
+from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
+from ...editing.inversion import Inversion
+from ..sampling.model_checks import check_inversion
+from ..sampling.source_conditioning import load_with_source, processed_source
+from ..unet.gradients import uncompiled
 
 PACK = "pix2pix_zero_"
 JOB = PACK + "plug_and_play"

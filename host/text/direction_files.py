@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..editing.directions import EditDirection
+from ...editing.directions import EditDirection
 
 FOLDER = "pix2pix_zero_directions"
 FORMAT = "pix2pix_zero_direction"

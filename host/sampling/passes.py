@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from comfy import samplers
 
-from ..attention_patches.sites import AttentionSite
-from ..editing.guidance import Maps
-from .checkpointing import LEVELS
+from ...attention_patches.sites import AttentionSite
+from ...editing.guidance import Maps
+from ..unet.checkpointing import LEVELS
+from ..unet.entries import Entry, compared_with, entries_of
+from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps, with_job
 from .edit_texts import same_tensor
-from .entries import Entry, compared_with, entries_of
-from .map_jobs import Checkpointing, MatchMaps, RecordMaps, with_job
 
 
 class _BranchEstimates:

@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from comfy.sd1_clip import ClipTokenWeightEncoder
 
-from ..editing.directions import (
+from ...editing.directions import (
     EditDirection,
     Encoding,
     NumberedEncoding,
@@ -19,8 +19,8 @@ from ..editing.directions import (
     edit_direction,
     same_encoder,
 )
-from ..editing.token_alignment import Partners, partner_rows
-from .progress import show
+from ...editing.token_alignment import Partners, partner_rows
+from ..progress import show
 from .prompt_words import tokenize
 
 ROWS_PER_BATCH = 32

@@ -13,10 +13,13 @@ from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 
-from ..attention_patches.maps import AttentionTap, LastSiteReached, attention_maps, maps_of_first
-from ..attention_patches.matching import GradientScale, match_maps
-from ..attention_patches.sites import AttentionSite
-from ..editing.guidance import Maps
+from ...attention_patches.maps import AttentionTap, LastSiteReached, attention_maps, maps_of_first
+from ...attention_patches.matching import GradientScale, match_maps
+from ...attention_patches.sites import AttentionSite
+from ...editing.guidance import Maps
+from ..methods.plug_and_play import JOB as PLUG_AND_PLAY
+from ..methods.plug_and_play import with_jobs
+from .calls import UNetCall
 from .checkpointing import LEVELS, checkpointed
 from .entries import Entry, narrowed, own_tokens
 from .gradients import (
@@ -28,9 +31,6 @@ from .gradients import (
     unshared_skips,
 )
 from .memory import is_out_of_memory
-from .plug_and_play import JOB as PLUG_AND_PLAY
-from .plug_and_play import with_jobs
-from .unet_calls import UNetCall
 
 JOB = "pix2pix_zero_job"
 

@@ -17,7 +17,7 @@ from .model_files import download_model, read_weights
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never caption
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
-DEMO_FOLDER = Path(__file__).parent.parent / "demo_model" / "captioner"
+DEMO_FOLDER = Path(__file__).parents[2] / "demo_model" / "captioner"
 DEMO_WEIGHTS = DEMO_FOLDER.parent / "weights.safetensors"
 DEMO_PREFIX = "captioner."
 

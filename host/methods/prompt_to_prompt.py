@@ -16,18 +16,18 @@ from comfy import samplers
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
-from ..attention_patches.maps import LastSiteReached
-from ..attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
-from ..attention_patches.sites import attends_to_itself, cross_attention_sites, site_levels
-from ..editing.inversion import Inversion
-from ..editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
-from ..editing.word_masks import WordMask, soft_mask
-from .batching import TEXT_LENGTHS
-from .gradients import differentiable_attention
-from .map_jobs import JOB
-from .model_checks import check_inversion
-from .prompt_words import blend_tokens, find_words, read_factors, tokenize
-from .source_conditioning import load_with_source, processed_source
+from ...attention_patches.maps import LastSiteReached
+from ...attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
+from ...attention_patches.sites import attends_to_itself, cross_attention_sites, site_levels
+from ...editing.inversion import Inversion
+from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
+from ...editing.word_masks import WordMask, soft_mask
+from ..batching import TEXT_LENGTHS
+from ..sampling.model_checks import check_inversion
+from ..sampling.source_conditioning import load_with_source, processed_source
+from ..text.prompt_words import blend_tokens, find_words, read_factors, tokenize
+from ..unet.gradients import differentiable_attention
+from ..unet.map_jobs import JOB
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 INSTALL = KEY + "_install"  # of one evaluation: what its UNet calls' transformer options go through

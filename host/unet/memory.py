@@ -9,7 +9,7 @@ from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTra
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from comfy.patcher_extension import WrappersMP
 
-from ..attention_patches.sites import AttentionSite, cross_attention_sites, named_layers
+from ...attention_patches.sites import AttentionSite, cross_attention_sites, named_layers
 from .checkpointing import LEVELS, PIECE
 from .gradients import has_constant_weights
 

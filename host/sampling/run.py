@@ -12,27 +12,27 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ..attention_patches.sites import cross_attention_sites, is_unet, map_shapes
-from ..editing import ddim
-from ..editing.guidance import GuidanceSchedule, sample_guided, sample_official
-from ..editing.inversion import Inversion
-from ..editing.local_blend import LocalBlend
-from ..editing.map_store import MapStore
-from ..editing.regularization import NoiseRegularization, regularize_noise
-from . import progress
-from .checkpointing import LEVELS
+from ...attention_patches.sites import cross_attention_sites, is_unet, map_shapes
+from ...editing import ddim
+from ...editing.guidance import GuidanceSchedule, sample_guided, sample_official
+from ...editing.inversion import Inversion
+from ...editing.local_blend import LocalBlend
+from ...editing.map_store import MapStore
+from ...editing.regularization import NoiseRegularization, regularize_noise
+from .. import progress
+from ..methods.plug_and_play import with_source_features
+from ..methods.presets import PRESETS
+from ..unet.checkpointing import LEVELS
+from ..unet.entries import areas_of
+from ..unet.map_jobs import Checkpointing, attention_state, with_map_jobs
+from ..unet.memory import affordable_level, affordable_rows, announce_memory, guided_pass_memory
 from .edit_guider import EditGuider
 from .edit_texts import beside_the_source
-from .entries import areas_of
 from .hook_schedule import HookSchedule
 from .inversion_walk import plain_psnr, walk_up
-from .map_jobs import Checkpointing, attention_state, with_map_jobs
-from .memory import affordable_level, affordable_rows, announce_memory, guided_pass_memory
 from .model_checks import check_inversion
 from .noise_levels import ddim_grid, places_on_table
-from .plug_and_play import with_source_features
-from .presets import PRESETS
-from .unet_passes import UNetPasses
+from .passes import UNetPasses
 
 INVERSION_METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
 ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels

@@ -2,7 +2,7 @@
 
 from comfy import model_sampling as kinds
 
-from ..editing.inversion import Inversion
+from ...editing.inversion import Inversion
 
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
 

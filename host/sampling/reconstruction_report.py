@@ -2,8 +2,8 @@
 
 import logging
 
-from ..editing.inversion import Inversion
-from . import progress
+from ...editing.inversion import Inversion
+from .. import progress
 
 
 def reconstruction_report(inversion: Inversion) -> str:

@@ -12,7 +12,7 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch.utils.checkpoint import checkpoint
 
-from ..attention_patches.sites import AttentionSite, named_layers
+from ...attention_patches.sites import AttentionSite, named_layers
 from .gradients import own_attribute, recording_again, weights_stay_put
 
 LEVELS = ("none", "feed-forward", "blocks")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from comfy.samplers import get_area_and_mult
 
-from .batching import TEXT_LENGTHS
+from ..batching import TEXT_LENGTHS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 import torch.nn.functional as F
 
-from ..editing.metrics import perceptual_distance
+from ...editing.metrics import perceptual_distance
 from . import metric_files as files
 from .captioner import WholeModelPatcher, rgb_bytes
 from .model_files import read_weights

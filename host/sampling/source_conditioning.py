@@ -10,7 +10,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from ..editing.inversion import Inversion
+from ...editing.inversion import Inversion
 
 SOURCE = "pix2pix_zero_source"
 

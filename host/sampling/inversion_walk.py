@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..editing import ddim
-from ..editing.inversion import direct_residuals, invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
-from ..editing.map_store import MapStore
-from . import progress
+from ...editing import ddim
+from ...editing.inversion import direct_residuals, invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
+from ...editing.map_store import MapStore
+from .. import progress
 from .hook_schedule import HookSchedule
-from .unet_passes import UNetPasses
+from .passes import UNetPasses
 
 
 class _Estimates:

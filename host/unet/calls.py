@@ -6,7 +6,7 @@ from types import CellType, FunctionType
 
 import torch
 
-from .plug_and_play import PICTURES
+from ..methods.plug_and_play import PICTURES
 
 GLIGEN_PATCHES = "middle_patch"
 

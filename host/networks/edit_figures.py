@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 import torch.nn.functional as F
 
-from ..editing import metrics
+from ...editing import metrics
 from .metric_models import ClipJudge, DinoJudge, LpipsJudge
 
 Figures = TypeVar("Figures")

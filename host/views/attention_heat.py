@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..attention_patches.sites import AttentionSite, map_shapes, site_levels
-from ..editing.attention_heat import AttentionHeat
-from ..editing.inversion import Inversion
-from ..editing.token_alignment import Prompt, positions
-from . import charts, progress
-from .map_jobs import attention_state, with_map_jobs
-from .model_checks import check_inversion
-from .prompt_words import entries, tokenize
-from .unet_passes import UNetPasses
+from ...attention_patches.sites import AttentionSite, map_shapes, site_levels
+from ...editing.attention_heat import AttentionHeat
+from ...editing.inversion import Inversion
+from ...editing.token_alignment import Prompt, positions
+from ...pictures import charts
+from .. import progress
+from ..sampling.model_checks import check_inversion
+from ..sampling.passes import UNetPasses
+from ..text.prompt_words import entries, tokenize
+from ..unet.map_jobs import attention_state, with_map_jobs
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 SMALLEST = 384

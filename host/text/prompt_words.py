@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..editing.token_alignment import WORD_END, Prompt, TokenMap, Word, positions, read_prompt
+from ...editing.token_alignment import WORD_END, Prompt, TokenMap, Word, positions, read_prompt
 
 
 def tokenize(clip, text: str, socket: str) -> Prompt:

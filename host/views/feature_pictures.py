@@ -4,11 +4,11 @@ import comfy.samplers
 import torch
 import torch.nn.functional as F
 
-from ..attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
-from ..editing.inversion import Inversion
-from ..editing.principal_components import as_colours, principal_components
-from .model_checks import check_inversion
-from .plug_and_play import latent_at, read_features, with_jobs
+from ...attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
+from ...editing.inversion import Inversion
+from ...editing.principal_components import as_colours, principal_components
+from ..methods.plug_and_play import latent_at, read_features, with_jobs
+from ..sampling.model_checks import check_inversion
 
 KINDS = ("residual features", "queries", "keys", "values")
 PIXELS = 8  # of the picture, to a latent pixel
