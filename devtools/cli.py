@@ -74,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     add("lint", _lint, "check the code with ruff; other arguments go to it", takes_more=True, host=False)
     bench = add("bench", _bench, "run benchmarks/NAME.py with the other arguments", takes_more=True)
     bench.add_argument("name", metavar="NAME", nargs="?", default="")
-    add("train", _train, "train the demo model; other arguments go to the recipe", takes_more=True)
+    add(
+        "train",
+        _train,
+        "train the demo model, or, with `distilled`, its students; other arguments go to the recipe",
+        takes_more=True,
+    )
     add("docs", _docs, "write the tables of help pages and the English texts; --pictures: also their pictures", True)
     add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
     return parser
@@ -172,7 +177,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     environment = prepare(options.comfyui)
     if not any(argument.partition("=")[0] == "--work" for argument in rest):
         rest = ["--work", str(ROOT / ".comfyui" / "training"), *rest]
-    return _run_module(environment, "pix2pix_zero.demo_model.train", rest)
+    module = "train"
+    if "distilled" in rest:
+        rest.remove("distilled")
+        module = "distill_students"
+    return _run_module(environment, f"pix2pix_zero.demo_model.{module}", rest)
 
 
 def _docs(options: argparse.Namespace, rest: list[str]) -> int:

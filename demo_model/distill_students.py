@@ -1,0 +1,224 @@
+"""Trains the students that ship with the demo: ``python dev.py train distilled --work FOLDER --edit cat2dog``.
+
+The pack's own guided edit of training scenes makes the pairs; a student learns from them alone. It is measured on the test
+scenes of `bench quality`, and written to FOLDER/EDIT/ with a sheet of test scenes (source, teacher, student). Pairs and
+training that are there are kept: the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as processes
+
+log = logging.getLogger("pix2pix_zero.distilled")
+
+TEST_SEED = 300_000  # of `bench quality`
+SHOWN = 16
+SAY_EVERY = 20.0  # seconds
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of a run. The defaults trained the students that ship."""
+
+    edit: str
+    pairs: int = 2000
+    pair_minutes: float = 60.0
+    minutes: float = 4.0
+    steps: int = 50
+    tests: int = 64
+    pair_batch: int = 8
+    batch: int = 16
+    workers: int = 1
+    learning_rate: float = 2e-3
+    features: float = 0.1
+    half: bool = False
+    seed: int = 0
+
+
+def quiet_host(device: str) -> None:
+    """Set the host up for a device, before any of it is imported, with one thread where that is the CPU."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    from comfy.cli_args import args as host_options
+
+    host_options.cpu = device == "cpu"
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+def distill(work: Path, recipe: Recipe, device: str) -> dict[str, object]:
+    """Run what is missing of a recipe in `work`; its figures, which are also written beside the student."""
+    from ..distillation.pairs import PairFolder
+
+    folder = work / recipe.edit
+    folder.mkdir(parents=True, exist_ok=True)
+    training, tests = folder / "pairs", folder / "tests"
+    seeds = list(range(TEST_SEED, TEST_SEED + recipe.tests))
+    _draw(recipe, tests, seeds, device, minutes=1e6)
+    seeds = list(range(1_000_000, 1_000_000 + recipe.pairs))
+    _draw(recipe, training, seeds, device, recipe.pair_minutes)
+    wanted = {str(seed) for seed in seeds}
+    keys = [key for key in PairFolder(training).keys() if key in wanted]
+    log.info("%d pairs, %d test scenes", len(keys), recipe.tests)
+    student, curve = _train(recipe, folder, PairFolder(training).read(keys), device)
+    return _measure(recipe, folder, PairFolder(tests).read(), student, curve, len(keys))
+
+
+def _draw(recipe: Recipe, folder: Path, seeds: list[int], device: str, minutes: float) -> None:
+    from .training.teacher import draw_share
+
+    arguments = (recipe.edit, str(folder), seeds, recipe.steps, recipe.pair_batch)
+    deadline = time.time() + 60 * minutes
+    if recipe.workers == 1:
+        draw_share(0, 1, device, deadline, *arguments)
+        return
+    context = processes.get_context("spawn")
+    shares = [
+        context.Process(target=draw_share, args=(share, recipe.workers, device, deadline, *arguments))
+        for share in range(recipe.workers)
+    ]
+    for share in shares:
+        share.start()
+    for share in shares:
+        share.join()
+    if any(share.exitcode for share in shares):
+        raise SystemExit("A process that drew pairs has failed; see above. The same command goes on.")
+
+
+def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.Module, list[tuple[int, float]]]:
+    from ..distillation.losses import LossWeights
+    from ..distillation.training import Report, Settings, Training
+    from ..host.students import make_student
+    from ..host.teacher_features import EncoderFeatures
+    from .loader import load_demo_model
+
+    settings = Settings(
+        minutes=recipe.minutes,
+        batch=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        half=recipe.half,
+        seed=recipe.seed,
+        weights=LossWeights(features=recipe.features),
+    )
+    features = EncoderFeatures(load_demo_model()[2], device) if recipe.features else None
+    student = make_student(seed=recipe.seed).to(device, memory_format=torch.channels_last)
+    run = Training(student, pairs.to(device), settings, features, folder / "checkpoint.safetensors")
+    curve: list[tuple[int, float]] = []
+    said = time.monotonic()
+
+    def say(report: Report) -> None:
+        nonlocal said
+        if time.monotonic() - said < SAY_EVERY and report.progress < 1:
+            return
+        said = time.monotonic()
+        curve.append((report.step, run.held_out_error()))
+        log.info(
+            "minute %.1f of %.1f, step %d (%.1f a second), loss %.4f, held out inside %.2f of 255",
+            report.seconds / 60,
+            recipe.minutes,
+            report.step,
+            report.rate,
+            report.loss,
+            curve[-1][1],
+        )
+        _save(run.average, recipe, folder, len(pairs), {})
+
+    log.info("%s: %d weights, on %s", recipe.edit, sum(p.numel() for p in student.parameters()), device)
+    return run.run(say), curve
+
+
+def _save(student: torch.nn.Module, recipe: Recipe, folder: Path, pairs: int, figures: dict) -> Path:
+    from ..benchmarks.quality_parts.scenes import EDITS
+    from ..host.students import save_student
+
+    concept = EDITS[recipe.edit].concept
+    facts = {
+        "source": concept.source,
+        "target": concept.target,
+        "size": 128,
+        "teacher": "the pix2pix-zero demo model",
+        "pairs": pairs,
+        "agreement": {name: round(value, 3) for name, value in figures.items()},
+    }
+    path = folder / f"{recipe.edit}.safetensors"
+    save_student(student, path, facts)
+    return path
+
+
+def _measure(recipe: Recipe, folder: Path, tests, student: torch.nn.Module, curve: list, pairs: int) -> dict:
+    from ..benchmarks.distill_parts.figures import Compared, agreement, apply, contact_sheet, milliseconds
+    from ..benchmarks.judge import load_judge
+    from ..benchmarks.quality_parts.scenes import EDITS, draw_scenes
+    from ..host.students import load_student
+
+    edit = EDITS[recipe.edit]
+    path = _save(student, recipe, folder, pairs, {})
+    scenes = draw_scenes(edit, recipe.tests, TEST_SEED)
+    teacher = tests.edited.movedim(1, -1).float() / 255
+    loaded = load_student(path)  # as the host will: from the half-precision file
+    edited = apply(loaded, scenes.sources)
+    figures = agreement(edit, scenes, Compared(teacher, edited), load_judge())
+    _save(student, recipe, folder, pairs, figures)
+    sheet = contact_sheet([row[:SHOWN] for row in (scenes.sources, teacher, edited)])
+    sheet.save(folder / f"{recipe.edit}.png")
+    found = {
+        **{name: round(value, 3) for name, value in figures.items()},
+        "milliseconds": milliseconds(student),
+        "megabytes": round(path.stat().st_size / 1e6, 3),
+        "pairs": pairs,
+        "recipe": asdict(recipe),
+        "held_out": curve,
+    }
+    (folder / f"{recipe.edit}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, value in found.items():
+        if name not in ("held_out", "recipe"):
+            log.info("%s: %s", name, value)
+    log.info("wrote %s, .png and .json", path)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="dev.py train distilled", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder for pairs, checkpoints and results (about 100 MB an edit)")
+    add("--edit", required=True, metavar="NAME", help="cat2dog, day2night or another of `bench quality`")
+    add("--pairs", type=int, default=Recipe.pairs, help="default: %(default)s")
+    add("--pair-minutes", type=float, default=Recipe.pair_minutes, help="no pairs after that (default: %(default)s)")
+    add("--minutes", type=float, default=Recipe.minutes, help="of training (default: %(default)s)")
+    add("--steps", type=int, default=Recipe.steps, help="of the teacher (default: %(default)s)")
+    add("--tests", type=int, default=Recipe.tests, help="scenes to measure on (default: %(default)s)")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    add("--workers", type=int, help="processes that draw pairs (default: 4 on cuda, else the cores)")
+    add("--pair-batch", type=int, help="pictures that are edited at once (default: 64 on cuda, else 8)")
+    add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 16)")
+    add("--learning-rate", type=float, default=Recipe.learning_rate, help="default: %(default)s")
+    add("--features", type=float, default=Recipe.features, help="weight of the feature loss (default: %(default)s)")
+    add("--half", action="store_true", help="train in fp16, mixed precision")
+    add("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
+    given = vars(parser.parse_args(arguments))
+    work, device = given.pop("work"), given.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = device == "cuda"
+    sizes = {"workers": 4 if on_cuda else os.cpu_count() or 1, "pair_batch": 64 if on_cuda else 8}
+    sizes["batch"] = 64 if on_cuda else 16
+    given.update({name: value for name, value in sizes.items() if given[name] is None})
+    if on_cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    quiet_host(device)
+    distill(work, Recipe(**given), device)
+
+
+if __name__ == "__main__":
+    main()

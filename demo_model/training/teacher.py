@@ -1,0 +1,146 @@
+"""Pairs for the demo's students: training scenes, edited by the pack's own nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...benchmarks.quality_parts.scenes import EDITS, QualityEdit
+from ...distillation.pairs import PairFolder
+from ..scene import sample_scene
+from ..scene_renders import render
+
+log = logging.getLogger("pix2pix_zero.distilled")
+
+
+class Teacher:
+    """The guided edit with the nodes' defaults and the edit's own knobs, on the demo model. `steps`: of the inversion."""
+
+    def __init__(self, edit: QualityEdit, steps: int):
+        import nodes as host_nodes
+
+        from ...nodes import NODES
+
+        self.edit, self.steps = edit, steps
+        self._nodes = {node.__name__.removeprefix("Pix2PixZero"): node for node in NODES}
+        self._encode_text = host_nodes.CLIPTextEncode().encode
+        self.model, self.clip, self.vae = self._run("DemoModel")
+        (self.captioner,) = self._run("LoadCaptioner", model_name="demo", allow_download=False)
+        concept = edit.concept
+        (self.direction,) = self._run("EditDirection", clip=self.clip, source=concept.source, target=concept.target)
+
+    def _run(self, name: str, **inputs: object) -> tuple:
+        """The outputs of a node, its other inputs left at their defaults."""
+        node = self._nodes[name]
+        schema = node.GET_SCHEMA()
+        defaults = {item.id: item.default for item in schema.inputs if getattr(item, "default", None) is not None}
+        inputs = {**defaults, **inputs}
+        if schema.is_input_list:
+            inputs = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
+        return node.execute(**inputs).result
+
+    @torch.inference_mode()
+    def draw(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(edited pictures [B, H, W, 3], edited areas [B, H, W]) of pictures [B, H, W, 3], all in 0..1."""
+        concept = self.edit.concept
+        (captions,) = self._run("Caption", captioner=self.captioner, image=pictures)
+        texts = [self._encode_text(self.clip, caption)[0] for caption in captions]
+        (inversion, *_) = self._run(
+            "Inversion",
+            model=self.model,
+            positive=_Listed(texts),
+            latent_image={"samples": self.vae.encode(pictures)},
+            steps=self.steps,
+        )
+        moved = [
+            self._run("ApplyDirection", conditioning=text, direction=self.direction, strength=concept.strength)[0]
+            for text in texts
+        ]
+        whole = {"local_blend": 0.0} if self.edit.whole_picture else {}
+        latents, areas = self._run(
+            "KSampler",
+            model=self.model,
+            inversion=inversion,
+            positive=_Listed(moved),
+            negative=_Listed(texts),
+            cfg=concept.cfg,
+            feature_until=concept.feature_until,
+            **whole,
+        )
+        return self.vae.decode(latents[0]["samples"]).clamp(0, 1), areas[0]
+
+
+class _Listed(list):
+    """A list of conditionings, which are lists themselves."""
+
+
+def render_sources(edit: QualityEdit, seeds: Sequence[int]) -> Tensor:
+    """The unedited scenes [B, H, W, 3] in 0..1."""
+    pictures = [render(sample_scene(seed, **edit.before)) for seed in seeds]
+    return torch.from_numpy(np.stack(pictures)).float() / 255
+
+
+def keep_outside(source: Tensor, edited: Tensor, area: Tensor) -> Tensor:
+    """`edited` where it was edited, the source's own pixels elsewhere. Pictures [B, H, W, 3], area [B, H, W]."""
+    return torch.lerp(source, edited, area[..., None].clamp(0, 1))
+
+
+def what_is_shared(name: str, steps: int) -> dict[str, object]:
+    """What the manifest of a pair folder holds: pairs of another teacher do not get into it."""
+    from ..loader import WEIGHTS
+
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    concept = asdict(EDITS[name].concept)
+    return {"edit": name, "steps": steps, "teacher": digest, "knobs": concept}
+
+
+def draw_pairs(
+    name: str,
+    folder: Path,
+    seeds: Sequence[int],
+    steps: int,
+    batch: int,
+    go_on: Callable[[], bool] = lambda: True,
+) -> None:
+    """Write the pairs of `seeds` that are not there yet, as long as `go_on`."""
+    edit = EDITS[name]
+    pairs = PairFolder(folder, what_is_shared(name, steps))
+    pairs.begin()
+    there = set(pairs.keys())
+    missing = [seed for seed in seeds if str(seed) not in there]
+    if not missing:
+        return
+    teacher = Teacher(edit, steps)
+    caption = f"{edit.concept.source} to {edit.concept.target}"
+    begin, first = time.monotonic(), True
+    for start in range(0, len(missing), batch):
+        if not first and not go_on():
+            break
+        chosen, first = missing[start : start + batch], False
+        sources = render_sources(edit, chosen)
+        edited, areas = teacher.draw(sources)
+        if edit.whole_picture:
+            areas = torch.ones_like(areas)
+        kept = keep_outside(sources, edited.to(sources), areas.to(sources))
+        for seed, source, result, area in zip(chosen, sources, kept, areas):
+            pairs.write(str(seed), source, result, None if edit.whole_picture else area, caption)
+        done, seconds = start + len(chosen), time.monotonic() - begin
+        log.info("%s: %d of %d pairs, %.2f s each", folder.name, done, len(missing), seconds / done)
+
+
+def draw_share(
+    share: int, shares: int, device: str, deadline: float, name: str, folder: str, seeds: list[int], *rest: int
+) -> None:
+    """`draw_pairs` in a process of its own, of every `shares`-th seed, until `deadline` on the wall's clock."""
+    from ..distill_students import quiet_host
+
+    quiet_host(device)
+    draw_pairs(name, Path(folder), seeds[share::shares], *rest, go_on=lambda: time.time() < deadline)

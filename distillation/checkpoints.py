@@ -1,0 +1,61 @@
+"""The state of a training run in one safetensors file, so that no pickle is ever read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .training import Training
+
+
+def write_checkpoint(path: Path, run: Training) -> None:
+    """Write everything that the next step depends on, by renaming."""
+    tensors: dict[str, Tensor] = {"generator": run.generator.get_state()}
+    for name, module in (("student", run.student), ("average", run.average)):
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for index, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    numbers = {"step": run.step, "seconds": run.seconds, "loss": run.loss, "losses": run.losses}
+    numbers["scaler"] = run._scaler.state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, {"state": json.dumps(numbers)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, run: Training) -> None:
+    """Put a run where the saved one was. Raises ValueError if the file belongs to another network."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        numbers = json.loads(file.metadata()["state"])
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+    try:
+        run.student.load_state_dict(part("student"))
+        run.average.load_state_dict(part("average"))
+    except RuntimeError as failure:
+        raise ValueError(f"{path}: it was made by training of another size. Delete it to begin anew.") from failure
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in part("optimizer").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    run.generator.set_state(tensors["generator"])
+    run.step, run.seconds, run.loss = numbers["step"], numbers["seconds"], numbers["loss"]
+    run.losses = numbers["losses"]
+    run._scaler.load_state_dict(numbers["scaler"])

@@ -1,0 +1,179 @@
+"""Trains a student on pairs: by steps or by the clock, checkpointed, resumed to the same step.
+
+Runs in one process, or in several that torchrun has started (they average their gradients).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import read_checkpoint, write_checkpoint
+from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights
+from .optimizer import make_optimizer
+from .pairs import Pairs
+
+LOOKED_AT = 64  # held-out pairs that are measured while it trains
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on, in the user's words."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. The length is `steps`, or `minutes` where that is not None: then the learning rate follows the clock.
+
+    `average`: of the weights' running mean, which is what is kept. `half`: fp16 where the device gains by it.
+    """
+
+    steps: int = 4000
+    minutes: float | None = None
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    average: float = 0.999
+    half: bool = False
+    seed: int = 0
+    weights: LossWeights = field(default_factory=LossWeights)
+    save_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far it is: `progress` in 0..1, `loss` a running mean, `rate` steps per second."""
+
+    step: int
+    progress: float
+    seconds: float
+    loss: float
+    rate: float
+
+
+class Training:
+    """One run. `features`: maps of pictures [B, 3, H, W] in 0..1 that the feature error is taken of, or None.
+
+    `checkpoint`: file to resume from if it is there, and to save to.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        pairs: Pairs,
+        settings: Settings,
+        features: Features | None = None,
+        checkpoint: Path | None = None,
+    ):
+        self.student, self.settings, self.features, self.checkpoint = student.train(), settings, features, checkpoint
+        self.pairs, self.held_out = pairs.split()
+        self.average = copy.deepcopy(student).eval().requires_grad_(False)
+        self.optimizer = make_optimizer(student, settings.learning_rate)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.step, self.seconds, self.loss = 0, 0.0, 0.0
+        self.losses: list[float] = []
+        device = pairs.sources.device.type
+        self._autocast = torch.autocast(device, torch.float16, enabled=settings.half)
+        self._scaler = torch.amp.GradScaler(device, enabled=settings.half)
+        if checkpoint is not None and checkpoint.is_file():
+            read_checkpoint(checkpoint, self)
+
+    @property
+    def progress(self) -> float:
+        """In 0..1, by the clock or by steps."""
+        if self.settings.minutes is not None:
+            return min(1.0, self.seconds / max(1e-9, 60 * self.settings.minutes))
+        return min(1.0, self.step / self.settings.steps)
+
+    def run(self, on_step: Callable[[Report], None] | None = None) -> nn.Module:
+        """Train to the end and return the averaged student. `on_step` may raise to stop: nothing is lost then.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite.
+        """
+        first, begin, before, saved = self.step, time.monotonic(), self.seconds, time.monotonic()
+        try:
+            while self.progress < 1:
+                self._one_step()
+                now = time.monotonic()
+                self.seconds = before + now - begin
+                if self.checkpoint is not None and now - saved > self.settings.save_seconds:
+                    self.save()
+                    saved = time.monotonic()
+                if on_step is not None:
+                    rate = (self.step - first) / max(1e-9, now - begin)
+                    on_step(Report(self.step, self.progress, self.seconds, self.loss, rate))
+        finally:
+            if self.checkpoint is not None and math.isfinite(self.loss):
+                self.save()
+        return self.average
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        write_checkpoint(self.checkpoint, self)
+
+    def _one_step(self) -> None:
+        source, target, area = self._draw()
+        counted = pixel_weights(source, target, area, self.settings.weights)
+        with self._autocast:
+            output = self.student(source)
+        loss = pixel_loss(output.float(), target, counted)
+        if self.features is not None and self.settings.weights.features:
+            loss = loss + self.settings.weights.features * feature_loss(self.features, output.float(), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._rate()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self._follow()
+        self.step += 1
+        if self.step % 10 == 1:  # reading it waits for the device
+            self._note(loss.item())
+
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch, each pair flipped or not. Convolutions are faster on channels that lie together."""
+        chosen = torch.randint(len(self.pairs), (self.settings.batch,), generator=self.generator)
+        flipped = torch.rand(self.settings.batch, generator=self.generator) < 0.5
+        source, target, area = self.pairs.take(chosen)
+        flipped = flipped.to(source.device).view(-1, 1, 1, 1)
+        source, target, area = (torch.where(flipped, data.flip(-1), data) for data in (source, target, area))
+        return source.contiguous(memory_format=torch.channels_last), target, area
+
+    def _rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / self.settings.warmup)
+        return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        decay = min(self.settings.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - decay)
+
+    def _note(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            self.loss = loss
+            raise TrainingError(
+                f"step {self.step}: the loss is {loss}. Lower the learning rate; what was saved before is kept."
+            )
+        decay = min(0.95, len(self.losses) / (10 + len(self.losses)))
+        self.loss = decay * self.loss + (1 - decay) * loss
+        self.losses.append(loss)
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """The averaged student's mean error inside the edited areas of held-out pairs, 0..255."""
+        error, area = 0.0, 0.0
+        count = min(len(self.held_out), LOOKED_AT)
+        for first in range(0, count, 16):
+            source, target, where = self.held_out.take(list(range(first, min(first + 16, count))))
+            difference = (self.average(source).clamp(0, 1) - target).abs().mean(1, keepdim=True)
+            error, area = error + (difference * where).sum(), area + where.sum()
+        return 255 * float(error / area)

@@ -1,0 +1,96 @@
+"""Students: image networks that the host's Load Upscale Model knows, here trained to make one edit at the same size.
+
+spandrel, which ComfyUI brings, is imported late: it is not one of its essential packages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+NOISE_LEVEL = 15 / 255  # the fourth channel that spandrel gives a DRUNet
+SMALL_WIDTHS = (16, 32, 56, 96)  # 0.71 million weights, 1.4 MB in half precision
+SMALL_BLOCKS = 2  # spandrel recognizes no fewer
+FORMAT = "pix2pix_zero.student"  # of the metadata
+
+
+class DrunetStudent(nn.Module):
+    """DRUNet (Zhang et al., TPAMI 2021) as spandrel calls it: pictures [B, 3, H, W] in 0..1 of a size divisible by 8.
+
+    It begins as the identity, exactly. Nothing in it pools over the picture, so tiles of a picture come out alike.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = SMALL_WIDTHS, blocks: int = SMALL_BLOCKS):
+        super().__init__()
+        from spandrel.architectures.DRUNet import DRUNet
+
+        self.network = DRUNet(in_nc=4, out_nc=3, nc=list(widths), nb=blocks)
+        self._become_identity()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.network(torch.cat([pictures, torch.full_like(pictures[:, :1], NOISE_LEVEL)], 1))
+
+    @torch.no_grad()
+    def _become_identity(self) -> None:
+        """Three channels carry the picture from head to tail past the network, the others do not reach the tail."""
+        network = self.network
+        network.m_head.weight[:, 3].mul_(1 / NOISE_LEVEL)  # the one constant input of a network without biases
+        network.m_head.weight[:3] = 0
+        network.m_tail.weight.zero_()
+        for channel in range(3):
+            network.m_head.weight[channel, channel, 1, 1] = 1
+            network.m_tail.weight[channel, channel, 1, 1] = 1
+        up, *blocks = network.m_up1
+        up.weight[:, :3] = 0
+        for block in blocks:
+            block.res[-1].weight[:3] = 0
+
+
+def make_student(size: str = "small", seed: int = 0) -> nn.Module:
+    """An untrained student that returns its input. Raises ValueError without spandrel, or for an unknown size."""
+    makers = {"small": DrunetStudent}
+    if size not in makers:
+        raise ValueError(f"size: {size!r} is not one of {', '.join(makers)}.")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return makers[size]()
+    except ImportError as failure:
+        raise ValueError(
+            "size: students are made of the package spandrel, which is missing. Install it as ComfyUI's "
+            "requirements.txt says: pip install spandrel"
+        ) from failure
+
+
+def save_student(student: nn.Module, path: Path, facts: dict[str, object]) -> None:
+    """Write a student as *Load Upscale Model* reads it, in half precision, by renaming. `facts` go to its metadata."""
+    state = {
+        key: value.detach().half().cpu().contiguous().clone() for key, value in student.network.state_dict().items()
+    }
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError("The student's weights are NaN or infinite. Train again with a lower learning rate.")
+    metadata = {"format": FORMAT} | {name: _text(value) for name, value in facts.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(state, part, metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def load_student(path: Path):
+    """The file as the host's own *Load Upscale Model* loads it: a spandrel model descriptor."""
+    import comfy.utils
+    from spandrel import ModelLoader
+
+    return ModelLoader().load_from_state_dict(comfy.utils.load_torch_file(str(path), safe_load=True)).eval()
