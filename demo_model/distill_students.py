@@ -20,6 +20,7 @@ import torch.multiprocessing as processes
 
 log = logging.getLogger("pix2pix_zero.distilled")
 
+PAIR_SEED = 1_000_000  # as all training scenes
 TEST_SEED = 300_000  # of `bench quality`
 SHOWN = 16
 SAY_EVERY = 20.0  # seconds
@@ -65,29 +66,37 @@ def distill(work: Path, recipe: Recipe, device: str) -> dict[str, object]:
     folder = work / recipe.edit
     folder.mkdir(parents=True, exist_ok=True)
     training, tests = folder / "pairs", folder / "tests"
-    seeds = list(range(TEST_SEED, TEST_SEED + recipe.tests))
-    _draw(recipe, tests, seeds, device, minutes=1e6)
-    seeds = list(range(1_000_000, 1_000_000 + recipe.pairs))
-    _draw(recipe, training, seeds, device, recipe.pair_minutes)
+    seeds = range(PAIR_SEED, PAIR_SEED + recipe.pairs)
+    test_seeds = range(TEST_SEED, TEST_SEED + recipe.tests)
+    _draw(recipe, [(tests, test_seeds, None), (training, seeds, recipe.pair_minutes)], device)
     wanted = {str(seed) for seed in seeds}
     keys = [key for key in PairFolder(training).keys() if key in wanted]
     log.info("%d pairs, %d test scenes", len(keys), recipe.tests)
     student, curve = _train(recipe, folder, PairFolder(training).read(keys), device)
-    return _measure(recipe, folder, PairFolder(tests).read(), student, curve, len(keys))
+    tested = PairFolder(tests).read([str(seed) for seed in test_seeds])
+    figures = _measure(recipe, folder, tested, student, len(keys))
+    figures |= {"teacher_seconds": round(_teacher_seconds(recipe), 3), "recipe": asdict(recipe), "held_out": curve}
+    (folder / f"{recipe.edit}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    log.info("teacher: %s s a picture on %s; wrote %s", figures["teacher_seconds"], device, folder)
+    return figures
 
 
-def _draw(recipe: Recipe, folder: Path, seeds: list[int], device: str, minutes: float) -> None:
-    from .training.teacher import draw_share
+def _draw(recipe: Recipe, wanted: list[tuple[Path, range, float | None]], device: str) -> None:
+    """Draw pairs into folders, each from its seeds in at most so many minutes from now."""
+    from .training.teacher import Job, draw_share
 
-    arguments = (recipe.edit, str(folder), seeds, recipe.steps, recipe.pair_batch)
-    deadline = time.time() + 60 * minutes
+    now = time.time()
+    jobs = [
+        Job(str(folder), seeds, float("inf") if minutes is None else now + 60 * minutes)
+        for folder, seeds, minutes in wanted
+    ]
+    arguments = (device, recipe.edit, jobs, recipe.steps, recipe.pair_batch)
     if recipe.workers == 1:
-        draw_share(0, 1, device, deadline, *arguments)
+        draw_share(0, 1, *arguments)
         return
     context = processes.get_context("spawn")
     shares = [
-        context.Process(target=draw_share, args=(share, recipe.workers, device, deadline, *arguments))
-        for share in range(recipe.workers)
+        context.Process(target=draw_share, args=(share, recipe.workers, *arguments)) for share in range(recipe.workers)
     ]
     for share in shares:
         share.start()
@@ -157,36 +166,43 @@ def _save(student: torch.nn.Module, recipe: Recipe, folder: Path, pairs: int, fi
     return path
 
 
-def _measure(recipe: Recipe, folder: Path, tests, student: torch.nn.Module, curve: list, pairs: int) -> dict:
+def _measure(recipe: Recipe, folder: Path, tests, student: torch.nn.Module, pairs: int) -> dict:
+    """Save the student, and measure what the host loads of it."""
     from ..benchmarks.distill_parts.figures import Compared, agreement, apply, contact_sheet, milliseconds
     from ..benchmarks.judge import load_judge
     from ..benchmarks.quality_parts.scenes import EDITS, draw_scenes
     from ..host.students import load_student
 
     edit = EDITS[recipe.edit]
-    path = _save(student, recipe, folder, pairs, {})
+    loaded = load_student(_save(student, recipe, folder, pairs, {}))
     scenes = draw_scenes(edit, recipe.tests, TEST_SEED)
     teacher = tests.edited.movedim(1, -1).float() / 255
-    loaded = load_student(path)  # as the host will: from the half-precision file
     edited = apply(loaded, scenes.sources)
     figures = agreement(edit, scenes, Compared(teacher, edited), load_judge())
-    _save(student, recipe, folder, pairs, figures)
-    sheet = contact_sheet([row[:SHOWN] for row in (scenes.sources, teacher, edited)])
-    sheet.save(folder / f"{recipe.edit}.png")
+    path = _save(student, recipe, folder, pairs, figures)
+    contact_sheet([row[:SHOWN] for row in (scenes.sources, teacher, edited)]).save(folder / f"{recipe.edit}.png")
     found = {
         **{name: round(value, 3) for name, value in figures.items()},
-        "milliseconds": milliseconds(student),
+        "milliseconds": {name: round(value, 3) for name, value in milliseconds(loaded).items()},
         "megabytes": round(path.stat().st_size / 1e6, 3),
         "pairs": pairs,
-        "recipe": asdict(recipe),
-        "held_out": curve,
     }
-    (folder / f"{recipe.edit}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, value in found.items():
-        if name not in ("held_out", "recipe"):
-            log.info("%s: %s", name, value)
-    log.info("wrote %s, .png and .json", path)
+        log.info("%s: %s", name, value)
     return found
+
+
+def _teacher_seconds(recipe: Recipe) -> float:
+    """Of one picture, from the picture to the picture, once all is warm."""
+    from ..benchmarks.quality_parts.scenes import EDITS
+    from .training.teacher import Teacher, render_sources
+
+    teacher = Teacher(EDITS[recipe.edit], recipe.steps)
+    picture = render_sources(teacher.edit, [TEST_SEED])
+    for _ in range(2):
+        start = time.perf_counter()
+        teacher.draw(picture)
+    return time.perf_counter() - start
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -64,10 +64,10 @@ def agreement(edit: QualityEdit, scenes: Scenes, compared: Compared, judge: Judg
 
 
 @torch.inference_mode()
-def milliseconds(student: torch.nn.Module, size: int = 128) -> dict[str, float]:
-    """Of one picture: `cpu`, on one thread; `cuda`, between CUDA events, where there is such a device."""
+def milliseconds(student, size: int = 128) -> dict[str, float]:
+    """Of one picture by a spandrel model: `cpu`, on one thread; `cuda`, between CUDA events, where there is such a device."""
     threads, picture = torch.get_num_threads(), torch.rand(1, 3, size, size)
-    student = student.float().cpu()
+    student.to(torch.device("cpu"))
     try:
         torch.set_num_threads(1)
         student(picture)
@@ -80,12 +80,12 @@ def milliseconds(student: torch.nn.Module, size: int = 128) -> dict[str, float]:
         torch.set_num_threads(threads)
     found = {"cpu": median(spent)}
     if torch.cuda.is_available():
-        found["cuda"] = _on_cuda(student.cuda(), picture.cuda())
-        student.cpu()
+        found["cuda"] = _on_cuda(student.to(torch.device("cuda")), picture.cuda())
+        student.to(torch.device("cpu"))
     return found
 
 
-def _on_cuda(student: torch.nn.Module, picture: Tensor) -> float:
+def _on_cuda(student: Callable[[Tensor], Tensor], picture: Tensor) -> float:
     for _ in range(5):
         student(picture)
     spent = []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -102,45 +101,50 @@ def what_is_shared(name: str, steps: int) -> dict[str, object]:
     return {"edit": name, "steps": steps, "teacher": digest, "knobs": concept}
 
 
-def draw_pairs(
-    name: str,
-    folder: Path,
-    seeds: Sequence[int],
-    steps: int,
-    batch: int,
-    go_on: Callable[[], bool] = lambda: True,
-) -> None:
-    """Write the pairs of `seeds` that are not there yet, as long as `go_on`."""
-    edit = EDITS[name]
-    pairs = PairFolder(folder, what_is_shared(name, steps))
-    pairs.begin()
-    there = set(pairs.keys())
-    missing = [seed for seed in seeds if str(seed) not in there]
-    if not missing:
-        return
-    teacher = Teacher(edit, steps)
+@dataclass(frozen=True)
+class Job:
+    """Pairs to draw: those of `seeds` that are not in `folder` yet, until `deadline` on the wall's clock."""
+
+    folder: str
+    seeds: Sequence[int]
+    deadline: float = float("inf")
+
+
+def draw_pairs(name: str, jobs: Sequence[Job], steps: int, batch: int) -> None:
+    """Do the jobs for an edit of `bench quality`, one after the other."""
+    teacher = None
+    for job in jobs:
+        pairs = PairFolder(job.folder, what_is_shared(name, steps))
+        pairs.begin()
+        there = set(pairs.keys())
+        missing = [seed for seed in job.seeds if str(seed) not in there]
+        if not missing or time.time() > job.deadline:
+            continue
+        teacher = teacher or Teacher(EDITS[name], steps)
+        begin, done = time.monotonic(), 0
+        while done < len(missing) and (not done or time.time() < job.deadline):
+            chosen = missing[done : done + batch]
+            _draw_batch(teacher, pairs, chosen)
+            done += len(chosen)
+            seconds = (time.monotonic() - begin) / done
+            log.info("%s: %d of %d, %.2f s each", pairs.folder.name, done, len(missing), seconds)
+
+
+def _draw_batch(teacher: Teacher, pairs: PairFolder, seeds: Sequence[int]) -> None:
+    edit = teacher.edit
+    sources = render_sources(edit, seeds)
+    edited, areas = (result.to(sources) for result in teacher.draw(sources))
+    if not edit.whole_picture:
+        edited = keep_outside(sources, edited, areas)
     caption = f"{edit.concept.source} to {edit.concept.target}"
-    begin, first = time.monotonic(), True
-    for start in range(0, len(missing), batch):
-        if not first and not go_on():
-            break
-        chosen, first = missing[start : start + batch], False
-        sources = render_sources(edit, chosen)
-        edited, areas = teacher.draw(sources)
-        if edit.whole_picture:
-            areas = torch.ones_like(areas)
-        kept = keep_outside(sources, edited.to(sources), areas.to(sources))
-        for seed, source, result, area in zip(chosen, sources, kept, areas):
-            pairs.write(str(seed), source, result, None if edit.whole_picture else area, caption)
-        done, seconds = start + len(chosen), time.monotonic() - begin
-        log.info("%s: %d of %d pairs, %.2f s each", folder.name, done, len(missing), seconds / done)
+    for index, seed in enumerate(seeds):
+        area = None if edit.whole_picture else areas[index]
+        pairs.write(str(seed), sources[index], edited[index], area, caption)
 
 
-def draw_share(
-    share: int, shares: int, device: str, deadline: float, name: str, folder: str, seeds: list[int], *rest: int
-) -> None:
-    """`draw_pairs` in a process of its own, of every `shares`-th seed, until `deadline` on the wall's clock."""
+def draw_share(share: int, shares: int, device: str, name: str, jobs: Sequence[Job], steps: int, batch: int) -> None:
+    """`draw_pairs` of every `shares`-th seed, in a process of its own."""
     from ..distill_students import quiet_host
 
     quiet_host(device)
-    draw_pairs(name, Path(folder), seeds[share::shares], *rest, go_on=lambda: time.time() < deadline)
+    draw_pairs(name, [replace(job, seeds=job.seeds[share::shares]) for job in jobs], steps, batch)
