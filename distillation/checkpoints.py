@@ -21,8 +21,9 @@ def write_checkpoint(path: Path, run: Training) -> None:
     tensors: dict[str, Tensor] = {"generator": run.generator.get_state()}
     for name, module in (("student", run.student), ("average", run.average)):
         tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-    for index, state in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    for number, optimizer in enumerate(run.optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     numbers = {"step": run.step, "seconds": run.seconds, "loss": run.loss, "losses": run.losses}
     numbers["scaler"] = run._scaler.state_dict()
@@ -49,12 +50,12 @@ def read_checkpoint(path: Path, run: Training) -> None:
         run.average.load_state_dict(part("average"))
     except RuntimeError as failure:
         raise ValueError(f"{path}: it was made by training of another size. Delete it to begin anew.") from failure
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("optimizer").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for number, optimizer in enumerate(run.optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in part(f"optimizer{number}").items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     run.generator.set_state(tensors["generator"])
     run.step, run.seconds, run.loss = numbers["step"], numbers["seconds"], numbers["loss"]
     run.losses = numbers["losses"]

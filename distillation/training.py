@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoints import read_checkpoint, write_checkpoint
 from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights
-from .optimizer import make_optimizer
+from .optimizer import make_optimizers
 from .pairs import Pairs
 
 LOOKED_AT = 64  # held-out pairs that are measured while it trains
@@ -74,10 +74,11 @@ class Training:
         self.student, self.settings, self.features, self.checkpoint = student.train(), settings, features, checkpoint
         self.pairs, self.held_out = pairs.split()
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
-        self.optimizer = make_optimizer(student, settings.learning_rate)
+        self.optimizers = make_optimizers(student, settings.learning_rate)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.losses: list[float] = []
+        self._last: Tensor | None = None
         device = pairs.sources.device.type
         self._autocast = torch.autocast(device, torch.float16, enabled=settings.half)
         self._scaler = torch.amp.GradScaler(device, enabled=settings.half)
@@ -110,13 +111,14 @@ class Training:
                     rate = (self.step - first) / max(1e-9, now - begin)
                     on_step(Report(self.step, self.progress, self.seconds, self.loss, rate))
         finally:
-            if self.checkpoint is not None and math.isfinite(self.loss):
+            if self.checkpoint is not None:
                 self.save()
         return self.average
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        write_checkpoint(self.checkpoint, self)
+        """Write the checkpoint, unless the last step has gone wrong."""
+        if self._last is None or self._last.isfinite():
+            write_checkpoint(self.checkpoint, self)
 
     def _one_step(self) -> None:
         source, target, area = self._draw()
@@ -126,15 +128,18 @@ class Training:
         loss = pixel_loss(output.float(), target, counted)
         if self.features is not None and self.settings.weights.features:
             loss = loss + self.settings.weights.features * feature_loss(self.features, output.float(), target)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.student.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
-        self._scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self._scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self._rate()
-        self._scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self._rate()
+            self._scaler.step(optimizer)
         self._scaler.update()
         self._follow()
+        self._last = loss.detach()
         self.step += 1
         if self.step % 10 == 1:  # reading it waits for the device
             self._note(loss.item())
@@ -159,7 +164,6 @@ class Training:
 
     def _note(self, loss: float) -> None:
         if not math.isfinite(loss):
-            self.loss = loss
             raise TrainingError(
                 f"step {self.step}: the loss is {loss}. Lower the learning rate; what was saved before is kept."
             )

@@ -1,0 +1,134 @@
+"""Losses and the training loop of students."""
+
+import dataclasses
+
+import pytest
+import torch
+from pix2pix_zero.distillation.losses import LossWeights, feature_loss, pixel_loss, pixel_weights
+from pix2pix_zero.distillation.optimizer import orthogonalize
+from pix2pix_zero.distillation.pairs import Pairs
+from pix2pix_zero.distillation.training import Settings, Training, TrainingError
+from torch import nn
+
+
+def pairs(count: int = 40, size: int = 16) -> Pairs:
+    """Pictures whose red becomes their blue."""
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    edited = sources.clone()
+    edited[:, 0] = sources[:, 2]
+    areas = torch.full((count, 1, size, size), 255, dtype=torch.uint8)
+    return Pairs([str(index) for index in range(count)], sources, edited, areas)
+
+
+def student() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 3, 1))
+
+
+SETTINGS = Settings(steps=150, batch=8, learning_rate=1e-2, seed=3)
+
+
+def test_a_student_learns_what_the_pairs_show():
+    run = Training(student(), pairs(), SETTINGS)
+    before = run.held_out_error()
+    run.run()
+    assert run.held_out_error() < 0.25 * before
+
+
+def test_held_out_pairs_are_never_drawn():
+    run = Training(student(), pairs(), SETTINGS)
+    held = {tuple(picture.flatten().tolist()) for picture in run.held_out.sources}
+    for _ in range(50):
+        source = (run._draw()[0] * 255).round().to(torch.uint8)
+        for picture in (source, source.flip(-1)):
+            assert held.isdisjoint(tuple(one.flatten().tolist()) for one in picture)
+
+
+def test_a_run_that_was_cut_off_and_resumed_ends_where_a_whole_one_does(tmp_path):
+    whole = Training(student(), pairs(), SETTINGS).run().state_dict()
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(report):
+        if report.step == 61:
+            raise Cancelled
+
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(Cancelled):
+        Training(student(), pairs(), SETTINGS, checkpoint=file).run(cancel)
+    resumed = Training(student(), pairs(), SETTINGS, checkpoint=file)
+    assert resumed.step == 61
+    found = resumed.run().state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    file = tmp_path / "run.safetensors"
+    Training(student(), pairs(), dataclasses.replace(SETTINGS, steps=2), checkpoint=file).run()
+    with pytest.raises(ValueError, match="another size"):
+        Training(nn.Conv2d(3, 3, 1), pairs(), SETTINGS, checkpoint=file)
+
+
+def test_a_run_by_the_clock_ends_in_time_and_goes_on_with_what_is_left(tmp_path):
+    file = tmp_path / "run.safetensors"
+    settings = dataclasses.replace(SETTINGS, minutes=0.02)
+    run = Training(student(), pairs(), settings, checkpoint=file)
+    run.run()
+    assert 1.2 <= run.seconds < 2.5
+    again = Training(student(), pairs(), settings, checkpoint=file)
+    again.run()
+    assert again.step == run.step
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(tmp_path):
+    file = tmp_path / "run.safetensors"
+    run = Training(student(), pairs(), SETTINGS, checkpoint=file)
+
+    def break_it(report):
+        if report.step == 20:
+            with torch.no_grad():
+                run.student[0].weight.fill_(float("nan"))
+
+    def save_and_break(report):
+        run.save()
+        break_it(report)
+
+    with pytest.raises(TrainingError, match="step 21: the loss is nan"):
+        run.run(save_and_break)
+    assert Training(student(), pairs(), SETTINGS, checkpoint=file).step == 20
+
+
+def test_pixels_that_must_change_count_more():
+    source, target, area = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
+    area[..., :2] = 1
+    target[..., 0] = 0.5
+    counted = pixel_weights(source, target, area, LossWeights(inside=4, change=16))
+    assert counted.mean().item() == pytest.approx(1)
+    background = counted[0, 0, 0, 3]
+    assert (counted[0, 0, 0, 1] / background).item() == pytest.approx(5)
+    assert (counted[0, 0, 0, 0] / background).item() == pytest.approx(13)
+
+
+def test_the_pixel_loss_of_an_even_error_is_three_times_that_error():
+    target = torch.rand(2, 3, 32, 32)
+    assert pixel_loss(target + 0.1, target, torch.ones(2, 1, 32, 32)).item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_the_feature_loss_is_relative_and_averaged_over_the_maps():
+    def features(pictures):
+        return [pictures, 10 * pictures]
+
+    target = torch.full((1, 3, 4, 4), 0.5)
+    assert feature_loss(features, 1.2 * target, target).item() == pytest.approx(0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 40), (2, 40, 6)])
+def test_orthogonalized_matrices_have_the_singular_vectors_of_their_own(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    rotated = u.mT @ orthogonalize(matrices) @ v.mT
+    values = rotated.diagonal(dim1=1, dim2=2)
+    assert (rotated - torch.diag_embed(values)).abs().max() < 1e-6
+    assert values.min() > 0.6 and values.max() < 1.25
