@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--workers", type=int, help="processes that draw pairs (default: 4 on cuda, else the cores)")
     add("--pair-batch", type=int, help="pictures that are edited at once (default: 64 on cuda, else 8)")
-    add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 16)")
+    add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 8)")
     add("--learning-rate", type=float, default=Recipe.learning_rate, help="default: %(default)s")
     add("--features", type=float, default=Recipe.features, help="weight of the feature loss (default: %(default)s)")
     add("--half", action="store_true", help="train in fp16, mixed precision")
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     work, device = given.pop("work"), given.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device == "cuda"
     sizes = {"workers": 4 if on_cuda else os.cpu_count() or 1, "pair_batch": 64 if on_cuda else 8}
-    sizes["batch"] = 64 if on_cuda else 16
+    sizes["batch"] = 64 if on_cuda else 8
     given.update({name: value for name, value in sizes.items() if given[name] is None})
     if on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
