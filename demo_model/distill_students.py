@@ -109,8 +109,8 @@ def _draw(recipe: Recipe, wanted: list[tuple[Path, range, float | None]], device
 def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.Module, list[tuple[int, float]]]:
     from ..distillation.losses import LossWeights
     from ..distillation.training import Report, Settings, Training
-    from ..host.students import make_student
-    from ..host.teacher_features import EncoderFeatures
+    from ..host.networks.students import make_student
+    from ..host.networks.teacher_features import EncoderFeatures
     from .loader import load_demo_model
 
     settings = Settings(
@@ -150,7 +150,7 @@ def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.M
 
 def _save(student: torch.nn.Module, recipe: Recipe, folder: Path, pairs: int, figures: dict) -> Path:
     from ..benchmarks.quality_parts.scenes import EDITS
-    from ..host.students import save_student
+    from ..host.networks.students import save_student
 
     concept = EDITS[recipe.edit].concept
     facts = {
@@ -171,7 +171,7 @@ def _measure(recipe: Recipe, folder: Path, tests, student: torch.nn.Module, pair
     from ..benchmarks.distill_parts.figures import Compared, agreement, apply, contact_sheet, milliseconds
     from ..benchmarks.judge import load_judge
     from ..benchmarks.quality_parts.scenes import EDITS, draw_scenes
-    from ..host.students import load_student
+    from ..host.networks.students import load_student
 
     edit = EDITS[recipe.edit]
     loaded = load_student(_save(student, recipe, folder, pairs, {}))

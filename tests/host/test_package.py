@@ -22,6 +22,7 @@ SHIPPED = {
     "attention_patches",
     "demo_model",
     "directions_data",
+    "distillation",
     "editing",
     "example_workflows",
     "host",
