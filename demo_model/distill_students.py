@@ -107,8 +107,8 @@ def _draw(recipe: Recipe, wanted: list[tuple[Path, range, float | None]], device
 
 
 def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.Module, list[tuple[int, float]]]:
+    from ..distillation.learning import Report, Settings, Training
     from ..distillation.losses import LossWeights
-    from ..distillation.training import Report, Settings, Training
     from ..host.networks.students import make_student
     from ..host.networks.teacher_features import EncoderFeatures
     from .loader import load_demo_model

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .training import Training
+    from .learning import Training
 
 
 def write_checkpoint(path: Path, run: Training) -> None:

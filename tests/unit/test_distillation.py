@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from pix2pix_zero.distillation.learning import Settings, Training, TrainingError
 from pix2pix_zero.distillation.losses import LossWeights, feature_loss, pixel_loss, pixel_weights
 from pix2pix_zero.distillation.optimizer import orthogonalize
 from pix2pix_zero.distillation.pairs import Pairs
-from pix2pix_zero.distillation.training import Settings, Training, TrainingError
 from torch import nn
 
 
