@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "train",
         _train,
-        "train the demo model, or, with `distilled`, its students; other arguments go to the recipe",
+        "train the demo model, or, with `decoder` or `distilled`, those parts; other arguments go to the recipe",
         takes_more=True,
     )
     add("docs", _docs, "write the tables of help pages and the English texts; --pictures: also their pictures", True)
@@ -178,9 +178,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if not any(argument.partition("=")[0] == "--work" for argument in rest):
         rest = ["--work", str(ROOT / ".comfyui" / "training"), *rest]
     module = "train"
-    if "distilled" in rest:
-        rest.remove("distilled")
-        module = "distill_students"
+    for word, name in {"distilled": "distill_students", "decoder": "train_decoder"}.items():
+        if word in rest:
+            rest.remove(word)
+            module = name
     return _run_module(environment, f"pix2pix_zero.demo_model.{module}", rest)
 
 
