@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..host.networks import captioner_files
 from ..host.networks.captioner import load_captioner
+from ..host.networks.model_kinds import BLIP, DEMO, fingerprint, model_names, register_folders
 from .types import CATEGORY, Captioner
 
-captioner_files.register_blip_folder()
+register_folders()
 
 
 class Pix2PixZeroLoadCaptioner(io.ComfyNode):
@@ -21,8 +21,8 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=captioner_files.captioner_names(),
-                    default=captioner_files.DEMO,
+                    options=model_names(BLIP),
+                    default=DEMO,
                     tooltip="'demo' knows only the embedded demo scenes. For photographs use a BLIP folder in "
                     "models/blip; the large model describes more, the base model is faster. A name with a slash is "
                     "one that can be downloaded.",
@@ -38,8 +38,8 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, allow_download: bool) -> str:
-        return captioner_files.fingerprint(model_name)
+    def fingerprint_inputs(cls, model_name: str | None, allow_download: bool | None) -> str:
+        return fingerprint(BLIP, model_name)
 
     @classmethod
     def execute(cls, model_name: str, allow_download: bool) -> io.NodeOutput:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ...editing import metrics
+from ...pictures.images import check_image, rgb
 from .metric_models import ClipJudge, DinoJudge, LpipsJudge
 
 Figures = TypeVar("Figures")
@@ -90,12 +91,8 @@ def pair_pictures(
 def _pictures(batches: Sequence[torch.Tensor], socket: str) -> list[torch.Tensor]:
     pictures = []
     for batch in batches:
-        if batch.ndim != 4 or not len(batch) or not 1 <= batch.shape[-1] <= 4:
-            raise ValueError(f"{socket}: expected [batch, height, width, 1 to 4 channels], got {list(batch.shape)}.")
-        if not torch.isfinite(batch).all():
-            raise ValueError(f"{socket}: it holds NaN or infinite values. Check the node that made it.")
-        colour = batch[..., :3] if batch.shape[-1] >= 3 else batch[..., :1].expand(*batch.shape[:3], 3)
-        pictures += colour.float().clamp(0, 1).cpu().split(1)
+        check_image(batch, socket)
+        pictures += rgb(batch).cpu().split(1)
     return pictures
 
 

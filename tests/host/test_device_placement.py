@@ -22,7 +22,7 @@ from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.map_store import KeptMaps, decode
-from pix2pix_zero.host.networks import metric_files
+from pix2pix_zero.host.networks import model_kinds
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.run import INVERSION_METHODS
 from pix2pix_zero.nodes import sampler
@@ -366,7 +366,7 @@ def test_metrics(same_on_both, tmp_path, monkeypatch):
     make_dino_folder(tmp_path / "dino")
     make_lpips_file(tmp_path / "lpips.safetensors")
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, metric_files.FOLDER_NAME, ([str(tmp_path)], {".safetensors"})
+        folder_paths.folder_names_and_paths, model_kinds.METRICS_FOLDER, ([str(tmp_path)], {".safetensors"})
     )
     source, edited = (F.interpolate(torch.rand(1, 3, 5, 5), (40, 48)).movedim(1, -1) for _ in range(2))
     mask = torch.zeros(1, 40, 48)

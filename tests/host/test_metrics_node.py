@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from judge_figures import box_mask, clip_similarity, dino_keys, lpips_distance, pictures
 from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.editing import metrics
-from pix2pix_zero.host.networks import metric_files, metric_models
+from pix2pix_zero.host.networks import metric_models, model_kinds
 from pix2pix_zero.host.networks.edit_figures import EditFigures
 from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
 from safetensors.torch import load_file, save_file
@@ -48,7 +48,7 @@ def models(made, tmp_path, monkeypatch):
             copy = base / path.relative_to(made)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    for name, place in ((metric_files.FOLDER_NAME, base), ("clip_vision", tmp_path / "clip_vision")):
+    for name, place in ((model_kinds.METRICS_FOLDER, base), ("clip_vision", tmp_path / "clip_vision")):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(place)], {".safetensors"}))
     return base
 
@@ -232,10 +232,12 @@ def test_lpips_refuses_pictures_that_its_network_cannot_take(measure, models):
 
 
 def test_offers_the_folders_that_fit_and_the_well_known_models(models):
+    (models / "empty").mkdir()
     (models / "unknown").mkdir()
+    (models / "unknown" / "pytorch_model.bin").touch()
     make_clip_folder(models.parent / "clip_vision" / "borrowed")
     inputs = {item.id: item for item in Pix2PixZeroEditMetrics.define_schema().inputs}
-    known = metric_files.CLIP.well_known, metric_files.DINO.well_known
+    known = model_kinds.CLIP.well_known, model_kinds.DINO.well_known
     assert inputs["clip_model"].options == ["none", "borrowed", "clip", "unknown", *known[0]]
     assert inputs["dino_model"].options == ["none", "dino", "unknown", *known[1]]
     assert inputs["lpips_model"].options == ["none", "lpips.safetensors"]
@@ -317,6 +319,28 @@ def test_a_changed_file_changes_the_fingerprint(models):
     assert Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen) != before
 
 
+def test_linked_names_have_one_fingerprint():
+    chosen = {"clip_model": [None], "dino_model": [None], "lpips_model": [None]}
+    prints = [Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen) for _ in range(2)]
+    assert prints[0] == prints[1] and "nan" not in prints[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("clip", "config.json"),
+        ("clip", "tokenizer.json"),
+        ("clip", "preprocessor_config.json"),
+        ("dino", "config.json"),
+    ],
+)
+def test_a_damaged_file_is_named(models, measure, folder, file):
+    (models / folder / file).write_text("[]")
+    with pytest.raises(ValueError, match=f"^{folder}_model: ") as error:
+        measure(source=pictures(1), edited=pictures(1), target_text="a cat", **{f"{folder}_model": folder})
+    assert file in str(error.value)
+
+
 @pytest.fixture
 def hub(monkeypatch, made):
     """A stand-in for the Hugging Face hub that serves the tiny DINO folder and writes down what is asked of it."""
@@ -358,7 +382,7 @@ def test_downloads_only_when_ticked_and_only_once(models, hub, measure, caplog):
 @pytest.mark.parametrize(
     "module",
     [
-        "host.networks.metric_files",
+        "host.networks.model_kinds",
         "host.networks.metric_models",
         "host.networks.edit_figures",
         "host.networks.edit_report",
