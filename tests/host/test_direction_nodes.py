@@ -1,5 +1,6 @@
 """The direction nodes as the executor runs them, and directions in files."""
 
+import os
 from dataclasses import replace
 
 import folder_paths
@@ -80,7 +81,7 @@ def test_the_public_contract():
 
 def test_the_seed_widget_is_named_as_in_core():
     seed = Pix2PixZeroSentences.INPUT_TYPES()["required"]["seed"][1]
-    assert seed["control_after_generate"] is True
+    assert seed["control_after_generate"] == "fixed"  # a drawn seed would run everything that follows at every queue
 
 
 def test_sentences_are_one_per_line(run_node):
@@ -327,10 +328,99 @@ def test_a_save_that_fails_leaves_nothing_behind(plain_direction, folder, run_no
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(direction_files, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(direction_files.os, "replace", full_disk)
+    with pytest.raises(ValueError, match="^filename_prefix: .*No space"):
+        save(plain_direction, "animals/dogs/cat2dog", run_node)
+    assert not folder.exists()
+
+
+def test_the_file_system_speaks_in_the_users_words(plain_direction, folder, run_node):
+    folder.mkdir()
+    (folder / "taken").write_text("a file")
+    for prefix, reason in (("a" * 300, "name too long"), (f"new/{'a' * 300}", "name too long"), ("taken/x", "")):
+        with pytest.raises(ValueError, match=f"(?i)^filename_prefix: .*cannot be saved in .*{reason}") as error:
+            save(plain_direction, prefix, run_node)
+        assert str(folder) in str(error.value)
+    assert [path.name for path in folder.iterdir()] == ["taken"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named(plain_direction, folder, run_node):
+    folder.mkdir(mode=0o500)
+    with pytest.raises(ValueError, match="^filename_prefix: .*Permission denied"):
         save(plain_direction, "cat2dog", run_node)
-    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("prefix", ["aux/x", "con", "a/NUL.txt", "COM1", "a./x"])
+def test_names_that_windows_cannot_make_are_refused_everywhere(prefix, plain_direction, folder, run_node):
+    with pytest.raises(ValueError, match="^filename_prefix: Windows"):
+        save(plain_direction, prefix, run_node)
+
+
+def test_a_file_has_the_folders_usual_rights(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    (folder / "other").touch()
+    assert (folder / "cat2dog_00001_.safetensors").stat().st_mode == (folder / "other").stat().st_mode
+
+
+def test_what_a_killed_save_left_is_cleared_by_a_later_one(plain_direction, folder, run_node):
+    folder.mkdir()
+    old, new = folder / ".pix2pix_zero_old", folder / ".pix2pix_zero_new"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    save(plain_direction, "cat2dog", run_node)
+    assert new.exists() and not old.exists()
+
+
+@pytest.mark.parametrize("header", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(header, plain_direction, folder, run_node):
+    """The first bytes of a safetensors file are the length of its header, and these are those of pickles' protocols."""
+    for length in range(2000):
+        named = replace(plain_direction, source="x" * length)
+        if int.from_bytes(direction_files._as_bytes(named)[:8], "little") == header:
+            break
+    save(named, "cat2dog", run_node)
+    content = (folder / "cat2dog_00001_.safetensors").read_bytes()
+    assert content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    (again,) = run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="cat2dog_00001_.safetensors")
+    assert again.source == named.source and torch.equal(again.tensors["cond"], named.tensors["cond"])
+
+
+def test_every_flipped_bit_of_the_tensors_is_noticed(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    path = folder / "cat2dog_00001_.safetensors"
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for place in range(begin, len(content), 97):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="^direction_name: .*damaged"):
+            run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name=path.name)
+
+
+def test_a_file_of_a_release_without_checksums_is_read(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    _rewrite(folder / "cat2dog_00001_.safetensors", lambda t, m: None)
+    run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="cat2dog_00001_.safetensors")
+
+
+def test_a_name_of_a_workflow_from_windows_is_valid(plain_direction, folder, run_node):
+    save(plain_direction, "animals/cat2dog", run_node)
+    node = file_nodes.Pix2PixZeroLoadDirection
+    for name in ("animals\\cat2dog_00001_.safetensors", "animals/cat2dog_00001_.safetensors", None):
+        assert node.validate_inputs(direction_name=name) is True
+    assert "there is no" in node.validate_inputs(direction_name="dog_00001_.safetensors")
+    assert "leaves" in node.validate_inputs(direction_name="../x.safetensors")
+
+
+@pytest.mark.parametrize("name", [None, 3, "missing.safetensors", "../x"])
+def test_a_name_without_a_file_has_one_fingerprint_and_is_refused_in_words(name, folder, run_node):
+    node = file_nodes.Pix2PixZeroLoadDirection
+    assert node.fingerprint_inputs(name) == node.fingerprint_inputs(name)
+    with pytest.raises(ValueError, match="^direction_name: "):
+        run_node(node, direction_name=name)
 
 
 BAD_NAMES = ["", "  ", "../evil", "a/../../evil", "/tmp/evil", "..", "..\\evil", "C:\\evil", "what?", "a\x00b"]
@@ -351,6 +441,7 @@ def _rewrite(path, change):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
+    metadata.pop("sha256")
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
@@ -375,6 +466,14 @@ DAMAGE = {
         path, lambda t, m: t.update(added_words=torch.full((1, 2, 8), torch.inf))
     ),
     "no count": lambda path: _rewrite(path, lambda t, m: m.pop("count")),
+    "a count in other digits": lambda path: _rewrite(path, lambda t, m: m.update(count="²")),
+    "a count of 5000 digits": lambda path: _rewrite(path, lambda t, m: m.update(count="9" * 5000)),
+    "a scalar": lambda path: _rewrite(path, lambda t, m: t.update({"direction.x": torch.tensor(1.0)})),
+    "numbers of 8 bits": lambda path: _rewrite(
+        path, lambda t, m: t.update({"direction.cond": torch.zeros(1, 77, 8).to(torch.float8_e4m3fn)})
+    ),
+    "nothing": lambda path: _rewrite(path, lambda t, m: t.update({"direction.cond": torch.zeros(1, 0, 8)})),
+    "a first token not a number": lambda path: _rewrite(path, lambda t, m: t["first_token"].fill_(torch.nan)),
     "missing": lambda path: path.unlink(),
 }
 
