@@ -8,6 +8,7 @@ from ..host.networks import model_kinds as kinds
 from ..host.networks.edit_figures import EditFigures, Judges, mean_figures, measure_edits, pair_pictures
 from ..host.networks.edit_report import write_report
 from ..host.networks.metric_models import load_clip, load_dino, load_lpips
+from .lists import first
 from .types import CATEGORY
 
 kinds.register_folders()
@@ -117,7 +118,9 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
         allow_download=(False,),
     ) -> io.NodeOutput:
         pictures = pair_pictures(source, edited, mask, source_text, target_text)
-        (download, *_), (clip, *_), (dino, *_), (lpips, *_) = allow_download, clip_model, dino_model, lpips_model
+        download = first(allow_download, "allow_download")
+        clip, dino = first(clip_model, "clip_model"), first(dino_model, "dino_model")
+        lpips = first(lpips_model, "lpips_model")
         judges = Judges(
             load_clip(clip, download) if clip != kinds.NONE else None,
             load_dino(dino, download) if dino != kinds.NONE else None,

@@ -9,6 +9,7 @@ import comfy.utils
 import numpy as np
 import torch
 
+from ...editing.texts import check_text
 from ...pictures.images import check_image, rgb_bytes
 from .model_files import read_weights
 from .model_kinds import BLIP, DEMO, complete_folder
@@ -23,6 +24,7 @@ DEMO_PREFIX = "captioner."
 
 IMAGES_AT_ONCE = 8
 BEAMS = 3
+LONGEST_PREFIX = 2000
 
 
 class Captioner(HeldNetwork):
@@ -57,7 +59,7 @@ class Captioner(HeldNetwork):
         """
         check_image(image, "image")
         pixels = rgb_bytes(image)
-        prefix = " ".join(prefix.split())
+        prefix = " ".join(check_text(prefix, "prefix", LONGEST_PREFIX).split())
         prompt = self.tokenizer(prefix, return_tensors="pt") if prefix else None
         # The tokenizer adds a start and an end token; transformers drops the end before it continues the prompt.
         prompt_length = prompt.input_ids.shape[1] - 1 if prefix else 1

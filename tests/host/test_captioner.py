@@ -118,6 +118,12 @@ def test_refuses_what_is_no_picture(tiny, image, run_node):
         run_node(Pix2PixZeroCaption, captioner=tiny, image=image)
 
 
+@pytest.mark.parametrize("prefix", ["a " * 5000, "a \ud83d", None])
+def test_refuses_a_prefix_that_is_no_text_of_use(tiny, prefix, run_node):
+    with pytest.raises(ValueError, match="^prefix: "):
+        run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1), prefix=prefix)
+
+
 def test_refuses_a_prefix_that_leaves_no_room(tiny, run_node):
     with pytest.raises(ValueError, match="^prefix: .*Shorten"):
         run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1), prefix="cat " * 30)

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
@@ -269,6 +270,81 @@ def test_an_encoder_without_a_fixed_length_cannot_align_words(clip, run_node, mo
 def test_bad_concepts_are_refused_before_the_encoder_runs(source, target, socket, run_node):
     with pytest.raises(ValueError, match=f"^{socket}: "):
         run_node(nodes.Pix2PixZeroEditDirection, clip=None, source=source, target=target)
+
+
+@pytest.mark.parametrize("concept", ["cat " * 250_000, "\ud83d cat", None, 3])
+def test_a_concept_is_a_text_of_bounded_length(concept, run_node):
+    words = "at most|half a character|is not a text"
+    with pytest.raises(ValueError, match=f"^source: .*({words})"):
+        run_node(nodes.Pix2PixZeroEditDirection, clip=None, source=concept, target="dog")
+    with pytest.raises(ValueError, match=f"^concept: .*({words})"):
+        run_node(Pix2PixZeroSentences, concept=concept, count=3, seed=0)
+
+
+def test_sentences_have_a_bounded_length_and_number(clip, run_node):
+    node = nodes.Pix2PixZeroEditDirectionFromSentences
+    for lines, words in (
+        ("cat " * 10_000, "sentence 1: it has .* letters"),
+        ("a cat\n\udc00", "half a character"),
+        ("a\n" * 30_000, "30000 sentences"),
+    ):
+        with pytest.raises(ValueError, match=f"^source_sentences: .*{words}"):
+            run_node(node, clip=clip, source_sentences=lines, target_sentences="a dog")
+    with pytest.raises(ValueError, match="^source_sentences: it has 3000 words, at most 2000"):
+        run_node(node, clip=clip, source_sentences="a " * 3000, target_sentences="a dog", alignment="words")
+
+
+@pytest.mark.parametrize("alignment", ["positions", "words"])
+def test_a_file_without_a_text_encoder_is_named(alignment, run_node):
+    words = "^clip: there is none.*checkpoint loader"
+    with pytest.raises(ValueError, match=words):
+        run_node(nodes.Pix2PixZeroEditDirection, clip=None, source="cat", target="dog", alignment=alignment)
+    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
+    with pytest.raises(ValueError, match=words):
+        run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=None, alignment=alignment, **lines)
+
+
+@pytest.mark.parametrize("alignment", ["positions", "words"])
+def test_cancelling_ends_it_before_the_encoder_runs(clip, alignment, run_node, monkeypatch):
+    lines = {"source_sentences": "a cat\n" * 5000, "target_sentences": "a dog\n" * 5000}
+    counted, tokenize = [], clip.tokenize
+
+    def press_cancel(text, **options):
+        counted.append(text)
+        if len(counted) == 10:
+            comfy.model_management.interrupt_current_processing(True)
+        return tokenize(text, **options)
+
+    monkeypatch.setattr(clip, "tokenize", press_cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=clip, alignment=alignment, **lines)
+    assert len(counted) <= 12
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "words"),
+    [
+        ([], "it is empty"),
+        ([[None, {}]], "no text .* but NoneType"),
+        ([[torch.zeros(77, 32), {}]], r"no text .* but shape \[77, 32\]"),
+        ([[torch.zeros(1, 0, 32), {}]], r"no text .* but shape \[1, 0, 32\]"),
+        ([[torch.full((1, 77, 8), torch.nan), {}]], "NaN or infinite"),
+    ],
+)
+def test_a_conditioning_without_text_is_refused_in_words(conditioning, words, plain_direction, run_node):
+    with pytest.raises(ValueError, match=f"^conditioning: it (is|holds).*{words.removeprefix('it is ')}"):
+        run_node(nodes.Pix2PixZeroApplyDirection, conditioning=conditioning, direction=plain_direction)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(number, plain_direction, run_node):
+    both = {"direction_a": plain_direction, "direction_b": plain_direction}
+    for name in ("weight_a", "weight_b"):
+        with pytest.raises(ValueError, match=f"^{name}: .* is not a number"):
+            run_node(nodes.Pix2PixZeroCombineDirections, **both, **{name: number})
+    text = [[torch.zeros(1, 77, 8), {}]]
+    with pytest.raises(ValueError, match="^strength: .* is not a number"):
+        run_node(nodes.Pix2PixZeroApplyDirection, conditioning=text, direction=plain_direction, strength=number)
 
 
 @pytest.mark.parametrize(

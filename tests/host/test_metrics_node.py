@@ -219,11 +219,28 @@ def test_alpha_is_left_out_and_one_channel_is_grey(measure):
         ({"edited": torch.full((2, 40, 56, 3), torch.nan)}, "^edited: it holds NaN"),
         ({"source": torch.zeros(2, 40, 56, 5)}, "^source: expected"),
         ({"mask": torch.full((1, 4, 4), torch.inf)}, "^mask: expected .* finite"),
+        ({"mask": torch.zeros(1, 0, 4)}, "^mask: expected"),
+        ({"source": torch.zeros(1, 0, 4, 3)}, "^source: expected"),
+        ({"source": []}, "^source: the list is empty"),
+        ({"edited": []}, "^edited: the list is empty"),
+        ({"source": [], "edited": []}, "^source: the list is empty"),
+        ({"clip_model": []}, "^clip_model: the list is empty"),
+        ({"allow_download": []}, "^allow_download: the list is empty"),
+        ({"target_text": "a \ud83d"}, "^target_text: .*half a character"),
+        ({"source_text": [3]}, "^source_text: 3 is not a text"),
     ],
 )
 def test_errors_name_the_socket(measure, inputs, words):
     with pytest.raises(ValueError, match=words):
         measure(**{"source": pictures(2), "edited": pictures(2, seed=1), **inputs})
+
+
+def test_a_mask_of_truth_values_is_one_of_numbers(measure):
+    options = {"source": pictures(1), "edited": pictures(1, seed=1)}
+    assert measure(**options, mask=box_mask().bool()) == measure(**options, mask=box_mask())
+    small = torch.zeros(1, 8, 8, dtype=torch.bool)
+    small[:, 2:5, 2:5] = True
+    assert measure(**options, mask=small) == measure(**options, mask=small.float())
 
 
 def test_lpips_refuses_pictures_that_its_network_cannot_take(measure, models):
