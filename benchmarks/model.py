@@ -47,7 +47,7 @@ ASKED = ("subject", "fur", "glasses", "night", "winter", "style")
 
 
 def asked(scene: Scene) -> list[str]:
-    """The attributes that the canonical caption of ``scene`` names."""
+    """The attributes that the canonical caption of `scene` names."""
     colourless = scene.subject == "zebra" or scene.style == "pencil sketch"
     return [name for name in ASKED if not (name == "fur" and colourless)]
 

@@ -1,7 +1,5 @@
 """The demo model's autoencoder: 8x smaller, 4 channels, all convolutions at a quarter of the picture's side or below."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ class _ResidualBlock(nn.Module):
 
 
 class LightAutoencoder(nn.Module):
-    """Deterministic autoencoder with the two methods that ``comfy.sd.VAE`` calls.
+    """Deterministic autoencoder with the two methods that `comfy.sd.VAE` calls.
 
     Pictures are [B, 3, H, W] in -1..1 with sides divisible by 8; latents are [B, 4, H/8, W/8].
     """

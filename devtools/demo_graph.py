@@ -1,7 +1,5 @@
 """A graph on the demo model with the steps of an edit, for the pictures of the help pages."""
 
-from __future__ import annotations
-
 from .graphs import EDITS, Graph, Node
 
 

@@ -1,7 +1,5 @@
 """ComfyUI graphs in API form, built in Python."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 
@@ -11,7 +9,7 @@ EXAMPLE = ROOT / "tests" / "workflows" / "cat_to_dog_demo.json"
 
 
 class Node:
-    """A node of a :class:`Graph`; ``node[i]`` is a link to its output ``i``."""
+    """A node of a `Graph`; `node[i]` is a link to its output `i`."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -21,7 +19,7 @@ class Node:
 
 
 class Graph:
-    """Collects nodes, on top of a graph in API form; :meth:`api` is what the server's ``/prompt`` takes."""
+    """Collects nodes, on top of a graph in API form; :meth:`api` is what the server's `/prompt` takes."""
 
     def __init__(self, api: dict | None = None) -> None:
         self._nodes: dict[str, dict] = dict(api or {})
@@ -129,8 +127,7 @@ def example_graph() -> Graph:
 def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     """The first example with another edit and scene, and the pictures to compare its result with.
 
-    Returns:
-        The graph; for each key of :data:`PICTURES` the node that shows it; the node that shows the caption.
+    Returns the graph; for each key of `PICTURES` the node that shows it; the node that shows the caption.
     """
     graph = example_graph()
     scene, direction, sampler, decoder = (

@@ -47,15 +47,11 @@ class Captioner(HeldNetwork):
     def caption(self, image: torch.Tensor, prefix: str = "", max_new_tokens: int = 40) -> list[str]:
         """Describe every image of a batch by beam search, as the pix2pix-zero authors do.
 
-        Args:
-            image: [B, H, W, C] in 0..1; one channel counts as grey, and alpha is left out because VAE Encode, which
-                sees the same picture, leaves it out too.
-            prefix: the words each caption starts with; they condition the rest and are returned once.
-            max_new_tokens: the longest continuation, in word pieces.
+        `image`: [B, H, W, C] in 0..1; one channel counts as grey, and alpha is left out because VAE Encode, which sees the
+        same picture, leaves it out too. `prefix`: the words each caption starts with; they condition the rest and are
+        returned once. `max_new_tokens`: the longest continuation, in word pieces.
 
-        Raises:
-            ValueError: the image is not a picture, or the prefix leaves no room for a caption.
-            comfy.model_management.InterruptProcessingException: the user pressed cancel.
+        Raises ValueError when the image is not a picture or the prefix leaves no room for a caption. Can be cancelled.
         """
         check_image(image, "image")
         pixels = rgb_bytes(image)

@@ -30,7 +30,7 @@ def inversion():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """``counted(output)``: the weight by which the cache chooses what to drop, for a node with this output."""
+    """`counted(output)`: the weight by which the cache chooses what to drop, for a node with this output."""
 
     def of(output) -> float:
         weights = []

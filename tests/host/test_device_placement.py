@@ -118,7 +118,7 @@ def workplaces():
 
 @pytest.fixture
 def same_on_both(workplaces):
-    """``same_on_both(run)``: what ``run(workplace)`` gives on the other device, checked to be the same on the CPU.
+    """`same_on_both(run)`: what `run(workplace)` gives on the other device, checked to be the same on the CPU.
 
     `between`: where that has its tensors between nodes.
     """
@@ -476,7 +476,7 @@ def test_where_everything_stays_on_the_device_between_nodes(same_on_both):
 
 
 def waits_per_step(run):
-    """``run(steps)``, counted."""
+    """`run(steps)`, counted."""
     counts = []
     with host_on(OTHER) as other, torch.inference_mode():
         for steps in (2, 3):

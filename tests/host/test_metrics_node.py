@@ -55,7 +55,7 @@ def models(made, tmp_path, monkeypatch):
 
 @pytest.fixture
 def measure(run_node):
-    """``measure(**inputs)``: (report, {figure: value}) as the executor calls a node that takes lists."""
+    """`measure(**inputs)`: (report, {figure: value}) as the executor calls a node that takes lists."""
 
     def run(**inputs):
         lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
