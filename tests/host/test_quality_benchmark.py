@@ -130,23 +130,6 @@ def test_background_figures_see_only_the_background():
     assert found["psnr"].item() == pytest.approx(20, rel=1e-5)
 
 
-def test_similarity_is_the_papers():
-    """Wang et al. 2004, eq. 13, with another library's Gaussian."""
-    generator = np.random.default_rng(0)
-    a = generator.random((32, 40))
-    b = 0.7 * a + 0.3 * generator.random((32, 40))
-
-    def mean(picture):
-        return gaussian_filter(picture, 1.5, mode="mirror", radius=5)
-
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    expected = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
-
-    found = figures.similarity(*(torch.from_numpy(p)[None, :, :, None] for p in (a, b)))
-    assert np.abs(found[0, :, :, 0].numpy() - expected).max() <= 1e-9
-
-
 def test_structure_error_tells_another_pose_from_another_coat(judge):
     scenes = draw_scenes(EDITS["cat2dog"], 4, TEST_SEED)
     moved = scenes.sources.roll(12, dims=2)
