@@ -83,17 +83,6 @@ class Demo(Graph):
             )[0]
         )
 
-    def api(self, object_info: dict) -> dict:
-        """As the frontend sends it: optional widgets have their default too."""
-        api = super().api(object_info)
-        for node in api.values():
-            optional = object_info[node["class_type"]]["input"].get("optional", {})
-            defaults = {
-                name: spec[1]["default"] for name, spec in optional.items() if "default" in (spec[1:] or ({},))[0]
-            }
-            node["inputs"] = {**defaults, **node["inputs"]}
-        return api
-
     def mask_picture(self, mask: list) -> list:
         """A mask as a picture."""
         return self.add("MaskToImage", mask=mask)[0]

@@ -59,7 +59,7 @@ class Graph:
         self._nodes = {key: node for key, node in self._nodes.items() if key in needed}
 
     def api(self, object_info: dict) -> dict:
-        """The API form, with the nodes' own defaults wherever no value was given.
+        """The API form, as the frontend sends it: with the nodes' own defaults where none was given.
 
         Raises:
             KeyError: A node is not known to the server.
@@ -72,7 +72,8 @@ class Graph:
 
 def _defaults(schema: dict) -> dict[str, object]:
     defaults = {}
-    for name, (kind, *options) in schema["input"].get("required", {}).items():
+    inputs = schema["input"]
+    for name, (kind, *options) in (inputs.get("required", {}) | inputs.get("optional", {})).items():
         settings = options[0] if options else {}
         choices = kind if isinstance(kind, list) else settings.get("options") if kind == "COMBO" else None
         if "default" in settings:

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbenc
 from pix2pix_zero.demo_model.scene import FURS
 from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
-from scipy.ndimage import gaussian_filter
 
 UNEDITED = set(tuning.UNEDITED)
 METHODS = {method.name for method in methods.METHODS}
