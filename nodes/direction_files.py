@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..editing.directions import EditDirection
 from ..host.text.direction_files import (
     direction_names,
     direction_path,
@@ -10,6 +11,7 @@ from ..host.text.direction_files import (
     register_directions_folder,
     save_direction,
 )
+from .sockets import require
 from .types import CATEGORY, Direction
 
 register_directions_folder()
@@ -38,6 +40,7 @@ class Pix2PixZeroSaveDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, direction, filename_prefix: str) -> io.NodeOutput:
+        require(direction, EditDirection, "direction", "Edit Direction")
         path = save_direction(direction, filename_prefix)
         return io.NodeOutput(ui={"text": [path.name]})
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..editing.texts import check_text
 from ..pictures.strips import picture_strip, read_numbers
-from .lists import first
+from .sockets import first
 from .types import CATEGORY
 
 LONGEST_NAME = 1000

@@ -124,6 +124,11 @@ def test_refuses_a_prefix_that_is_no_text_of_use(tiny, prefix, run_node):
         run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1), prefix=prefix)
 
 
+def test_refuses_what_is_no_captioner(run_node):
+    with pytest.raises(ValueError, match="^captioner: .*Connect Load Captioner"):
+        run_node(Pix2PixZeroCaption, captioner=object(), image=pictures(1))
+
+
 def test_refuses_a_prefix_that_leaves_no_room(tiny, run_node):
     with pytest.raises(ValueError, match="^prefix: .*Shorten"):
         run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1), prefix="cat " * 30)

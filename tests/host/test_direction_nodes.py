@@ -591,3 +591,14 @@ def test_the_folder_is_registered_for_safetensors_beside_folders_of_the_users(mo
     assert paths[0] == "/mine" and len(paths) == 2
     assert paths[1].replace("\\", "/").endswith("models/pix2pix_zero/directions")
     assert extensions == {".safetensors"}
+
+
+@pytest.mark.parametrize("foreign", [None, {}, torch.zeros(1), "a direction"])
+def test_what_is_no_direction_is_refused_in_words(foreign, plain_direction, folder, run_node):
+    words = "and nothing that Edit Direction made"
+    with pytest.raises(ValueError, match=f"^direction: .*{words}"):
+        run_node(nodes.Pix2PixZeroApplyDirection, conditioning=[[torch.zeros(1, 77, 8), {}]], direction=foreign)
+    with pytest.raises(ValueError, match=f"^direction: .*{words}"):
+        save(foreign, "x", run_node)
+    with pytest.raises(ValueError, match=f"^direction_b: .*{words}"):
+        run_node(nodes.Pix2PixZeroCombineDirections, direction_a=plain_direction, direction_b=foreign)
