@@ -81,18 +81,6 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(uniform(0, 1) < 0.25, pictures, changed)
 
 
-def caption_words() -> list[str]:
-    """Every word that the canonical captions and the openings can hold, sorted."""
-    words = set(" ".join(OPENINGS).split())
-    for subject in SUBJECTS:
-        for fur in FURS:
-            for style in STYLES:
-                for flag in (False, True):
-                    scene = Scene(subject=subject, fur=fur, style=style, glasses=flag, night=flag, winter=flag)
-                    words.update(caption(scene).split())
-    return sorted(words)
-
-
 def teaching_text(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """The canonical caption, split into an opening that is given and the rest that is to be said."""
     text = caption(scene)

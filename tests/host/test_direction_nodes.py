@@ -7,6 +7,8 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from pix2pix_zero.devtools.graphs import Graph
+from pix2pix_zero.devtools.server import GraphError
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.sentences import paired_sentences
 from pix2pix_zero.host.text import direction_files, text_encoding
@@ -420,11 +422,23 @@ def test_the_file_system_speaks_in_the_users_words(plain_direction, folder, run_
     assert [path.name for path in folder.iterdir()] == ["taken"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_named(plain_direction, folder, run_node):
-    folder.mkdir(mode=0o500)
-    with pytest.raises(ValueError, match="^filename_prefix: .*Permission denied"):
-        save(plain_direction, "cat2dog", run_node)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (UnicodeEncodeError("ascii", "고양이", 0, 3, "ordinal not in range(128)"), "'ascii' codec"),
+    ],
+)
+def test_what_the_file_system_refuses_is_named(error, reason, plain_direction, folder, run_node, monkeypatch):
+    """A folder that is only to be read, and a system whose names have no such letters."""
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(direction_files.os, "replace", refuse)
+    with pytest.raises(ValueError, match=f"^filename_prefix: .*{reason}") as told:
+        save(plain_direction, "new/cat2dog", run_node)
+    assert str(folder / "new") in str(told.value) and not folder.exists()
 
 
 @pytest.mark.parametrize("prefix", ["aux/x", "con", "a/NUL.txt", "COM1", "a./x"])
@@ -602,3 +616,23 @@ def test_what_is_no_direction_is_refused_in_words(foreign, plain_direction, fold
         save(foreign, "x", run_node)
     with pytest.raises(ValueError, match=f"^direction_b: .*{words}"):
         run_node(nodes.Pix2PixZeroCombineDirections, direction_a=plain_direction, direction_b=foreign)
+
+
+def test_the_server_takes_the_name_of_a_workflow_from_windows(server):
+    graph = Graph()
+    clip = graph.add("Pix2PixZeroDemoModel")[1]
+    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
+    made = graph.add("Pix2PixZeroEditDirectionFromSentences", clip=clip, **lines)
+    graph.add("Pix2PixZeroSaveDirection", direction=made[0], filename_prefix="animals/cat2dog")
+    info = server.object_info()
+    server.run(graph.api(info))
+
+    def load(name):
+        graph = Graph()
+        loaded = graph.add("Pix2PixZeroLoadDirection", direction_name=name)
+        kept = graph.add("Pix2PixZeroSaveDirection", direction=loaded[0], filename_prefix="again")
+        return server.run(graph.api(info))[kept.key]["text"]
+
+    assert load("animals\\cat2dog_00001_.safetensors") == ["again_00001_.safetensors"]
+    with pytest.raises(GraphError, match="there is no"):
+        load("animals\\missing.safetensors")
