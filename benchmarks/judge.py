@@ -4,8 +4,6 @@ A small convolutional network trained on renders by `judge_training.py`. It is a
 pack's model: nothing in `nodes/` uses it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -48,14 +46,10 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Probabilities for every question.
+        """Probabilities for every question about `images` [B, H, W, 3] in 0..1, of any size.
 
-        Args:
-            images: [B, H, W, 3] in 0..1, any size.
-
-        Returns:
-            For every key of QUESTIONS a tensor [B, number of answers] whose rows sum to 1. `fur` means nothing for
-            zebras and pencil sketches, which have no fur colour.
+        For every key of QUESTIONS a tensor [B, number of answers] whose rows sum to 1. `fur` means nothing for zebras and
+        pencil sketches, which have no fur colour.
         """
         pictures = images.detach().float().cpu().clamp(0, 1).movedim(-1, 1)
         if pictures.shape[-2:] != (SIZE, SIZE):

@@ -6,8 +6,6 @@ soft labels, so that the judge is unsure where a person would be unsure instead 
 confidence.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from dataclasses import replace
@@ -89,8 +87,7 @@ def training_set(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Pictures and answers: half of the scenes as rendered, half autoencoded, and an eighth more half-formed.
 
-    Args:
-        renders: the renders of `scenes` if they are there already.
+    `renders`: those of `scenes`, if they are there already.
     """
     pictures = (render_scenes(scenes) if renders is None else renders).clone()
     half = len(scenes) // 2

@@ -23,6 +23,7 @@ from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model  # noqa: E40
 from pix2pix_zero.demo_model.scene import Scene, sample_scene  # noqa: E402
 from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
 from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
+from pix2pix_zero.editing.metrics import peak_signal_to_noise  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
 from pix2pix_zero.host.sampling.run import invert_latent, sample_edit  # noqa: E402
 
@@ -47,14 +48,14 @@ ASKED = ("subject", "fur", "glasses", "night", "winter", "style")
 
 
 def asked(scene: Scene) -> list[str]:
-    """The attributes that the canonical caption of ``scene`` names."""
+    """The attributes that the canonical caption of `scene` names."""
     colourless = scene.subject == "zebra" or scene.style == "pencil sketch"
     return [name for name in ASKED if not (name == "fur" and colourless)]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean over pictures [B, H, W, 3] in 0..1, in dB."""
-    return (-10 * (a - b).square().mean((1, 2, 3)).log10()).mean().item()
+    return peak_signal_to_noise((a - b).square().mean((1, 2, 3))).mean().item()
 
 
 def pictures(scenes: list[Scene]) -> torch.Tensor:

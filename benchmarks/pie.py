@@ -33,9 +33,8 @@ from pix2pix_zero.benchmarks.pie_parts.pie_data import (  # noqa: E402
 from pix2pix_zero.benchmarks.pie_parts.pie_figures import PieFigures, pie_figures, table  # noqa: E402
 from pix2pix_zero.benchmarks.pie_parts.pie_methods import METHODS, Edit, Editor  # noqa: E402
 from pix2pix_zero.demo_model.loader import load_demo_model  # noqa: E402
-from pix2pix_zero.host.networks import metric_files as files  # noqa: E402
+from pix2pix_zero.host.networks import model_kinds as kinds  # noqa: E402
 from pix2pix_zero.host.networks.captioner import load_captioner  # noqa: E402
-from pix2pix_zero.host.networks.captioner_files import register_blip_folder  # noqa: E402
 from pix2pix_zero.host.networks.edit_figures import Judges, mean_figures  # noqa: E402
 from pix2pix_zero.host.networks.metric_models import load_clip, load_dino, load_lpips  # noqa: E402
 
@@ -68,9 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--captioner", default="", help="a captioner in models/blip for pix2pix-zero; else the benchmark's own texts"
     )
-    parser.add_argument("--clip", default=files.NONE, help="a CLIP model in models/pix2pix_zero/metrics")
-    parser.add_argument("--dino", default=files.NONE, help="a DINO model there; dino-vitb8 for the published figures")
-    parser.add_argument("--lpips", default=files.NONE, help="an LPIPS .safetensors file there")
+    parser.add_argument("--clip", default=kinds.NONE, help="a CLIP model in models/pix2pix_zero/metrics")
+    parser.add_argument("--dino", default=kinds.NONE, help="a DINO model there; dino-vitb8 for the published figures")
+    parser.add_argument("--lpips", default=kinds.NONE, help="an LPIPS .safetensors file there")
     parser.add_argument(
         "--structure-range",
         type=float,
@@ -105,17 +104,17 @@ def load_editor(options: argparse.Namespace) -> Editor:
         model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
     captioner = None
     if options.captioner:
-        register_blip_folder()
+        kinds.register_folders()
         captioner = load_captioner(options.captioner, options.allow_download)
     return Editor(model, clip, vae, options.steps, options.cfg, options.guidance, captioner)
 
 
 def load_judges(options: argparse.Namespace) -> Judges:
-    files.register_metrics_folder()
+    kinds.register_folders()
     return Judges(
-        load_clip(options.clip, options.allow_download) if options.clip != files.NONE else None,
-        load_dino(options.dino, options.allow_download) if options.dino != files.NONE else None,
-        load_lpips(options.lpips) if options.lpips != files.NONE else None,
+        load_clip(options.clip, options.allow_download) if options.clip != kinds.NONE else None,
+        load_dino(options.dino, options.allow_download) if options.dino != kinds.NONE else None,
+        load_lpips(options.lpips) if options.lpips != kinds.NONE else None,
     )
 
 

@@ -1,9 +1,8 @@
 """The demo model's autoencoder: 8x smaller, 4 channels, all convolutions at a quarter of the picture's side or below."""
 
-from __future__ import annotations
-
-import torch
 from torch import Tensor, nn
+
+from ..editing.metrics import peak_signal_to_noise
 
 
 class _ResidualBlock(nn.Module):
@@ -22,7 +21,7 @@ class _ResidualBlock(nn.Module):
 
 
 class LightAutoencoder(nn.Module):
-    """Deterministic autoencoder with the two methods that ``comfy.sd.VAE`` calls.
+    """Deterministic autoencoder with the two methods that `comfy.sd.VAE` calls.
 
     Pictures are [B, 3, H, W] in -1..1 with sides divisible by 8; latents are [B, 4, H/8, W/8].
     """
@@ -61,4 +60,4 @@ class LightAutoencoder(nn.Module):
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB over the whole tensors, for values in -1..1."""
-    return -10 * torch.log10((a - b).square().mean() / 4)
+    return peak_signal_to_noise((a - b).square().mean() / 4)

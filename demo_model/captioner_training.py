@@ -13,8 +13,6 @@ learn this several times faster than patches of 16 at 96, and Muon faster than A
 89 % after 1800 steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import math
@@ -61,8 +59,7 @@ def gaussian_blur(pictures: Tensor, sigma: float) -> Tensor:
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """What a small autoencoder does to renders, at random: blur, shifts of place and colour, smooth and fine noise.
 
-    Args:
-        pictures: [B, 3, H, W] in 0..1, of any size. A quarter of the batch is left as it is.
+    `pictures`: [B, 3, H, W] in 0..1, of any size. A quarter of the batch is left as it is.
     """
     count, _, height, width = pictures.shape
     scale = height / SIZE
@@ -82,18 +79,6 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     tint = 0.03 * torch.randn(count, 3, 1, 1, generator=generator)
     changed = ((changed - 0.5) * uniform(0.88, 1.12) + 0.5 + tint).clamp(0, 1)
     return torch.where(uniform(0, 1) < 0.25, pictures, changed)
-
-
-def caption_words() -> list[str]:
-    """Every word that the canonical captions and the openings can hold, sorted."""
-    words = set(" ".join(OPENINGS).split())
-    for subject in SUBJECTS:
-        for fur in FURS:
-            for style in STYLES:
-                for flag in (False, True):
-                    scene = Scene(subject=subject, fur=fur, style=style, glasses=flag, night=flag, winter=flag)
-                    words.update(caption(scene).split())
-    return sorted(words)
 
 
 def teaching_text(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -154,15 +139,10 @@ def train_captioner(
     seed: int = 0,
     minutes: float | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train the tiny BLIP from scratch.
+    """Train the tiny BLIP from scratch: its fp16 weights under transformers' key names, and every step's caption loss.
 
-    Args:
-        pictures: uint8 [N, 128, 128, 3], the renders of `scenes`.
-        matrix_rate: Muon's learning rate on matrices; AdamW trains the rest at a tenth of it.
-        minutes: if given, how long to train, whatever `steps` says.
-
-    Returns:
-        The fp16 weights under transformers' own key names, and the caption loss of every step.
+    `pictures`: uint8 [N, 128, 128, 3], the renders of `scenes`. `matrix_rate`: Muon's learning rate on matrices; AdamW
+    trains the rest at a tenth of it. `minutes`: if given, how long to train, whatever `steps` says.
     """
     from .training.optimizer import Trainer
 

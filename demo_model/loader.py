@@ -1,9 +1,7 @@
 """Loads the demo weights as ordinary MODEL, CLIP and VAE.
 
-The file has SD 1.x key names, plus ``scale_factor`` of the latents and the captioner under ``captioner.``.
+The file has SD 1.x key names, plus `scale_factor` of the latents and the captioner under `captioner.`.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
@@ -41,7 +39,7 @@ _PLACEHOLDER = {
 
 
 class DemoVAE(comfy.sd.VAE):
-    """``comfy.sd.VAE`` around the light autoencoder, in fp32 on every device since it costs next to nothing."""
+    """`comfy.sd.VAE` around the light autoencoder, in fp32 on every device since it costs next to nothing."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         settings = {"ddconfig": _PLACEHOLDER, "embed_dim": 4}
@@ -73,7 +71,7 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def check_keys(state: dict[str, Tensor], network: nn.Module, part: str) -> None:
-    """ValueError unless ``state`` holds exactly the tensors of ``network``, in their shapes."""
+    """ValueError unless `state` holds exactly the tensors of `network`, in their shapes."""
     expected = {k: v.shape for k, v in network.state_dict().items()}
     found = {k: v.shape for k, v in state.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())

@@ -1,7 +1,5 @@
 """The demo model's parts, made of ComfyUI's own classes with small SD 1.x settings."""
 
-from __future__ import annotations
-
 import comfy.clip_model
 import comfy.latent_formats
 import comfy.model_base
@@ -46,7 +44,7 @@ UNET_SETTINGS = {
 
 
 class SharedEmbedding(comfy.ops.manual_cast.Embedding):
-    """Stock CLIP token ids in a few rows: ``table`` gives known words their own row, unknown words share the last ones."""
+    """Stock CLIP token ids in a few rows: `table` gives known words their own row, unknown words share the last ones."""
 
     def __init__(self, width: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         super().__init__(EMBEDDING_ROWS, width, dtype=dtype, device=device)
@@ -93,7 +91,7 @@ class DemoTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 
 class DemoLatentFormat(comfy.latent_formats.LatentFormat):
-    """Four channels, an eighth of the side; ``scale_factor`` comes with the weights.
+    """Four channels, an eighth of the side; `scale_factor` comes with the weights.
 
     The colours of latent previews are a least-squares fit to 200 renders (R^2 0.78).
     """
@@ -120,7 +118,7 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
 def build_diffusion_model(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> comfy.model_base.BaseModel:
-    """An untrained ``comfy.model_base.BaseModel`` with the demo's UNet."""
+    """An untrained `comfy.model_base.BaseModel` with the demo's UNet."""
     config = DemoModelConfig(dict(UNET_SETTINGS))
     config.set_inference_dtype(dtype, None)
     return config.get_model({}, "", device=device)

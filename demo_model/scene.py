@@ -1,12 +1,10 @@
 """Procedural, captioned animal scenes whose edits have an exact ground truth.
 
-A :class:`Scene` holds every degree of freedom of a picture. Replacing one field with ``dataclasses.replace`` changes that
-one thing and nothing else, so ``render(replace(scene, subject="dog"))`` is the true result of editing the cat into a dog.
+A `Scene` holds every degree of freedom of a picture. Replacing one field with `dataclasses.replace` changes that
+one thing and nothing else, so `render(replace(scene, subject="dog"))` is the true result of editing the cat into a dog.
 Shapes are chunky and softened, and the drawing styles are locked to the 8-pixel grid of the autoencoder, so that a
 latent model of a few megabytes can learn them.
 """
-
-from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
@@ -65,7 +63,7 @@ class Scene:
 
 
 def sample_scene(seed: int | random.Random, **fixed: object) -> Scene:
-    """Draw a scene. The same seed with different ``fixed`` fields gives scenes that differ in those fields only."""
+    """Draw a scene. The same seed with different `fixed` fields gives scenes that differ in those fields only."""
     if isinstance(seed, random.Random):
         seed = seed.randrange(1 << 31)
     rng = random.Random(seed)

@@ -1,7 +1,5 @@
 """Captions of the demo scenes."""
 
-from __future__ import annotations
-
 import random
 
 from .scene import Scene
@@ -35,15 +33,15 @@ FILLERS = tuple(
 
 
 def article(word: str) -> str:
-    """``a`` or ``an`` before ``word``."""
+    """`a` or `an` before `word`."""
     return "an" if word[:1].lower() in "aeiou" else "a"
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Describe ``scene`` in English.
+    """Describe `scene` in English.
 
-    Without ``rng`` this is the canonical caption, which names everything that the caption grammar knows. Colour is left out
-    where the picture does not show it (zebras, pencil sketches). With ``rng``, attributes drop out at random and about
+    Without `rng` this is the canonical caption, which names everything that the caption grammar knows. Colour is left out
+    where the picture does not show it (zebras, pencil sketches). With `rng`, attributes drop out at random and about
     half of the captions are free-form sentences in varied words and order, with words that say nothing about the picture.
     """
     coloured = scene.subject != "zebra" and scene.style != "pencil sketch"

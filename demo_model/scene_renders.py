@@ -1,7 +1,5 @@
 """Pictures of the demo scenes, and where the animal is in them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -29,7 +27,7 @@ def _scale(colour: Colour, factor: float | tuple[float, float, float]) -> Colour
 
 
 class _Pen:
-    """Draws in a subject's own units: origin at (x, y) pixels, one unit = ``radius`` pixels, turned by ``angle``."""
+    """Draws in a subject's own units: origin at (x, y) pixels, one unit = `radius` pixels, turned by `angle`."""
 
     def __init__(self, image: Image.Image, x: float, y: float, radius: float, angle: float, flip: bool, tint) -> None:
         self.draw, self.x, self.y, self.radius, self.tint = ImageDraw.Draw(image), x, y, radius, tint
@@ -229,7 +227,7 @@ def _pastel(picture: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw ``scene``: uint8 RGB array of shape [128, 128, 3]."""
+    """Draw `scene`: uint8 RGB array of shape [128, 128, 3]."""
     n = SIZE * SUPERSAMPLING
     image = _draw_background(scene, n)
     _draw_subject(image, scene, n)

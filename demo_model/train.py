@@ -1,10 +1,8 @@
-"""Trains the demo model from nothing: ``python -m pix2pix_zero.demo_model.train --work FOLDER``.
+"""Trains the demo model from nothing: `python -m pix2pix_zero.demo_model.train --work FOLDER`.
 
-Needs ComfyUI and the pack on the path; ``python dev.py train`` sees to both. Stages whose result is already in the work
+Needs ComfyUI and the pack on the path; `python dev.py train` sees to both. Stages whose result is already in the work
 folder are skipped, so an interrupted run continues at the stage it was in.
 """
-
-from __future__ import annotations
 
 import argparse
 import logging
@@ -33,7 +31,7 @@ class Recipe:
 
 
 def train(work: Path, recipe: Recipe) -> Path:
-    """Run the missing stages in ``work`` and return the packed weights file."""
+    """Run the missing stages in `work` and return the packed weights file."""
     from .training.autoencoder import train_autoencoder
     from .training.diffusion import encode_renders, train_diffusion
     from .training.packing import pack_weights

@@ -1,1 +1,1 @@
-"""Developer tooling behind ``dev.py``. Standard library only; nothing here is part of the node pack."""
+"""Developer tooling behind `dev.py`. Standard library only; nothing here is part of the node pack."""

@@ -1,17 +1,14 @@
-"""The commands of ``dev.py``."""
-
-from __future__ import annotations
+"""The commands of `dev.py`."""
 
 import argparse
 import os
-import sys
 import time
 import webbrowser
 from pathlib import Path
 
 from .environment import Environment, lock, prepare
 from .hosts import DEFAULT_VERSION, ROOT, SOURCES, named_versions
-from .process import DevError, one_thread, orderly_end, run
+from .process import DevError, one_thread, run, told
 
 # Tests of the host folder that do not depend on ComfyUI's version, most of them long.
 OF_ANY_VERSION = (
@@ -30,15 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.takes_more:
         parser.error(f"unknown: {' '.join(rest)}")
-    try:
-        with orderly_end():
-            return options.command(options, rest)
-    except DevError as failure:
-        print(f"dev.py: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+    return told(lambda: options.command(options, rest))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
-    from .demo import run_demo
-
-    return run_demo(prepare(options.comfyui), options.edit, options.seed)
+    return _run_module(
+        prepare(options.comfyui), "pix2pix_zero.devtools.demo", ["--edit", options.edit, "--seed", str(options.seed)]
+    )
 
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
@@ -168,7 +157,7 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _run_module(environment: Environment, name: str, rest: list[str]) -> int:
-    """Like ``python -m``, but without the current folder on the path: our nodes/ would hide ComfyUI's nodes.py."""
+    """Like `python -m`, but without the current folder on the path: our nodes/ would hide ComfyUI's nodes.py."""
     code = "import runpy, sys; del sys.path[0], sys.argv[0]; runpy.run_module(sys.argv[0], None, '__main__', True)"
     return run([environment.python, "-c", code, name, *rest], env=environment.variables())
 

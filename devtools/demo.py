@@ -1,26 +1,27 @@
-"""``dev.py demo``: the example on a real server, from nothing to pictures."""
+"""`dev.py demo`: the example on a real server, from nothing to pictures."""
 
-from __future__ import annotations
-
-import shutil
-import subprocess
+import argparse
+import io
 import sys
-import tempfile
 import time
-from pathlib import Path
 
-from .environment import Environment
+from PIL import Image
+
+from ..pictures.charts import as_image, as_pillow
+from ..pictures.strips import picture_strip
+from .environment import running
 from .graphs import EDITS, PICTURES, demo_graph
 from .hosts import ROOT
-from .process import DevError, one_thread
+from .process import DevError, one_thread, told
 from .server import GraphError, Progress, Server
 
 OUTPUT = ROOT / "demo_output"
 
 
-def run_demo(environment: Environment, name: str, seed: int) -> int:
-    """Edit a demo scene and save source, edited and comparison pictures in ``demo_output``."""
+def run_demo(name: str, seed: int) -> int:
+    """Edit a demo scene and save source, edited and comparison pictures in `demo_output`."""
     started = time.monotonic()
+    environment = running()
     edit = EDITS[name]
     print(f"Starting ComfyUI {environment.comfyui.version} ...", flush=True)
     with Server(environment, options=["--disable-api-nodes"], variables=one_thread()) as server:
@@ -40,26 +41,21 @@ def run_demo(environment: Environment, name: str, seed: int) -> int:
             report.end()
         print(f"Caption of the picture: {_text(outputs[caption_node])}")
         pictures = {key: server.view(outputs[node]["images"][0]) for key, node in shown.items()}
-    save(environment, pictures)
+    save(pictures)
     print(f"Done in {time.monotonic() - started:.0f} s. Look at {(OUTPUT / 'comparison.png').relative_to(ROOT)}")
     return 0
 
 
-def save(environment: Environment, pictures: dict[str, bytes]) -> None:
+def save(pictures: dict[str, bytes]) -> None:
     """Write source.png, edited.png and comparison.png, all of them or none."""
-    with tempfile.TemporaryDirectory(prefix="demo-", dir=ROOT / ".comfyui") as folder:
-        paths = {key: Path(folder) / f"{key}.png" for key in PICTURES}
-        for key, path in paths.items():
-            path.write_bytes(pictures[key])
-        comparison = Path(folder) / "comparison.png"
-        command = [environment.python, Path(__file__).with_name("comparison.py"), comparison]
-        command += [f"{label}={paths[key]}" for key, label in PICTURES.items()]
-        drawn = subprocess.run(command, capture_output=True, text=True, check=False)
-        if drawn.returncode:
-            raise DevError(f"Could not draw the comparison: {drawn.stderr.strip().splitlines()[-1]}")
-        OUTPUT.mkdir(exist_ok=True)
-        for path in (paths["source"], paths["edited"], comparison):
-            shutil.move(path, OUTPUT / path.name)
+    try:
+        images = [as_image(Image.open(io.BytesIO(pictures[key])))[None] for key in PICTURES]
+    except OSError as error:
+        raise DevError(f"Could not draw the comparison: {error}") from None
+    OUTPUT.mkdir(exist_ok=True)
+    as_pillow(picture_strip(images, list(PICTURES.values()))[0]).save(OUTPUT / "comparison.png")
+    for key in ("source", "edited"):
+        (OUTPUT / f"{key}.png").write_bytes(pictures[key])
 
 
 def _text(output: dict) -> str:
@@ -99,3 +95,16 @@ class Report:
             print("\r\x1b[K", end="")
         if self._previews:
             print(f"  {self._previews} preview pictures came while it ran.")
+
+
+def main() -> int:
+    """Edit the scene that the arguments name."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--edit", choices=EDITS, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    options = parser.parse_args()
+    return run_demo(options.edit, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(told(main))

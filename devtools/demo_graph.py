@@ -1,7 +1,5 @@
 """A graph on the demo model with the steps of an edit, for the pictures of the help pages."""
 
-from __future__ import annotations
-
 from .graphs import EDITS, Graph, Node
 
 
@@ -84,17 +82,6 @@ class Demo(Graph):
                 latent_image=self.inversion[1],
             )[0]
         )
-
-    def api(self, object_info: dict) -> dict:
-        """As the frontend sends it: optional widgets have their default too."""
-        api = super().api(object_info)
-        for node in api.values():
-            optional = object_info[node["class_type"]]["input"].get("optional", {})
-            defaults = {
-                name: spec[1]["default"] for name, spec in optional.items() if "default" in (spec[1:] or ({},))[0]
-            }
-            node["inputs"] = {**defaults, **node["inputs"]}
-        return api
 
     def mask_picture(self, mask: list) -> list:
         """A mask as a picture."""

@@ -1,6 +1,4 @@
-"""The developer environment: ``.venv`` with everything ComfyUI needs, and the ComfyUI tree beside it."""
-
-from __future__ import annotations
+"""The developer environment: `.venv` with everything ComfyUI needs, and the ComfyUI tree beside it."""
 
 import hashlib
 import os
@@ -31,11 +29,11 @@ class Environment:
 
     @property
     def packages(self) -> Path:
-        """A folder that holds the repository under its importable name, ``pix2pix_zero``."""
+        """A folder that holds the repository under its importable name, `pix2pix_zero`."""
         return self.folder / "pack"
 
     def variables(self, **changes: str) -> dict[str, str]:
-        """Environment variables for a child in which ComfyUI and ``pix2pix_zero`` can be imported.
+        """Environment variables for a child in which ComfyUI and `pix2pix_zero` can be imported.
 
         Its bytecode is kept in this environment's folder: importing torch takes twice as long without, and neither the
         repository nor a person's own ComfyUI is written to.
@@ -49,14 +47,20 @@ class Environment:
         return clean_environment(**{**given, **changes})
 
 
+def running() -> Environment:
+    """The environment of this process, in which ComfyUI can be imported."""
+    import comfy
+    from comfyui_version import __version__
+
+    path = Path(next(iter(comfy.__path__))).parent
+    return Environment(ComfyUI(path, __version__, own=not path.is_relative_to(ROOT)), Path(sys.prefix))
+
+
 def prepare(version: str | None = None) -> Environment:
     """Install what is missing and return the environment; quick when nothing is.
 
-    Args:
-        version: A ComfyUI version of ``hosts.SOURCES``; ``None`` for ``COMFYUI_PATH``, else the default version.
-
-    Raises:
-        DevError: Something could not be installed; the next call resumes.
+    `version`: a ComfyUI version of `hosts.SOURCES`; None for `COMFYUI_PATH`, else the default version. Raises DevError when
+    something could not be installed; the next call resumes.
     """
     comfyui = choose(version)
     name = ".venv" if comfyui.version == DEFAULT_VERSION else f".venv-{comfyui.version}"
@@ -155,7 +159,7 @@ def _constraints(lock: str, theirs: str) -> str:
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """Make ``link`` a link to the folder ``target``: a symbolic link, on Windows a junction (needs no rights)."""
+    """Make `link` a link to the folder `target`: a symbolic link, on Windows a junction (needs no rights)."""
     if link.exists() and link.resolve() == target.resolve():
         return
     unlink_folder(link)
@@ -169,7 +173,7 @@ def link_folder(link: Path, target: Path) -> None:
 
 
 def unlink_folder(link: Path) -> None:
-    """Remove a link made by :func:`link_folder`, never what it points to."""
+    """Remove a link made by `link_folder`, never what it points to."""
     if os.name == "nt" and link.exists():
         os.rmdir(link)
     else:
@@ -188,7 +192,7 @@ def sees_gpu(environment: Environment) -> bool:
 
 
 def lock() -> None:
-    """Compile ``requirements-dev.in`` to hashes for every platform and Python from 3.10 on."""
+    """Compile `requirements-dev.in` to hashes for every platform and Python from 3.10 on."""
     environment = prepare()
     header = f"# {LOCK.name}: made from requirements-dev.in by `python dev.py lock`\n"
     options = ["--universal", "--python-version", "3.10", "--generate-hashes", "--no-annotate"]

@@ -1,7 +1,5 @@
 """ComfyUI graphs in API form, built in Python."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 
@@ -11,7 +9,7 @@ EXAMPLE = ROOT / "tests" / "workflows" / "cat_to_dog_demo.json"
 
 
 class Node:
-    """A node of a :class:`Graph`; ``node[i]`` is a link to its output ``i``."""
+    """A node of a `Graph`; `node[i]` is a link to its output `i`."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -21,7 +19,7 @@ class Node:
 
 
 class Graph:
-    """Collects nodes, on top of a graph in API form; :meth:`api` is what the server's ``/prompt`` takes."""
+    """Collects nodes, on top of a graph in API form; :meth:`api` is what the server's `/prompt` takes."""
 
     def __init__(self, api: dict | None = None) -> None:
         self._nodes: dict[str, dict] = dict(api or {})
@@ -61,7 +59,7 @@ class Graph:
         self._nodes = {key: node for key, node in self._nodes.items() if key in needed}
 
     def api(self, object_info: dict) -> dict:
-        """The API form, with the nodes' own defaults wherever no value was given.
+        """The API form, as the frontend sends it: with the nodes' own defaults where none was given.
 
         Raises:
             KeyError: A node is not known to the server.
@@ -74,7 +72,8 @@ class Graph:
 
 def _defaults(schema: dict) -> dict[str, object]:
     defaults = {}
-    for name, (kind, *options) in schema["input"].get("required", {}).items():
+    inputs = schema["input"]
+    for name, (kind, *options) in (inputs.get("required", {}) | inputs.get("optional", {})).items():
         settings = options[0] if options else {}
         choices = kind if isinstance(kind, list) else settings.get("options") if kind == "COMBO" else None
         if "default" in settings:
@@ -129,8 +128,7 @@ def example_graph() -> Graph:
 def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     """The first example with another edit and scene, and the pictures to compare its result with.
 
-    Returns:
-        The graph; for each key of :data:`PICTURES` the node that shows it; the node that shows the caption.
+    Returns the graph; for each key of `PICTURES` the node that shows it; the node that shows the caption.
     """
     graph = example_graph()
     scene, direction, sampler, decoder = (

@@ -1,11 +1,9 @@
 """The tables of the help pages and the English texts of the interface, both written from the nodes' schemas.
 
-A help page is ``web/docs/NODE.md``, in another language ``web/docs/NODE/LANGUAGE.md``. Its title and the two tables
-between ``<!-- inputs -->``, ``<!-- outputs -->`` and their ends belong to this program, all else to its author.
-``locales/en/nodeDefs.json`` belongs to it too; the other languages' files are written by hand and only put in order.
+A help page is `web/docs/NODE.md`, in another language `web/docs/NODE/LANGUAGE.md`. Its title and the two tables
+between `<!-- inputs -->`, `<!-- outputs -->` and their ends belong to this program, all else to its author.
+`locales/en/nodeDefs.json` belongs to it too; the other languages' files are written by hand and only put in order.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -58,7 +56,7 @@ class Socket:
 
 
 def inputs_of(info: dict) -> dict[str, Socket]:
-    """The inputs of a node, in the order of its schema. ``info``: the node as ``/object_info`` describes it."""
+    """The inputs of a node, in the order of its schema. `info`: the node as `/object_info` describes it."""
     return {
         name: Socket(spec[0], spec[1] if len(spec) > 1 else {}, group == "optional")
         for group in ("required", "optional")
@@ -67,7 +65,7 @@ def inputs_of(info: dict) -> dict[str, Socket]:
 
 
 def english(info: dict) -> dict:
-    """The node's texts as its schema has them, in the form of ``nodeDefs.json``."""
+    """The node's texts as its schema has them, in the form of `nodeDefs.json`."""
     inputs = {name: _text(name, socket.settings.get("tooltip")) for name, socket in inputs_of(info).items()}
     outputs = {
         str(index): _text(name, tooltip)
@@ -86,7 +84,7 @@ def _text(name: str, tooltip: str | None) -> dict:
 
 
 def expected(info: dict) -> dict:
-    """:func:`english` with all that a translation names, also the widgets that the host adds."""
+    """`english` with all that a translation names, also the widgets that the host adds."""
     texts = english(info)
     if any(socket.settings.get(CONTROL) for socket in inputs_of(info).values()):
         texts["inputs"][CONTROL] = {"name": CONTROL}
@@ -94,7 +92,7 @@ def expected(info: dict) -> dict:
 
 
 def paths(texts: dict, *above: str) -> dict[tuple[str, ...], str]:
-    """Each text by the keys that lead to it: ``("inputs", "cfg", "tooltip")``."""
+    """Each text by the keys that lead to it: `("inputs", "cfg", "tooltip")`."""
     found: dict[tuple[str, ...], str] = {}
     for key, value in texts.items():
         found.update(paths(value, *above, key) if isinstance(value, dict) else {(*above, key): value})
@@ -102,13 +100,13 @@ def paths(texts: dict, *above: str) -> dict[tuple[str, ...], str]:
 
 
 def read_texts(language: str) -> dict[str, dict]:
-    """The texts of all nodes in a language; ``{}`` when there are none yet."""
+    """The texts of all nodes in a language; `{}` when there are none yet."""
     path = LOCALES / language / "nodeDefs.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def in_order(texts: dict, model: dict) -> dict:
-    """The same texts in the order of ``model``; what the model does not know comes last."""
+    """The same texts in the order of `model`; what the model does not know comes last."""
     keys = [*(key for key in model if key in texts), *(key for key in texts if key not in model)]
     return {
         key: in_order(texts[key], model.get(key, {})) if isinstance(texts[key], dict) else texts[key] for key in keys
@@ -116,7 +114,7 @@ def in_order(texts: dict, model: dict) -> dict:
 
 
 def input_table(info: dict, texts: dict, words: Words) -> str:
-    """The table of a node's inputs. ``texts``: the node's entry in ``nodeDefs.json``."""
+    """The table of a node's inputs. `texts`: the node's entry in `nodeDefs.json`."""
     rows = []
     for name, socket in inputs_of(info).items():
         text = texts["inputs"][name]
@@ -203,8 +201,7 @@ def page_path(node_id: str, language: str) -> Path:
 def written(infos: list[dict]) -> dict[Path, str]:
     """The content that each generated file should have, for the pages and translations that exist and are complete.
 
-    Args:
-        infos: All nodes of the pack as ``/object_info`` describes them.
+    `infos`: all nodes of the pack as `/object_info` describes them.
     """
     files = {}
     models = {info["name"]: expected(info) for info in infos}
@@ -251,7 +248,7 @@ def gaps(infos: list[dict]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """``python dev.py docs``: write what is generated, then say what is missing; exit status 1 if anything is."""
+    """`python dev.py docs`: write what is generated, then say what is missing; exit status 1 if anything is."""
     from comfy.cli_args import args
 
     args.cpu = True

@@ -1,30 +1,24 @@
 """The pictures of the help pages: what the nodes make of the demo scenes on a real server.
 
-Every picture is one row of results with a label below each, ``web/docs/pictures/NAME.jpg``. Labels name inputs and their
+Every picture is one row of results with a label below each, `web/docs/pictures/NAME.jpg`. Labels name inputs and their
 values, so that one picture serves all languages.
 """
 
-from __future__ import annotations
-
 import io
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import comfy
-from comfyui_version import __version__
 from PIL import Image
 
-from .comparison import draw_comparison
+from ..pictures.charts import as_image, as_pillow
+from ..pictures.strips import picture_strip
 from .demo_graph import Demo
-from .environment import Environment
+from .environment import running
 from .graphs import EDITS
-from .hosts import ROOT, ComfyUI
+from .hosts import ROOT
 from .process import DevError, one_thread
 from .server import GraphError, Server
 
 PICTURES = ROOT / "web" / "docs" / "pictures"
-CELL = 144  # pixels, the height of a row
 QUALITY = 82
 WIDEST = 900  # pixels, of a picture that brings its own labels
 
@@ -307,10 +301,8 @@ def draw_pictures(names: list[str]) -> None:
     """
     if unknown := set(names) - set(RECIPES):
         raise DevError(f"There is no picture {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}.")
-    path = Path(next(iter(comfy.__path__))).parent
-    environment = Environment(ComfyUI(path, __version__, own=not path.is_relative_to(ROOT)), Path(sys.prefix))
     PICTURES.mkdir(parents=True, exist_ok=True)
-    with Server(environment, options=["--disable-api-nodes"], variables=one_thread()) as server:
+    with Server(running(), options=["--disable-api-nodes"], variables=one_thread()) as server:
         info = server.object_info()
         for name in names or RECIPES:
             demo, row = RECIPES[name]()
@@ -325,8 +317,13 @@ def draw_pictures(names: list[str]) -> None:
                 for label, key in shown.items()
                 for number, entry in enumerate(outputs[key]["images"])
             }
-            sheet = draw_comparison(pictures, CELL) if "" not in pictures else pictures[""].convert("RGB")
+            sheet = pictures[""].convert("RGB") if "" in pictures else _in_a_row(pictures)
             sheet.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
             path = PICTURES / f"{name}.jpg"
             sheet.save(path, quality=QUALITY, optimize=True)
             print(f"{name}: {path.stat().st_size / 1000:.0f} kB; caption: {outputs[told]['text']}", flush=True)
+
+
+def _in_a_row(pictures: dict[str, Image.Image]) -> Image.Image:
+    strip = picture_strip([as_image(picture)[None] for picture in pictures.values()], list(pictures))
+    return as_pillow(strip[0])

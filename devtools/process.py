@@ -1,14 +1,12 @@
 """Child processes that never outlive us, and errors told in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -38,7 +36,7 @@ def cause_of(log: str) -> str:
 
 
 class Job:
-    """A command that writes to a log file and is stopped when its ``with`` block ends early."""
+    """A command that writes to a log file and is stopped when its `with` block ends early."""
 
     def __init__(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +50,7 @@ class Job:
                 env=env,
             )
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_) -> None:
@@ -62,7 +60,7 @@ class Job:
         """Wait for the end.
 
         Raises:
-            DevError: The command failed; names ``what`` could not be done, the likely cause and the log.
+            DevError: The command failed; names `what` could not be done, the likely cause and the log.
         """
         if self._process.wait() != 0:
             cause = cause_of(self.log.read_text(encoding="utf-8", errors="replace"))
@@ -99,7 +97,7 @@ def _end(signum: int, _frame) -> None:
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[None]:
-    """Turn SIGTERM and a closed terminal into SystemExit, so that every ``finally`` and ``with`` runs.
+    """Turn SIGTERM and a closed terminal into SystemExit, so that every `finally` and `with` runs.
 
     SIGINT is set too: a shell starts background jobs with it ignored.
     """
@@ -111,6 +109,19 @@ def orderly_end() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def told(command: Callable[[], int]) -> int:
+    """The exit status of a command; what went wrong is told in one line."""
+    try:
+        with orderly_end():
+            return command()
+    except DevError as failure:
+        print(f"dev.py: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
 
 
 def clean_environment(**changes: str) -> dict[str, str]:

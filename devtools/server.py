@@ -1,7 +1,6 @@
 """A real ComfyUI server with the pack, headless on a loopback port, and a client for its HTTP interface."""
 
-from __future__ import annotations
-
+import asyncio
 import contextlib
 import json
 import shutil
@@ -21,7 +20,6 @@ from pathlib import Path
 from .environment import Environment, link_folder, sees_gpu, unlink_folder
 from .hosts import ROOT
 from .process import DevError, stop
-from .websocket import WebSocket
 
 PACK_FOLDER = "pix2pix-zero"
 START_PATIENCE = 240.0  # seconds
@@ -30,7 +28,7 @@ ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
 class GraphError(Exception):
-    """A graph that the server refused, that failed or that was cancelled. ``details``: the server's answer."""
+    """A graph that the server refused, that failed or that was cancelled. `details`: the server's answer."""
 
     def __init__(self, message: str, details: dict | None = None) -> None:
         super().__init__(message)
@@ -64,7 +62,7 @@ def check_port_is_free(port: int) -> None:
 
 @contextlib.contextmanager
 def base_directory(keep: Path | None = None) -> Iterator[Path]:
-    """A ComfyUI base directory whose custom_nodes holds this repository; temporary unless ``keep`` is given."""
+    """A ComfyUI base directory whose custom_nodes holds this repository; temporary unless `keep` is given."""
     base = keep or Path(tempfile.mkdtemp(prefix="pix2pix-zero-"))
     link = base / "custom_nodes" / PACK_FOLDER
     try:
@@ -79,16 +77,12 @@ def base_directory(keep: Path | None = None) -> Iterator[Path]:
 
 
 class Server:
-    """A running server; use it in a ``with`` block.
+    """A running server; use it in a `with` block.
 
-    Args:
-        environment: The Python and the ComfyUI to run.
-        port: A loopback port, ``None`` for any free one.
-        keep: A base directory that stays, ``None`` for a temporary one.
-        options: Further options of ComfyUI's main.py.
-        gpu: Whether to use a GPU, ``None`` for wherever torch sees one.
-        variables: Further environment variables.
-        foreground: Leave the server's output on our terminal instead of in a log file.
+    `environment`: the Python and the ComfyUI to run. `port`: a loopback port, None for any free one. `keep`: a base
+    directory that stays, None for a temporary one. `options`: further ones of ComfyUI's main.py. `gpu`: whether to use a
+    GPU, None for wherever torch sees one. `variables`: further environment variables. `foreground`: leave the server's
+    output on our terminal instead of in a log file.
     """
 
     def __init__(
@@ -111,7 +105,7 @@ class Server:
         self._process: subprocess.Popen | None = None
         self.log = ROOT / ".comfyui" / "logs" / f"server-{self.port}.log"
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> "Server":
         check_port_is_free(self.port)
         with contextlib.ExitStack() as cleanup:
             base = cleanup.enter_context(base_directory(self._keep))
@@ -182,7 +176,7 @@ class Server:
             return answer.read()
 
     def post(self, path: str, content: object = None) -> dict:
-        """POST a JSON value; the answer's JSON value, ``{}`` for an empty one.
+        """POST a JSON value; the answer's JSON value, `{}` for an empty one.
 
         Raises:
             GraphError: The server refused, with its reasons.
@@ -215,34 +209,44 @@ class Server:
         """Run an API graph to its end; the outputs by node id, as in ComfyUI's history.
 
         Raises:
-            GraphError: The graph was refused, failed, was cancelled, or took longer than ``patience`` seconds.
+            GraphError: The graph was refused, failed, was cancelled, or took longer than `patience` seconds.
         """
-        with WebSocket(self.port, f"/ws?clientId={self.client_id}", patience=1.0) as messages:
+        prompt_id, ending, data = asyncio.run(self._listen(graph, on_progress, patience))
+        return self._outputs(prompt_id, ending, data)
+
+    async def _listen(
+        self, graph: dict, on_progress: Callable[[Progress], None] | None, patience: float
+    ) -> tuple[str, str, dict]:
+        """Queue a graph and follow it to its end: its id, and the last message's kind and data."""
+        import aiohttp  # only where graphs run: `dev.py serve` runs in a Python that need not have it
+
+        address = f"{self.url}/ws?clientId={self.client_id}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as messages:
             prompt_id = self.post("/prompt", {"prompt": graph, "client_id": self.client_id})["prompt_id"]
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline:
                 try:
-                    message = messages.receive()
-                except TimeoutError:
+                    message = await messages.receive(timeout=1.0)
+                except asyncio.TimeoutError:
                     if self._process.poll() is not None:
                         raise GraphError(f"ComfyUI ended: {self._last_line()}") from None
                     continue
-                except ConnectionError as error:
-                    raise GraphError(f"{error}: {self._last_line()}") from None
-                if isinstance(message, bytes):
-                    progress = _binary_progress(message)
-                else:
-                    event = json.loads(message)
+                if message.type == aiohttp.WSMsgType.TEXT:
+                    event = json.loads(message.data)
                     data = event.get("data") or {}
                     if data.get("prompt_id") == prompt_id and event["type"] in ENDINGS:
-                        return self._outputs(prompt_id, event["type"], data, graph)
+                        return prompt_id, event["type"], data
                     progress = _text_progress(event["type"], data)
+                elif message.type == aiohttp.WSMsgType.BINARY:
+                    progress = _binary_progress(message.data)
+                else:
+                    raise GraphError(f"the server closed the progress connection: {self._last_line()}")
                 if on_progress and progress:
                     on_progress(progress)
         self.interrupt()
         raise GraphError(f"the graph did not end within {patience:.0f} s")
 
-    def _outputs(self, prompt_id: str, ending: str, data: dict, graph: dict) -> dict[str, dict]:
+    def _outputs(self, prompt_id: str, ending: str, data: dict) -> dict[str, dict]:
         if ending == "execution_error":
             node = f"{data.get('node_type')} (node {data.get('node_id')})"
             raise GraphError(f"{node}: {str(data.get('exception_message', '')).strip()}", data)
@@ -257,7 +261,7 @@ class Server:
         raise GraphError("the server has no record of the graph it ran")
 
     def view(self, picture: dict) -> bytes:
-        """The file behind one entry of a node's ``images`` output."""
+        """The file behind one entry of a node's `images` output."""
         names = {name: picture[name] for name in ("filename", "subfolder", "type")}
         return self.get("/view?" + urllib.parse.urlencode(names))
 

@@ -5,6 +5,7 @@ Paper: Parmar et al., "Zero-shot Image-to-Image Translation" (pix2pix-zero), sec
 ("cond" [n, tokens, width], for SDXL also "pooled_output" [n, width]).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -180,7 +181,10 @@ def _difference(a: _MeanEncoding, b: _MeanEncoding, encoder: str, source: str, t
 
 
 def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float) -> EditDirection:
-    """weight_a * a + weight_b * b. Raises ValueError when the two come from different text encoders."""
+    """weight_a * a + weight_b * b. Raises ValueError for weights that are no numbers or two different text encoders."""
+    for socket, weight in (("weight_a", weight_a), ("weight_b", weight_b)):
+        if not math.isfinite(weight):
+            raise ValueError(f"{socket}: {weight} is not a number. Give one between -10 and 10.")
     shapes_a = {name: t.shape for name, t in a.tensors.items()}
     shapes_b = {name: t.shape for name, t in b.tensors.items()}
     if a.encoder != b.encoder or shapes_a != shapes_b:

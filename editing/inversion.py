@@ -1,7 +1,7 @@
 """Inversion: an image's latent walked up the DDIM grid to noise, with every latent on the way kept."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType
@@ -12,8 +12,8 @@ from . import ddim
 from .map_store import MapStore
 
 
-@dataclass(frozen=True)
-class Inversion:
+@dataclass(frozen=True, eq=False)
+class Inversion(list):
     """A source picture on the sampler's grid: what the P2PZ_INVERSION socket carries.
 
     `trajectory`: [N+1, B, C, H, W] fp32 latents in the model's space, `trajectory[0]` the clean picture and
@@ -22,6 +22,8 @@ class Inversion:
     change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM. `maps`: the
     source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
     `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
+
+    As a list it is that of the tensors it holds: ComfyUI's cache counts those that it finds in lists, and nothing else.
     """
 
     trajectory: torch.Tensor
@@ -32,6 +34,18 @@ class Inversion:
     residuals: torch.Tensor | None = None
     maps: MapStore | None = None
     reconstruction_psnr: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        held = (self.trajectory, self.sigmas, self.noise_mask, self.residuals, self.reconstruction_psnr)
+        yield from (tensor for tensor in held if tensor is not None)
+        yield from () if self.maps is None else self.maps.tensors
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    # Two inversions are the same only where they are one, as anything that holds tensors.
+    __eq__, __ne__ = object.__eq__, object.__ne__
+    __hash__ = object.__hash__
 
     @property
     def steps(self) -> int:

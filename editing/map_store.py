@@ -50,6 +50,11 @@ class MapStore:
         """Bytes in use."""
         return sum(map(_size, self._levels.values()))
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept, encoded."""
+        return [maps for level in self._levels.values() for maps in level.values()]
+
 
 def _size(level: dict) -> int:
     return sum(maps.nbytes for maps in level.values())

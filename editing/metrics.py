@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 
 WINDOW = 11
-WINDOW_SIGMA = 1.5
-K1, K2 = 0.01, 0.03
-
 EDGE = WINDOW // 2
 """What the window leaves out on each side of a picture."""
 
@@ -42,31 +39,17 @@ def structural_similarity(
     `reflect`: also counts the windows that reach beyond the edges, on mirrored pixels, as torchmetrics does.
     Raises ValueError for a picture smaller than the window.
     """
+    from kornia.metrics import ssim  # importing kornia takes a second, and most runs never measure
+
     if min(source.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {WINDOW} by {WINDOW} pixels.")
     # A variance is the small difference of two means of squares, and single precision would lose it in flat areas.
     source, edited = source.double(), edited.double()
     if reflect:
         source, edited = (F.pad(picture, (EDGE,) * 4, mode="reflect") for picture in (source, edited))
-    mean_a, mean_b = _windowed(source), _windowed(edited)
-    variance_a = _windowed(source * source) - mean_a**2
-    variance_b = _windowed(edited * edited) - mean_b**2
-    covariance = _windowed(source * edited) - mean_a * mean_b
-    luminance = (2 * mean_a * mean_b + K1**2) / (mean_a**2 + mean_b**2 + K1**2)
-    structure = (2 * covariance + K2**2) / (variance_a + variance_b + K2**2)
-    if weight is not None and not reflect:
+    elif weight is not None:
         weight = weight[..., EDGE:-EDGE, EDGE:-EDGE]
-    return weighted_mean(luminance * structure, weight).float()
-
-
-def _windowed(x: torch.Tensor) -> torch.Tensor:
-    """The Gaussian-weighted mean around each pixel whose window lies inside the picture."""
-    distance = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - EDGE
-    window = torch.exp(-(distance**2) / (2 * WINDOW_SIGMA**2))
-    window = window / window.sum()
-    channels = x.shape[1]
-    x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    return weighted_mean(ssim(source, edited, WINDOW, padding="valid"), weight).float()
 
 
 def self_similarity(keys: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from .texts import check_text
+
 DATA = Path(__file__).parent.parent / "directions_data"
 
 # Enough for the paired grammar: 1000 pairs give nearly the same direction.
 PAIRS = 256
+
+LONGEST_CONCEPT = 300
+LONGEST_SENTENCE = 20_000
+MOST_SENTENCES = 20_000
 
 # Frames drawn again per sentence before one may repeat: some concepts leave few frames.
 REDRAWS = 20
@@ -79,10 +85,12 @@ def sentences(concept: str, count: int, seed: int) -> list[str]:
 def read_sentence_lists(source_sentences: str, target_sentences: str) -> tuple[list[str], list[str]]:
     """Two texts with one sentence per line as lists, without blank lines, bullets, numbering and outer quotes.
 
-    Raises ValueError naming the socket when a list is empty or both lists hold the same sentences.
+    Raises ValueError naming the socket when a list is empty, has too many or too long sentences, or both lists hold the
+    same sentences.
     """
     lists = []
     for socket, text in (("source_sentences", source_sentences), ("target_sentences", target_sentences)):
+        check_text(text, socket, MOST_SENTENCES * 100)
         lines = [
             re.sub(r"^\s*([-*\u2022]|\d+[.)])\s+", "", line).strip().strip('"\u201c\u201d')
             for line in text.splitlines()
@@ -90,6 +98,12 @@ def read_sentence_lists(source_sentences: str, target_sentences: str) -> tuple[l
         lists.append([line for line in lines if line])
         if not lists[-1]:
             raise ValueError(f"{socket}: there is no sentence. Write at least one, each on its own line.")
+        if len(lists[-1]) > MOST_SENTENCES:
+            raise ValueError(
+                f"{socket}: there are {len(lists[-1])} sentences; more than {MOST_SENTENCES} make nothing better. Take fewer."
+            )
+        for number, line in enumerate(lists[-1], 1):
+            check_text(line, f"{socket}: sentence {number}", LONGEST_SENTENCE)
     source, target = lists
     if sorted(map(str.casefold, source)) == sorted(map(str.casefold, target)):
         raise ValueError("target_sentences: they are the same as source_sentences, so there is nothing to edit.")
@@ -123,9 +137,9 @@ def bank_names() -> dict[str, Path]:
 def parse_concept(concept: str, socket: str) -> Concept:
     """The slots a concept fills, by the word lists in directions_data/vocabulary.json and by its form.
 
-    Raises ValueError naming the socket when the concept is empty.
+    Raises ValueError naming the socket when the concept is empty or no text of at most `LONGEST_CONCEPT` letters.
     """
-    text = _normalize(concept)
+    text = _normalize(check_text(concept, socket, LONGEST_CONCEPT))
     if not text:
         raise ValueError(f"{socket}: the concept is empty. Name something, for example: dog.")
     words, low = _vocabulary(), text.casefold()

@@ -2,11 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..host.networks import captioner_files
+from ..host.networks.captioner import Captioner as CaptionerModel
 from ..host.networks.captioner import load_captioner
+from ..host.networks.model_kinds import BLIP, DEMO, fingerprint, model_names, register_folders
+from .sockets import require
 from .types import CATEGORY, Captioner
 
-captioner_files.register_blip_folder()
+register_folders()
 
 
 class Pix2PixZeroLoadCaptioner(io.ComfyNode):
@@ -21,8 +23,8 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=captioner_files.captioner_names(),
-                    default=captioner_files.DEMO,
+                    options=model_names(BLIP),
+                    default=DEMO,
                     tooltip="'demo' knows only the embedded demo scenes. For photographs use a BLIP folder in "
                     "models/blip; the large model describes more, the base model is faster. A name with a slash is "
                     "one that can be downloaded.",
@@ -38,8 +40,8 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, allow_download: bool) -> str:
-        return captioner_files.fingerprint(model_name)
+    def fingerprint_inputs(cls, model_name: str | None, allow_download: bool | None) -> str:
+        return fingerprint(BLIP, model_name)
 
     @classmethod
     def execute(cls, model_name: str, allow_download: bool) -> io.NodeOutput:
@@ -87,6 +89,7 @@ class Pix2PixZeroCaption(io.ComfyNode):
 
     @classmethod
     def execute(cls, captioner, image, prefix: str = "", max_new_tokens: int = 40) -> io.NodeOutput:
+        require(captioner, CaptionerModel, "captioner", "Load Captioner (BLIP)")
         return io.NodeOutput(captioner.caption(image, prefix, max_new_tokens))
 
 

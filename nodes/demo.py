@@ -61,7 +61,7 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Picks the pose, place, background and everything set to random.",
                 ),
                 combo("fur", list(FURS), RANDOM, "Colour of the coat. Zebras are always striped."),

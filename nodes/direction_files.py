@@ -2,13 +2,16 @@
 
 from comfy_api.latest import io
 
+from ..editing.directions import EditDirection
 from ..host.text.direction_files import (
     direction_names,
-    file_stamp,
+    direction_path,
+    fingerprint,
     load_direction,
     register_directions_folder,
     save_direction,
 )
+from .sockets import require
 from .types import CATEGORY, Direction
 
 register_directions_folder()
@@ -37,6 +40,7 @@ class Pix2PixZeroSaveDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, direction, filename_prefix: str) -> io.NodeOutput:
+        require(direction, EditDirection, "direction", "Edit Direction")
         path = save_direction(direction, filename_prefix)
         return io.NodeOutput(ui={"text": [path.name]})
 
@@ -61,8 +65,16 @@ class Pix2PixZeroLoadDirection(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, direction_name: str) -> str:
-        return file_stamp(direction_name)
+    def validate_inputs(cls, direction_name: str | None) -> bool | str:
+        """Whether there is such a file, however the system that wrote the workflow divides folders; else why not."""
+        try:
+            return direction_name is None or bool(direction_path(direction_name))  # None: it comes by a link
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, direction_name: str | None) -> str:
+        return fingerprint(direction_name)
 
     @classmethod
     def execute(cls, direction_name: str) -> io.NodeOutput:

@@ -47,7 +47,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Draws the shifts of the noise regularization. It changes the result little; keep it fixed "
                     "so that the inversion is reused.",
                 ),

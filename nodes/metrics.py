@@ -4,13 +4,14 @@ from dataclasses import astuple, fields
 
 from comfy_api.latest import io
 
-from ..host.networks import metric_files as files
+from ..host.networks import model_kinds as kinds
 from ..host.networks.edit_figures import EditFigures, Judges, mean_figures, measure_edits, pair_pictures
 from ..host.networks.edit_report import write_report
 from ..host.networks.metric_models import load_clip, load_dino, load_lpips
+from .sockets import first
 from .types import CATEGORY
 
-files.register_metrics_folder()
+kinds.register_folders()
 
 MEANINGS = {
     "psnr": "Likeness to the source in dB, outside the mask if there is one. Above 30 differences are hard to see.",
@@ -62,19 +63,19 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
                     "CLIP accuracy measures the rest of the wording too.",
                 ),
                 _model_input(
-                    files.CLIP,
+                    kinds.CLIP,
                     "Tells how well the picture fits the text. Benchmarks take clip-vit-large-patch14; the base model "
                     "is four times smaller.",
                 ),
                 _model_input(
-                    files.DINO,
+                    kinds.DINO,
                     "Tells how far shapes and layout moved. Papers take dino-vitb8; the small vits8 is faster, but its "
                     "figures do not compare with theirs.",
                 ),
                 io.Combo.Input(
                     "lpips_model",
-                    options=files.lpips_names(),
-                    default=files.NONE,
+                    options=kinds.lpips_names(),
+                    default=kinds.NONE,
                     optional=True,
                     tooltip="LPIPS on SqueezeNet, a .safetensors file in models/pix2pix_zero/metrics. Make it once from "
                     "the lpips package: the state_dict() of lpips.LPIPS(net='squeeze').",
@@ -98,8 +99,10 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_model=None, dino_model=None, lpips_model=None, **inputs) -> str:
-        kinds = ((files.CLIP, clip_model), (files.DINO, dino_model), (None, lpips_model))
-        return repr([files.fingerprint(kind, chosen[0] if chosen else files.NONE) for kind, chosen in kinds])
+        clip, dino, lpips = (chosen[0] if chosen else kinds.NONE for chosen in (clip_model, dino_model, lpips_model))
+        return repr(
+            [kinds.fingerprint(kinds.CLIP, clip), kinds.fingerprint(kinds.DINO, dino), kinds.lpips_fingerprint(lpips)]
+        )
 
     @classmethod
     def execute(
@@ -109,27 +112,29 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
         mask=(),
         source_text=("",),
         target_text=("",),
-        clip_model=(files.NONE,),
-        dino_model=(files.NONE,),
-        lpips_model=(files.NONE,),
+        clip_model=(kinds.NONE,),
+        dino_model=(kinds.NONE,),
+        lpips_model=(kinds.NONE,),
         allow_download=(False,),
     ) -> io.NodeOutput:
         pictures = pair_pictures(source, edited, mask, source_text, target_text)
-        (download, *_), (clip, *_), (dino, *_), (lpips, *_) = allow_download, clip_model, dino_model, lpips_model
+        download = first(allow_download, "allow_download")
+        clip, dino = first(clip_model, "clip_model"), first(dino_model, "dino_model")
+        lpips = first(lpips_model, "lpips_model")
         judges = Judges(
-            load_clip(clip, download) if clip != files.NONE else None,
-            load_dino(dino, download) if dino != files.NONE else None,
-            load_lpips(lpips) if lpips != files.NONE else None,
+            load_clip(clip, download) if clip != kinds.NONE else None,
+            load_dino(dino, download) if dino != kinds.NONE else None,
+            load_lpips(lpips) if lpips != kinds.NONE else None,
         )
         figures = measure_edits(pictures, judges)
         return io.NodeOutput(write_report(figures, pictures, judges), *astuple(mean_figures(figures)))
 
 
-def _model_input(kind: files.ModelKind, advice: str) -> io.Combo.Input:
+def _model_input(kind: kinds.ModelKind, advice: str) -> io.Combo.Input:
     return io.Combo.Input(
         kind.socket,
-        options=files.model_names(kind),
-        default=files.NONE,
+        options=kinds.model_names(kind),
+        default=kinds.NONE,
         optional=True,
         tooltip=f"{advice} A folder in models/pix2pix_zero/metrics with config.json and model.safetensors; a name with a "
         "slash is one that can be downloaded.",

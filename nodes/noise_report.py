@@ -2,7 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..editing.inversion import Inversion as InvertedPicture
 from ..pictures.noise_report import report_noise
+from .sockets import require
 from .types import CATEGORY, Inversion
 
 
@@ -41,6 +43,8 @@ class Pix2PixZeroNoiseReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, inversion=None, compare_with=None) -> io.NodeOutput:
+        if inversion is not None:
+            require(inversion, InvertedPicture, "inversion", "Invert Picture")
         return io.NodeOutput(*report_noise(noise, inversion, compare_with))
 
 

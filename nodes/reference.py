@@ -49,7 +49,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The noise the picture is drawn from. Change it for another picture.",
                 ),
                 scheduler_input(),

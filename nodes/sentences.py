@@ -36,7 +36,7 @@ class Pix2PixZeroSentences(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Picks the sentences. Use the same seed for source and target.",
                 ),
             ],

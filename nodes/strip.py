@@ -2,8 +2,12 @@
 
 from comfy_api.latest import io
 
+from ..editing.texts import check_text
 from ..pictures.strips import picture_strip, read_numbers
+from .sockets import first
 from .types import CATEGORY
+
+LONGEST_NAME = 1000
 
 
 class Pix2PixZeroStrengths(io.ComfyNode):
@@ -41,6 +45,7 @@ class Pix2PixZeroStrengths(io.ComfyNode):
     @classmethod
     def execute(cls, values: str, name: str) -> io.NodeOutput:
         numbers = read_numbers(values)
+        check_text(name, "name", LONGEST_NAME)
         return io.NodeOutput(numbers, [f"{name.strip()} {number:g}".strip() for number in numbers])
 
 
@@ -81,7 +86,7 @@ class Pix2PixZeroStrip(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, labels, columns, source=()) -> io.NodeOutput:
-        return io.NodeOutput(picture_strip(images, labels, columns[0], source))
+        return io.NodeOutput(picture_strip(images, labels, first(columns, "columns"), source))
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroStrengths, Pix2PixZeroStrip]

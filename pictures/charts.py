@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .images import rgb_bytes
+
 SMOOTHING = 2  # everything is drawn so many times larger, then made smaller, for smooth edges
 
 PAPER = (255, 255, 255)
@@ -66,8 +68,7 @@ def as_image(picture: Image.Image) -> torch.Tensor:
 
 def as_pillow(image: torch.Tensor) -> Image.Image:
     """An IMAGE [height, width, 1, 3 or more channels] in 0..1 as a Pillow picture."""
-    colours = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
-    return Image.fromarray((colours.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+    return Image.fromarray(rgb_bytes(image))
 
 
 class Sheet:

@@ -50,8 +50,11 @@ def report_noise(
 
 def _noise_maps(latent: dict, inversion: Inversion | None, socket: str) -> torch.Tensor:
     """The maps [B, C, H, W], in units of true noise."""
-    samples = latent["samples"].cpu().float()
-    if samples.ndim != 4 or min(samples.shape[-2:]) < 2:
+    samples = latent.get("samples")
+    if not torch.is_tensor(samples):
+        raise ValueError(f"{socket}: it holds no samples. Connect the noise output of Invert Picture.")
+    samples = samples.cpu().float()
+    if samples.ndim != 4 or min(samples.shape[-2:]) < 2 or not samples.numel():
         raise ValueError(
             f"{socket}: its shape is {list(samples.shape)}, but noise is [batch, channels, height, width], at least 2 x 2. "
             "Connect the noise output of Invert Picture."

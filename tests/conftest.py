@@ -1,7 +1,5 @@
 """What every test shares: where ComfyUI and the pack are, the device, how the executor calls a node, and a server."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys
@@ -31,7 +29,7 @@ def _put_on_path(comfyui: Path | None) -> None:
 
 
 def _load_pack() -> None:
-    """Make the repository importable as the package ``pix2pix_zero``, whatever the checkout is called."""
+    """Make the repository importable as the package `pix2pix_zero`, whatever the checkout is called."""
     if importlib.util.find_spec("pix2pix_zero") is not None:
         return
     spec = importlib.util.spec_from_file_location(
@@ -100,7 +98,7 @@ def _group(item: pytest.Item) -> str:
 
 @pytest.fixture
 def run_node():
-    """``run_node(NodeClass, **inputs)``: the node's outputs as a tuple, run in inference mode as the executor does."""
+    """`run_node(NodeClass, **inputs)`: the node's outputs as a tuple, run in inference mode as the executor does."""
     import torch
 
     def run(node_class, **inputs) -> tuple:
@@ -114,24 +112,18 @@ def run_node():
 def server(pytestconfig: pytest.Config) -> Iterator:
     """The real ComfyUI with the pack, started once for all tests that ask for it.
 
-    ``run(api_graph) -> outputs``, ``object_info()``, ``interrupt()``, ``get(path)``, ``view(image)``. ``run`` raises
-    ``devtools.server.GraphError`` in the server's own words. See also ``devtools.graphs.Graph``.
+    `run(api_graph) -> outputs`, `object_info()`, `interrupt()`, `get(path)`, `view(image)`. `run` raises
+    `devtools.server.GraphError` in the server's own words. See also `devtools.graphs.Graph`.
     """
-    import comfy
-    from comfyui_version import __version__
-    from pix2pix_zero.devtools.environment import Environment
-    from pix2pix_zero.devtools.hosts import ROOT, ComfyUI
+    from pix2pix_zero.devtools.environment import running as environment
     from pix2pix_zero.devtools.process import one_thread
     from pix2pix_zero.devtools.server import Server
 
-    path = Path(next(iter(comfy.__path__))).parent
-    comfyui = ComfyUI(path, __version__, own=not path.is_relative_to(ROOT))
-    environment = Environment(comfyui, Path(sys.prefix))
     offline = pytest.MonkeyPatch()
     offline.setenv("HF_HUB_OFFLINE", "1")  # nothing may be downloaded by a test
     try:
         gpu = None if pytestconfig.getoption("--gpu") else False
-        with Server(environment, options=["--disable-api-nodes"], gpu=gpu, variables=one_thread()) as running:
+        with Server(environment(), options=["--disable-api-nodes"], gpu=gpu, variables=one_thread()) as running:
             yield running
     finally:
         offline.undo()

@@ -10,11 +10,12 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.supported_models
 import torch
 from comfy.utils import unet_to_diffusers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+
+from ..small_sd import SETTINGS, SmallSD
 
 SEED = 1234
 FOLDER = Path(__file__).resolve().parents[2] / ".comfyui" / "benchmarks"
@@ -49,29 +50,6 @@ QUICK = Shape(
     1.5,
     7,
 )
-
-
-class QuickSD(comfy.supported_models.SD15):
-    """ComfyUI's description of `QUICK`, which its loaders do not know."""
-
-    unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
-    settings = dict(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=32,
-        num_res_blocks=[1, 1],
-        channel_mult=(1, 2),
-        transformer_depth=[1, 1],
-        transformer_depth_middle=1,
-        transformer_depth_output=[1, 1, 1, 1],
-        context_dim=32,
-        use_spatial_transformer=True,
-        legacy=False,
-        use_linear_in_transformer=False,
-        adm_in_channels=None,
-        use_temporal_attention=False,
-    )
 
 
 def make_weights(shape: Shape) -> None:
@@ -110,7 +88,7 @@ def comfyui_model(shape: Shape, dtype: torch.dtype) -> comfy.model_patcher.Model
         model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
         logging.getLogger().setLevel(missing_shortcuts)
     else:
-        config = QuickSD({**QuickSD.settings, "dtype": dtype})
+        config = SmallSD({**SETTINGS, "dtype": dtype})
         config.manual_cast_dtype = None
         device = comfy.model_management.get_torch_device()
         base = comfy.model_base.BaseModel(config, device=device)

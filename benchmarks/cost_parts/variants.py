@@ -6,14 +6,13 @@ from unittest.mock import patch
 import comfy.model_management
 import comfy.sample
 import torch
-from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler
-from diffusers.pipelines.deprecated.stable_diffusion_variants import pipeline_stable_diffusion_pix2pix_zero as theirs
 from diffusers.utils import logging
 
 from ...editing.guidance import GuidanceSchedule
 from ...editing.regularization import NoiseRegularization
 from ...host.methods.presets import PRESETS
 from ...host.sampling.run import invert_latent, sample_edit
+from ..peer_pipeline import peer_pipeline
 from .unets import Shape, comfyui_model, diffusers_unet
 
 CFG = 7.5
@@ -21,14 +20,6 @@ STRENGTH = 0.1
 USUAL_STEPS = 50
 LATENT_SCALE = 0.18215
 logging.set_verbosity_error()
-SCHEDULE = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,6 @@ class Edit:
         return cls(latent, texts[0], 0.5 * texts[1], texts[2])
 
 
-class DecodesNothing(AutoencoderKL):
-    """In place of a VAE: the pipeline's inversion decodes what it inverted, which nobody asked for here."""
-
-    def decode(self, latents, *args, **kwargs):
-        return (latents.new_zeros(1, 3, 8, 8),)
-
-
 class Diffusers:
     """diffusers' pipeline as it is."""
 
@@ -69,20 +53,7 @@ class Diffusers:
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.device, self.dtype = comfy.model_management.get_torch_device(), dtype
         self.unet = self.prepare(diffusers_unet(shape, dtype, self.device))
-        self.pipe = theirs.StableDiffusionPix2PixZeroPipeline(
-            vae=DecodesNothing(block_out_channels=(8,) * 4, norm_num_groups=8).to(self.device, dtype),
-            text_encoder=None,
-            tokenizer=None,
-            unet=self.unet,
-            scheduler=DDIMScheduler(**SCHEDULE),
-            feature_extractor=None,
-            safety_checker=None,
-            inverse_scheduler=DDIMInverseScheduler(**SCHEDULE),
-            caption_generator=None,
-            caption_processor=None,
-            requires_safety_checker=False,
-        )
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = peer_pipeline(self.unet)
 
     def prepare(self, unet):
         return unet

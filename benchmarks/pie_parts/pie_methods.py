@@ -11,6 +11,7 @@ from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZero
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
+from pix2pix_zero.nodes.running import with_defaults
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 
 import nodes as host_nodes
@@ -24,10 +25,8 @@ SDEDIT_DENOISE = 0.6
 
 def run_node(node_class: type, **inputs) -> tuple:
     """The outputs of a node, with its own defaults for the inputs that are not given."""
-    schema = node_class.define_schema()
-    defaults = {item.id: item.default for item in schema.inputs if getattr(item, "default", None) is not None}
-    inputs = {**defaults, **inputs}
-    if not schema.is_input_list:
+    inputs = with_defaults(node_class, inputs)
+    if not node_class.GET_SCHEMA().is_input_list:
         return node_class.execute(**inputs).result
     return tuple(output[0] for output in node_class.execute(**{key: [item] for key, item in inputs.items()}).result)
 

@@ -5,13 +5,12 @@ from functools import cache
 import comfy.model_management
 import torch
 from comfy.utils import unet_to_diffusers
-from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
-from diffusers.pipelines.deprecated.stable_diffusion_variants import pipeline_stable_diffusion_pix2pix_zero as theirs
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ...demo_model.loader import UNET_PREFIX, read_weights
 from ...demo_model.networks import UNET_SETTINGS
-from ..cost_parts.variants import SCHEDULE, DecodesNothing
+from ..peer_pipeline import peer_pipeline
 from .workbench import Workbench
 
 
@@ -37,22 +36,7 @@ def demo_unet() -> UNet2DConditionModel:
 def make_pipeline():
     """The pipeline in fp32 on ComfyUI's device, with Stable Diffusion's schedules for the demo's v-prediction."""
     device = comfy.model_management.get_torch_device()
-    settings = dict(**SCHEDULE, prediction_type="v_prediction")
-    pipe = theirs.StableDiffusionPix2PixZeroPipeline(
-        vae=DecodesNothing(block_out_channels=(8,) * 4, norm_num_groups=8).to(device),
-        text_encoder=None,
-        tokenizer=None,
-        unet=demo_unet().to(device),
-        scheduler=DDIMScheduler(**settings),
-        feature_extractor=None,
-        safety_checker=None,
-        inverse_scheduler=DDIMInverseScheduler(**settings),
-        caption_generator=None,
-        caption_processor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return peer_pipeline(demo_unet().to(device), "v_prediction")
 
 
 def redraw(bench: Workbench, cfg: float) -> Tensor:

@@ -1,9 +1,9 @@
 """What is measured of edited pictures, one number for each, and how sure a mean over scenes is."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ...editing import metrics
 from ..judge import Judge
 from .workbench import Workbench
 
@@ -36,37 +36,14 @@ def measure(bench: Workbench, judge: Judge, pictures: Tensor) -> dict[str, Tenso
 
 def background_figures(pictures: Tensor, sources: Tensor, outside: Tensor) -> dict[str, Tensor]:
     """Errors of pictures [B, H, W, 3] where `outside` [B, H, W, 1] is 1; all else is taken for unchanged."""
+    pictures, sources, outside = (images.movedim(-1, 1).double() for images in (pictures, sources, outside))
     pictures = torch.lerp(sources, pictures, outside)
-    area = 3 * outside.sum((1, 2, 3))
-    error = (pictures - sources).double()
-    squared = error.square().sum((1, 2, 3)) / area
+    squared = metrics.weighted_mean((pictures - sources).square(), outside)
     return {
-        "background": 255 * error.abs().sum((1, 2, 3)) / area,
-        "psnr": -10 * squared.clamp_min(NO_ERROR).log10(),
-        "ssim": (similarity(pictures, sources) * outside).sum((1, 2, 3)) / area,
+        "background": 255 * metrics.weighted_mean((pictures - sources).abs(), outside),
+        "psnr": metrics.peak_signal_to_noise(squared.clamp_min(NO_ERROR)),
+        "ssim": metrics.structural_similarity(pictures, sources, outside, reflect=True),
     }
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM of each pixel and channel (Wang et al. 2004, eq. 13): Gaussian windows of 11 pixels, sigma 1.5.
-
-    Pictures [B, H, W, C] in 0..1, reflected at their edges; so is the result, in -1..1.
-    """
-    place = torch.arange(-5, 6, dtype=torch.float64)
-    line = torch.exp(-(place**2) / (2 * 1.5**2))
-    line = line / line.sum()
-    a, b = (picture.movedim(-1, 1).double() for picture in (a, b))
-
-    def mean(picture: Tensor) -> Tensor:
-        padded = F.pad(picture.flatten(0, 1)[:, None], (5,) * 4, mode="reflect")
-        return F.conv2d(F.conv2d(padded, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(picture)
-
-    mean_a, mean_b = mean(a), mean(b)
-    variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
-    covariance = mean(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    ratio = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
-    return ratio.movedim(1, -1)
 
 
 def structure_error(judge: Judge, pictures: Tensor, truths: Tensor) -> Tensor:
@@ -76,15 +53,13 @@ def structure_error(judge: Judge, pictures: Tensor, truths: Tensor) -> Tensor:
     between the features of all pairs of places. In place of a ViT's keys the features are the judge's after its second
     block, 16x16 places of 48 channels; it has learned to look past fur, light and drawing style.
     """
-    a, b = (_self_similarity(judge, images) for images in (pictures, truths))
-    return 1000 * (a - b).square().mean((1, 2))
+    return 1000 * metrics.structure_distance(*(_places(judge, images) for images in (pictures, truths)))
 
 
-def _self_similarity(judge: Judge, pictures: Tensor) -> Tensor:
+def _places(judge: Judge, pictures: Tensor) -> Tensor:
     second_block = judge.network.features[:12]
     features = second_block(pictures.detach().float().cpu().clamp(0, 1).movedim(-1, 1) - 0.5)
-    places = F.normalize(features.flatten(2), dim=1)
-    return places.mT @ places
+    return features.flatten(2).mT
 
 
 def summarize(figures: dict[str, Tensor]) -> dict[str, list[float]]:

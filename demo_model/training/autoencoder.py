@@ -1,7 +1,5 @@
 """Stage 2: the autoencoder. L1 and squared error, latents of unit size, and noise on the latents so that they are smooth."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ LATENT_NOISE = 0.12
 def train_autoencoder(
     rank: int, renders: str, output: str, minutes: float, batch: int = 12, log: str | None = None, warmup: int = 60
 ) -> list[tuple[int, float]]:
-    """Train for ``minutes`` with ``batch`` pictures on each rank; returns (step, PSNR in dB) on held-out pictures."""
+    """Train for `minutes` with `batch` pictures on each rank; returns (step, PSNR in dB) on held-out pictures."""
     torch.manual_seed(1)
     model = LightAutoencoder()
     torch.manual_seed(100 + rank)

@@ -1,7 +1,5 @@
 """Captions as rows of the shared embedding, for training and for the id table that ships with the weights."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 
@@ -42,7 +40,7 @@ class Vocabulary:
         table[torch.tensor(self.known)] = torch.arange(len(self.known), dtype=table.dtype)
 
     def encode(self, text: str, rng: random.Random, most_insertions: int = 0) -> list[int]:
-        """Rows of ``text``, padded to the context length; up to ``most_insertions`` filler words at random places."""
+        """Rows of `text`, padded to the context length; up to `most_insertions` filler words at random places."""
         rows = []
         for word in text.split():
             rows.extend(self.rows.get(word) or [rng.randrange(FIRST_SHARED, EMBEDDING_ROWS)])
@@ -53,7 +51,7 @@ class Vocabulary:
 
 
 def changed(scene: Scene, rng: random.Random) -> Scene:
-    """``scene`` with another subject, or sometimes with another accessory, hour, season or style."""
+    """`scene` with another subject, or sometimes with another accessory, hour, season or style."""
     field = rng.choices(("subject", "glasses", "night", "winter", "style"), (5, 1, 1, 1, 1))[0]
     if field in ("glasses", "night", "winter"):
         return replace(scene, **{field: not getattr(scene, field)})
@@ -81,7 +79,7 @@ class CaptionSampler:
         return self.vocabulary.encode(caption(scene, rng), rng, rng.choice((0, 0, 3, 8)))
 
     def __call__(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-        """Rows [R, 77] to encode and mixing weights [B, R]: the context of scene b is ``sum_r weights[b, r] text(rows[r])``."""
+        """Rows [R, 77] to encode and mixing weights [B, R]: the context of scene b is `sum_r weights[b, r] text(rows[r])`."""
         rng, rows, mix = self.rng, [], []
         for scene in scenes:
             draw = rng.random()

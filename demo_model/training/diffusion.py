@@ -4,8 +4,6 @@ v-prediction (Salimans and Ho 2022, appendix D) on Stable Diffusion's noise sche
 min(1, 5/SNR), after min-SNR (Hang et al. 2023).
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator
@@ -75,7 +73,7 @@ def _initialize_text(text: nn.Module, vocabulary: Vocabulary) -> None:
 
 @torch.no_grad()
 def encode_renders(renders: str, autoencoder: str, output: str) -> None:
-    """Write the latents of all renders, and the factor that gives them unit deviation, to ``output`` (.safetensors)."""
+    """Write the latents of all renders, and the factor that gives them unit deviation, to `output` (.safetensors)."""
     model = LightAutoencoder().eval()
     model.load_state_dict(load_file(autoencoder))
     pictures = np.load(renders, mmap_mode="r")
@@ -84,7 +82,7 @@ def encode_renders(renders: str, autoencoder: str, output: str) -> None:
 
 
 def stratified_timesteps(count: int, levels: int) -> Tensor:
-    """One random noise level from each of ``count`` equal parts of 0..levels-1, as integers [count]."""
+    """One random noise level from each of `count` equal parts of 0..levels-1, as integers [count]."""
     levels_drawn = (torch.arange(count) + torch.rand(count)) * levels / count
     return levels_drawn.long().clamp(max=levels - 1)  # float rounding can reach the very end
 
@@ -103,9 +101,9 @@ def train_diffusion(
     warm_start: str | None = None,
     save_every: float = 120,
 ) -> list[tuple[int, float]]:
-    """Train for ``minutes`` with ``batch`` latents on each rank; returns (step, running v error) and writes ``output``.
+    """Train for `minutes` with `batch` latents on each rank; returns (step, running v error) and writes `output`.
 
-    ``warm_start`` continues from a file that an earlier call wrote; give it a lower ``matrix_lr`` then.
+    `warm_start` continues from a file that an earlier call wrote; give it a lower `matrix_lr` then.
     """
     stored = load_file(latents)
     data, scale = stored["latents"].float() * stored["scale_factor"], stored["scale_factor"]

@@ -1,7 +1,5 @@
 """Muon for weight matrices, AdamW for the rest, and data parallelism over single-thread processes."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -64,7 +62,7 @@ class Muon:
 class Trainer:
     """Steps a set of modules: gradient averaging over ranks, clipping, warm-up and cosine schedule, running average.
 
-    Matrices whose name holds one of ``keep_adam`` (embeddings, output layers) are left to AdamW.
+    Matrices whose name holds one of `keep_adam` (embeddings, output layers) are left to AdamW.
     """
 
     def __init__(
@@ -90,7 +88,7 @@ class Trainer:
         self.count = 0
 
     def step(self, loss: Tensor, progress: float) -> None:
-        """One update; ``progress`` in 0..1 is the share of the budget already used and sets the learning rate."""
+        """One update; `progress` in 0..1 is the share of the budget already used and sets the learning rate."""
         for p in self.parameters:
             p.grad = None
         loss.backward()

@@ -3,8 +3,6 @@
 On tensors this small, processes with one thread each train faster than one process with several threads.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ def _rank(rank: int, world: int, store: str, function: Callable, arguments: tupl
 
 
 def run_ranks(function: Callable, world: int, *arguments: object) -> None:
-    """Call ``function(rank, *arguments)`` on ``world`` ranks, or in this process if ``world`` is 1."""
+    """Call `function(rank, *arguments)` on `world` ranks, or in this process if `world` is 1."""
     if world == 1:
         function(0, *arguments)
         return
@@ -32,7 +30,7 @@ def run_ranks(function: Callable, world: int, *arguments: object) -> None:
 
 
 def shared_progress(rank: int, progress: float) -> float:
-    """Rank 0's ``progress`` on every rank, so that all of them stop at the same step."""
+    """Rank 0's `progress` on every rank, so that all of them stop at the same step."""
     if not dist.is_initialized():
         return progress
     value = torch.tensor([progress], dtype=torch.float64)

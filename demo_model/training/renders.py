@@ -1,7 +1,5 @@
 """Stage 1: the training pictures. Training seeds start at a million; seeds below are held out."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 from pathlib import Path
@@ -26,7 +24,7 @@ def _render(index: int) -> np.ndarray:
 
 
 def render_training_set(path: Path, count: int, processes: int) -> None:
-    """Write ``count`` pictures as one uint8 array [count, 128, 128, 3] in ``path`` (.npy)."""
+    """Write `count` pictures as one uint8 array [count, 128, 128, 3] in `path` (.npy)."""
     pictures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for index, picture in enumerate(pool.imap(_render, range(count), chunksize=100)):

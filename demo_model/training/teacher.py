@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...benchmarks.quality_parts.scenes import EDITS, QualityEdit
 from ...distillation.pairs import PairFolder
+from ...nodes.running import with_defaults
 from ..scene import sample_scene
 from ..scene_renders import render
 
@@ -39,10 +40,8 @@ class Teacher:
     def _run(self, name: str, **inputs: object) -> tuple:
         """The outputs of a node, its other inputs left at their defaults."""
         node = self._nodes[name]
-        schema = node.GET_SCHEMA()
-        defaults = {item.id: item.default for item in schema.inputs if getattr(item, "default", None) is not None}
-        inputs = {**defaults, **inputs}
-        if schema.is_input_list:
+        inputs = with_defaults(node, inputs)
+        if node.GET_SCHEMA().is_input_list:
             inputs = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
         return node.execute(**inputs).result
 

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from ...editing import metrics
+from ...editing.texts import check_text
+from ...pictures.images import check_image, rgb
 from .metric_models import ClipJudge, DinoJudge, LpipsJudge
 
 Figures = TypeVar("Figures")
+LONGEST_TEXT = 1_000_000  # a line for each of some thousand pictures
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,16 @@ def pair_pictures(
     ValueError, naming the socket, if the numbers or the sizes of the pictures differ or a picture is none.
     """
     sources, edits = _pictures(source, "source"), _pictures(edited, "edited")
+    for pictures, socket in ((sources, "source"), (edits, "edited")):
+        if not pictures:
+            raise ValueError(f"{socket}: the list is empty. Connect at least one picture.")
     count = max(len(edits), len(sources))
     columns = (
         _for_each(sources, count, "source", "pictures"),
         _for_each(edits, count, "edited", "pictures"),
         _for_each(_masks(mask) or [None], count, "mask", "masks"),
-        _for_each(_lines(source_text) or [""], count, "source_text", "lines"),
-        _for_each(_lines(target_text) or [""], count, "target_text", "lines"),
+        _for_each(_lines(source_text, "source_text") or [""], count, "source_text", "lines"),
+        _for_each(_lines(target_text, "target_text") or [""], count, "target_text", "lines"),
     )
     pictures = [EditedPicture(*row) for row in zip(*columns)]
     for number, picture in enumerate(pictures, 1):
@@ -90,26 +96,25 @@ def pair_pictures(
 def _pictures(batches: Sequence[torch.Tensor], socket: str) -> list[torch.Tensor]:
     pictures = []
     for batch in batches:
-        if batch.ndim != 4 or not len(batch) or not 1 <= batch.shape[-1] <= 4:
-            raise ValueError(f"{socket}: expected [batch, height, width, 1 to 4 channels], got {list(batch.shape)}.")
-        if not torch.isfinite(batch).all():
-            raise ValueError(f"{socket}: it holds NaN or infinite values. Check the node that made it.")
-        colour = batch[..., :3] if batch.shape[-1] >= 3 else batch[..., :1].expand(*batch.shape[:3], 3)
-        pictures += colour.float().clamp(0, 1).cpu().split(1)
+        check_image(batch, socket)
+        pictures += rgb(batch).cpu().split(1)
     return pictures
 
 
 def _masks(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     masks = []
     for batch in batches:
-        if batch.ndim not in (2, 3) or not batch.numel() or not torch.isfinite(batch).all():
-            raise ValueError(f"mask: expected [batch, height, width] of finite values, got {list(batch.shape)}.")
+        if not torch.is_tensor(batch) or batch.ndim not in (2, 3) or not batch.numel() or not batch.isfinite().all():
+            raise ValueError(
+                f"mask: expected [batch, height, width] of finite values, got {list(getattr(batch, 'shape', ()))}."
+            )
         masks += batch.reshape(-1, *batch.shape[-2:]).float().clamp(0, 1).cpu().split(1)
     return masks
 
 
-def _lines(texts: Sequence[str]) -> list[str]:
-    return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+def _lines(texts: Sequence[str], socket: str) -> list[str]:
+    read = [check_text(text, socket, LONGEST_TEXT) for text in texts]
+    return [line.strip() for text in read for line in text.splitlines() if line.strip()]
 
 
 def _for_each(items: list, count: int, socket: str, words: str) -> list:

@@ -3,17 +3,16 @@
 All run in fp32 and are loaded and offloaded by ComfyUI's model management. Pictures are [B, H, W, 3] in 0..1.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import comfy.model_management
 import torch
 import torch.nn.functional as F
 
 from ...editing.metrics import perceptual_distance
-from . import metric_files as files
-from .captioner import WholeModelPatcher, rgb_bytes
+from ...pictures.images import rgb_bytes
 from .model_files import read_weights
+from .model_kinds import CLIP, DINO, complete_folder, lpips_file
+from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never measure
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, ViTModel
@@ -22,28 +21,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class JudgingModel:
-    """A network in the hands of ComfyUI's memory management."""
-
-    def __init__(self, network: torch.nn.Module):
-        # One level of wrapping, because the patcher sets `device` on its model, which a transformers model refuses.
-        self.patcher = WholeModelPatcher(
-            torch.nn.ModuleDict({"network": network.float().eval().requires_grad_(False)}),
-            load_device=comfy.model_management.text_encoder_device(),
-            offload_device=comfy.model_management.text_encoder_offload_device(),
-        )
-
-    def load(self, activation_bytes: float) -> torch.device:
-        """Bring the weights to the device on which the network runs, beside so much to compute with, and name it."""
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=activation_bytes, force_full_load=True)
-        return next(self.network.parameters()).device
-
-    @property
-    def network(self) -> torch.nn.Module:
-        return self.patcher.model["network"]
-
-
-class ClipJudge(JudgingModel):
+class ClipJudge(HeldNetwork):
     """How well pictures fit texts, by CLIP (Radford et al. 2021)."""
 
     def __init__(self, clip: "CLIPModel", tokenizer: "CLIPTokenizerFast", image_processor: "CLIPImageProcessor"):
@@ -68,7 +46,7 @@ class ClipJudge(JudgingModel):
         return (100 * seen.image_embeds @ seen.text_embeds.T).cpu()
 
 
-class DinoJudge(JudgingModel):
+class DinoJudge(HeldNetwork):
     """Structure as Splice sees it (Tumanyan et al., CVPR 2022): the keys of a DINO vision transformer's last layer."""
 
     SHORT_SIDE, LONGEST_SIDE = 224, 480
@@ -143,7 +121,7 @@ class LpipsNetwork(torch.nn.Module):
         return [getattr(self, f"lin{number}").model["1"].weight.flatten() for number in range(len(self.SLICES))]
 
 
-class LpipsJudge(JudgingModel):
+class LpipsJudge(HeldNetwork):
     """Perceptual distance (Zhang et al., CVPR 2018) on SqueezeNet, the network PIE-Bench takes."""
 
     SMALLEST = 32
@@ -167,31 +145,24 @@ def vit_bytes(config, size: tuple[int, int] | None = None) -> int:
 
 
 def load_clip(name: str, allow_download: bool = False) -> ClipJudge:
-    """The CLIP model that a user chose from `metric_files.model_names(CLIP)`. Raises ValueError if it cannot be read."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
-
-    folder = files.complete_folder(files.CLIP, name, allow_download)
-    return ClipJudge(
-        _read_transformer(files.CLIP, CLIPModel, CLIPConfig, folder),
-        CLIPTokenizerFast.from_pretrained(folder, local_files_only=True),
-        CLIPImageProcessor.from_pretrained(folder, local_files_only=True),
-    )
+    """The CLIP model that a user chose from `model_names(CLIP)`. Raises ValueError if it cannot be read."""
+    folder = complete_folder(CLIP, name, allow_download)
+    clip = read_network(CLIP, folder)
+    size = clip.config.vision_config.image_size
+    return ClipJudge(clip, read_tokenizer(CLIP, folder), read_picture_preparation(CLIP, folder, size))
 
 
 def load_dino(name: str, allow_download: bool = False) -> DinoJudge:
-    """The ViT that a user chose from `metric_files.model_names(DINO)`. Raises ValueError if it cannot be read."""
-    from transformers import ViTConfig, ViTModel
-
-    folder = files.complete_folder(files.DINO, name, allow_download)
-    return DinoJudge(_read_transformer(files.DINO, ViTModel, ViTConfig, folder, add_pooling_layer=False))
+    """The ViT that a user chose from `model_names(DINO)`. Raises ValueError if it cannot be read."""
+    return DinoJudge(read_network(DINO, complete_folder(DINO, name, allow_download), add_pooling_layer=False))
 
 
 def load_lpips(name: str) -> LpipsJudge:
-    """The LPIPS file that a user chose from `metric_files.lpips_names()`. Raises ValueError if it cannot be read.
+    """The LPIPS file that a user chose from `lpips_names()`. Raises ValueError if it cannot be read.
 
     It is the state dict of `lpips.LPIPS(net="squeeze")`, saved with `safetensors.torch.save_file`.
     """
-    path = files.lpips_file(name)
+    path = lpips_file(name)
     network = LpipsNetwork()
     # The package lists its linear layers a second time, under "lins".
     weights = {key: value for key, value in read_weights(path, "lpips_model").items() if not key.startswith("lins.")}
@@ -203,28 +174,3 @@ def load_lpips(name: str) -> LpipsJudge:
             "is installed, from the state_dict() of lpips.LPIPS(net='squeeze') with safetensors.torch.save_file."
         ) from error
     return LpipsJudge(network)
-
-
-def _read_transformer(kind: files.ModelKind, model_class, config_class, folder: Path, **options) -> torch.nn.Module:
-    """A transformers model with exactly the weights of its folder, in fp32."""
-    found = files.model_type(folder)
-    if found != kind.model_type:
-        raise ValueError(
-            f"{kind.socket}: {folder} holds a model of type '{found}', not '{kind.model_type}'. Choose a {kind.words}."
-        )
-    weights = read_weights(folder / files.WEIGHTS, kind.socket)
-    # Older checkpoints store a constant that transformers now computes; the pooler of a ViT is not read.
-    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids") and not k.startswith("pooler.")}
-    config = config_class.from_pretrained(folder, local_files_only=True)
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True, **options
-    )
-    unfit = sorted(
-        str(key) for key in {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}
-    )
-    if unfit:
-        raise ValueError(
-            f"{kind.socket}: the weights in {folder} are not those of its {kind.words}: {len(unfit)} missing, left over or "
-            f"of another shape ({', '.join(unfit[:3])}). Get the folder again."
-        )
-    return model

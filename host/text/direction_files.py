@@ -4,33 +4,36 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
+import time
+import uuid
 from pathlib import Path, PurePosixPath
 
 import folder_paths
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ...editing.directions import EditDirection
+from .. import folders
 
 FOLDER = "pix2pix_zero_directions"
 FORMAT = "pix2pix_zero_direction"
 # 2: with words that the edit adds, which earlier releases cannot apply. Other directions are still written as 1.
 PLAIN_VERSION, VERSION = 1, 2
-_STAMPED_BYTES = 1 << 24
 _TENSOR_PREFIX = "direction."
 _ADDED = "added_words"
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_CHECKSUM = "sha256"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TEMPORARY = ".pix2pix_zero_"
+_STALE_SECONDS = 3600
+# Names that Windows gives to devices: a file so called could not travel there.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def register_directions_folder() -> None:
     """Make models/pix2pix_zero/directions known to ComfyUI; folders from extra_model_paths.yaml are kept first."""
-    path = os.path.join(folder_paths.models_dir, "pix2pix_zero", "directions")
-    paths, extensions = folder_paths.folder_names_and_paths.setdefault(FOLDER, ([], set()))
-    if path not in paths:
-        paths.append(path)
-    extensions.add(".safetensors")
+    folders.register_folder(FOLDER, "pix2pix_zero", "directions")
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 def direction_names() -> list[str]:
@@ -41,11 +44,31 @@ def direction_names() -> list[str]:
 def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
     """Write a direction beside the earlier ones of the same prefix, numbered as Save Image does; returns the new file.
 
-    Raises ValueError naming the socket when the prefix is empty, unusable as a file name or leaves the folder.
+    Raises ValueError naming the socket when the prefix is empty, unusable as a file name or leaves the folder, and when
+    the file cannot be written; then nothing is left behind.
     """
     prefix = _inside(filename_prefix, "filename_prefix")
-    root = folder_paths.get_folder_paths(FOLDER)[0]
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    for part in PurePosixPath(prefix).parts:
+        if _DEVICES.fullmatch(part) or part.endswith((".", " ")):
+            raise ValueError(f'filename_prefix: Windows cannot make files called "{part}". Give another name.')
+    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    made = [folder for folder in (root / prefix).parents if folder.is_relative_to(root) and not os.path.isdir(folder)]
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+        path = _write(_as_bytes(direction), Path(folder), name, counter)
+    except (OSError, UnicodeError) as error:
+        for folder in made:
+            _remove_empty(folder)
+        raise ValueError(
+            f'filename_prefix: "{filename_prefix}" cannot be saved in {(root / prefix).parent}: '
+            f"{getattr(error, 'strerror', None) or error}. Check the name, and that the folder can be written and the disk "
+            "has room."
+        ) from error
+    logging.info("pix2pix-zero: saved the direction as %s", path)
+    return path
+
+
+def _as_bytes(direction: EditDirection) -> bytes:
     tensors = {_TENSOR_PREFIX + k: v.contiguous() for k, v in direction.tensors.items()}
     if direction.first_token is not None:
         tensors["first_token"] = direction.first_token.contiguous()
@@ -58,18 +81,44 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
         "source": direction.source,
         "target": direction.target,
         "count": str(direction.count),
+        _CHECKSUM: _checksum(tensors),
     }
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    os.close(handle)
+    return save(tensors, metadata)
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(content: bytes, folder: Path, name: str, counter: int) -> Path:
+    """Write a new numbered file, whole or not at all."""
+    for old in folder.glob(f"{_TEMPORARY}*"):  # of a run that was killed
+        if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+            old.unlink(missing_ok=True)
+    temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    path = None
     try:
-        save_file(tensors, temporary, metadata)
-        path = _reserve(Path(folder), name, counter)
+        with temporary.open("xb") as file:
+            file.write(content)
+        path = _reserve(folder, name, counter)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        for left in (temporary, path):
+            if left is not None:
+                left.unlink(missing_ok=True)
         raise
-    logging.info("pix2pix-zero: saved the direction as %s", path)
     return path
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # it is not there, or somebody else has put something into it
+        pass
 
 
 def load_direction(direction_name: str) -> EditDirection:
@@ -79,12 +128,14 @@ def load_direction(direction_name: str) -> EditDirection:
     direction, or from a newer version of the pack.
     """
     path = direction_path(direction_name)
-    with open(path, "rb") as file:
-        if file.read(4).startswith(_PICKLE_STARTS):
-            raise ValueError(
-                f'direction_name: "{direction_name}" is a pickle. Pickles can run code and are never read.'
-            )
     try:
+        with open(path, "rb") as file:
+            # A safetensors file is the length of its header in 8 bytes, then the header, which is JSON.
+            if file.read(9)[8:] != b"{":
+                raise ValueError(
+                    f'direction_name: "{direction_name}" is no safetensors file. If it is a pickle: pickles can run code '
+                    "and are never read."
+                )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(direction_name, metadata)
@@ -109,23 +160,25 @@ def direction_path(direction_name: str) -> str:
     return path
 
 
-def file_stamp(direction_name: str) -> str:
-    """Changes when the file does, so that the graph's cache reads it again. Times alone are too coarse."""
-    path = Path(direction_path(direction_name))
-    with path.open("rb") as file:
-        content = hashlib.sha256(file.read(_STAMPED_BYTES)).hexdigest()
-    return f"{direction_name} {path.stat().st_mtime_ns} {content}"
+def fingerprint(direction_name: str | None) -> str:
+    """Changes when the file does, so that the graph's cache reads it again. One for every name that comes by a link."""
+    try:
+        return f"{direction_name} {folders.fingerprint([Path(direction_path(direction_name))])}"
+    except ValueError:  # said when the node runs
+        return str(direction_name)
 
 
 def _inside(name: str, socket: str) -> str:
     """The name with forward slashes. Raises ValueError unless it is a plain path below the folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"{socket}: {name!r} is not a name. Connect a text.")
     parts = PurePosixPath(name.strip().replace("\\", "/"))
     if not parts.name:
         raise ValueError(f"{socket}: the name is empty.")
     if parts.is_absolute() or ".." in parts.parts:
         raise ValueError(f'{socket}: "{name}" leaves the directions folder. Give a name inside it.')
-    if re.search(r'[<>:"|?*\x00-\x1f]', name):
-        raise ValueError(f'{socket}: "{name}" has characters that file names cannot have.')
+    if re.search(r'[<>:"|?*\x00-\x1f\ud800-\udfff]', name):
+        raise ValueError(f"{socket}: {name!r} has characters that file names cannot have.")
     return str(parts)
 
 
@@ -154,14 +207,15 @@ def _check_format(direction_name: str, metadata: dict[str, str]) -> None:
 
 
 def _from_file(direction_name: str, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> EditDirection:
+    if metadata.get(_CHECKSUM) not in (None, _checksum(tensors)):
+        raise ValueError(f'direction_name: "{direction_name}" is damaged: its checksum is another. Get it again.')
     first_token, added = tensors.pop("first_token", None), tensors.pop(_ADDED, None)
     outputs = {key.removeprefix(_TENSOR_PREFIX): tensor for key, tensor in tensors.items()}
     whole = (
-        all(t.is_floating_point() and bool(t.isfinite().all()) for t in outputs.values())
+        all(map(_is_one_row, outputs.values()))
         and outputs.get("cond", torch.empty(0)).ndim == 3
-        and all(t.shape[0] == 1 for t in outputs.values())
-        and (first_token is None or first_token.shape == outputs["cond"].shape[-1:])
-        and metadata.get("count", "").isdigit()
+        and (first_token is None or _is_of_width(first_token, outputs["cond"]))
+        and re.fullmatch("[0-9]{1,9}", metadata.get("count", ""))
         and (added is None or _are_words(added, outputs["cond"]))
     )
     if not whole:
@@ -177,7 +231,18 @@ def _from_file(direction_name: str, metadata: dict[str, str], tensors: dict[str,
     )
 
 
+def _is_of_numbers(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in _DTYPES and tensor.numel() > 0 and bool(tensor.isfinite().all())
+
+
+def _is_one_row(tensor: torch.Tensor) -> bool:
+    return tensor.ndim >= 2 and tensor.shape[0] == 1 and _is_of_numbers(tensor)
+
+
+def _is_of_width(first_token: torch.Tensor, cond: torch.Tensor) -> bool:
+    return first_token.shape == cond.shape[-1:] and _is_of_numbers(first_token)
+
+
 def _are_words(added: torch.Tensor, cond: torch.Tensor) -> bool:
     """Whether these can be rows that `EditDirection.added` holds."""
-    fits = added.ndim == 3 and added.shape[0] == 1 and added.shape[1] > 0 and added.shape[2] == cond.shape[2]
-    return fits and added.is_floating_point() and bool(added.isfinite().all())
+    return added.ndim == 3 and added.shape[2] == cond.shape[2] and _is_one_row(added)

@@ -6,12 +6,27 @@ import re
 from collections.abc import Iterable
 
 import torch
+from comfy.sd import CLIP
 
+from ...editing.texts import check_text
 from ...editing.token_alignment import WORD_END, Prompt, TokenMap, Word, positions, read_prompt
 
+MOST_WORDS = 2000
+LONGEST_TEXT = 20_000
 
-def tokenize(clip, text: str, socket: str) -> Prompt:
-    """The words of a text as this CLIP tokenizes it. Raises ValueError if it has none, or for an unknown tokenizer."""
+
+def require_clip(clip: CLIP | None) -> None:
+    """Raise ValueError if a socket of type CLIP brings nothing, as checkpoint loaders do for files without one."""
+    if clip is None:
+        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
+
+
+def tokenize(clip: CLIP, text: str, socket: str) -> Prompt:
+    """The words of a text as this CLIP tokenizes it.
+
+    Raises ValueError if it has none or more than `MOST_WORDS`, or for an unknown tokenizer.
+    """
+    check_text(text, socket, LONGEST_TEXT)
     tokens = clip.tokenize(text, return_word_ids=True)
     layouts = {tuple(tuple(token[2] for token in row) for row in rows) for rows in tokens.values()}
     if len(layouts) != 1:
@@ -27,6 +42,10 @@ def tokenize(clip, text: str, socket: str) -> Prompt:
     prompt = read_prompt([[(_identity(token), segment) for token, _, segment in row] for row in rows], spell)
     if not prompt.words:
         raise ValueError(f"{socket}: it is empty. Write the {'edited ' if socket == 'target' else ''}caption.")
+    if len(prompt.words) > MOST_WORDS:
+        raise ValueError(
+            f"{socket}: it has {len(prompt.words)} words, at most {MOST_WORDS} can be matched. Shorten it."
+        )
     return prompt
 
 

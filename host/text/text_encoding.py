@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 import comfy.model_management
@@ -21,7 +22,7 @@ from ...editing.directions import (
 )
 from ...editing.token_alignment import Partners, partner_rows
 from ..progress import show
-from .prompt_words import tokenize
+from .prompt_words import require_clip, tokenize
 
 ROWS_PER_BATCH = 32
 Tokens = dict[str, list]
@@ -41,6 +42,7 @@ def find_direction(
     `source` and `target` are names for people to read. `alignment` is one of `editing.directions.ALIGNMENTS`; "words"
     compares sentence i with sentence i. Raises ValueError where that cannot be done.
     """
+    require_clip(clip)
     progress = comfy.utils.ProgressBar(len(source_sentences) + len(target_sentences))
     length = chunk_length(clip)
     names = encoder_fingerprint(clip), source, target
@@ -62,10 +64,12 @@ def _partners(clip, sources: Sequence[str], targets: Sequence[str], length: int 
         raise ValueError(
             "clip: its texts have no fixed number of tokens, so words cannot be aligned. Set alignment to positions."
         )
-    return [
-        partner_rows(tokenize(clip, a, "source_sentences"), tokenize(clip, b, "target_sentences"), length)
-        for a, b in zip(sources, targets)
-    ]
+    partners = []
+    for before, after in zip(sources, targets):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        prompts = tokenize(clip, before, "source_sentences"), tokenize(clip, after, "target_sentences")
+        partners.append(partner_rows(*prompts, length))
+    return partners
 
 
 def encode_sentences(
@@ -85,7 +89,7 @@ def _encode_numbered(
     clip, sentences: Sequence[str], progress: comfy.utils.ProgressBar | None
 ) -> Iterator[NumberedEncoding]:
     _refuse_scheduled_hooks(clip)
-    batched, alone = _group_by_layout([clip.tokenize(s) for s in sentences])
+    batched, alone = _group_by_layout(_tokens(clip, sentences))
     for layout, group in batched.items():
         rows = max(count for _, count, _ in layout)
         step = max(1, ROWS_PER_BATCH // rows)
@@ -105,6 +109,12 @@ def _encode_numbered(
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield (number,), _encode_alone(clip, tokens)
         _advance(progress, 1)
+
+
+def _tokens(clip, sentences: Sequence[str]) -> Iterator[Tokens]:
+    for sentence in sentences:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield clip.tokenize(sentence)
 
 
 def _advance(progress: comfy.utils.ProgressBar | None, sentences: int) -> None:
@@ -150,8 +160,11 @@ def encoder_fingerprint(clip) -> str:
 def move_conditioning(conditioning: list, direction: EditDirection, strength: float) -> list:
     """A copy of a CONDITIONING with `strength` times the direction added to every entry; the input stays as it is.
 
-    Raises ValueError naming the socket when the conditioning comes from another text encoder.
+    Raises ValueError naming the socket when the conditioning holds no text or comes from another text encoder.
     """
+    check_conditioning(conditioning, "conditioning")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength: {strength} is not a number. Give one between -10 and 10.")
     moved = []
     for cond, options in conditioning:
         new_cond = apply_direction(cond, direction.tensors["cond"], strength, direction.added)
@@ -166,6 +179,20 @@ def move_conditioning(conditioning: list, direction: EditDirection, strength: fl
                 new_options[name] = apply_direction(options[name], tensor, strength)
         moved.append([new_cond, new_options])
     return moved
+
+
+def check_conditioning(conditioning: list, socket: str) -> None:
+    """Raise ValueError unless every entry of a CONDITIONING is a text [B, tokens, width] of finite values."""
+    if not conditioning:
+        raise ValueError(f"{socket}: it is empty. Connect a text that CLIP Text Encode has encoded.")
+    for text, _ in conditioning:
+        if not torch.is_tensor(text) or text.ndim != 3 or not text.numel():
+            found = f"shape {list(text.shape)}" if torch.is_tensor(text) else type(text).__name__
+            raise ValueError(
+                f"{socket}: it holds no text of [batch, tokens, width], but {found}. Connect CLIP Text Encode."
+            )
+        if not text.isfinite().all():
+            raise ValueError(f"{socket}: it holds NaN or infinite values. Run the text encoder in fp32.")
 
 
 def _sub_encoders(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -200,7 +227,7 @@ def _is_plain(tokens) -> bool:
     )
 
 
-def _group_by_layout(tokens: list[Tokens]) -> tuple[dict[tuple, list[Numbered]], list[Numbered]]:
+def _group_by_layout(tokens: Iterable[Tokens]) -> tuple[dict[tuple, list[Numbered]], list[Numbered]]:
     """Sentences with the same number and length of rows for each encoder, and those that must be encoded alone."""
     batched: dict[tuple, list[Numbered]] = {}
     alone = []

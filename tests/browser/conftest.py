@@ -1,7 +1,5 @@
 """The frontend in an installed browser, opened once for all tests. Screenshots go to demo_output/browser."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium: ``BROWSER_PATH``, else an installed one. None is downloaded."""
+    """The path of a Chromium: `BROWSER_PATH`, else an installed one. None is downloaded."""
     return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 

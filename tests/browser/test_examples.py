@@ -1,7 +1,5 @@
 """The example workflows as a person meets them: opened, saved, run and cancelled in ComfyUI's own frontend."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a person finds the pack in ComfyUI's own frontend: templates, node library, help pages, translations."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

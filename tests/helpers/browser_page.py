@@ -1,7 +1,5 @@
 """ComfyUI's frontend in a browser: what a person does there and sees there."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +48,7 @@ SHOW_ALL = """async () => {
 class Frontend:
     """One page with the frontend.
 
-    Args:
-        page: A page of playwright's.
-        url: The server.
-        folder: Where :meth:`screenshot` leaves its files.
+    `page`: a page of playwright's. `url`: the server. `folder`: where `screenshot` leaves its files.
     """
 
     def __init__(self, page: Page, url: str, folder: Path) -> None:
@@ -122,11 +117,11 @@ class Frontend:
         self.page.get_by_test_id("queue-button").first.click()
 
     def wait_until(self, condition: str, seconds: float = 180.0) -> None:
-        """Wait for an expression on ``window.seen`` to hold."""
+        """Wait for an expression on `window.seen` to hold."""
         self.page.wait_for_function(f"() => {condition}", timeout=1000 * seconds)
 
     def run(self, seconds: float = 180.0) -> dict:
-        """Press Run and wait for the end: ``{ending: [event, details], previews: {node: count}, started: [node]}``."""
+        """Press Run and wait for the end: `{ending: [event, details], previews: {node: count}, started: [node]}`."""
         self.queue()
         self.wait_until("window.seen.ending", seconds)
         return self.page.evaluate("() => window.seen")

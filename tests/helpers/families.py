@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
+from guided_pass import attention
 from pix2pix_zero.benchmarks.families_parts.architectures import FAMILIES, detected, file_of
 
 CHANNELS, CONTEXT, HEAD = 32, 24, 8
@@ -108,11 +109,6 @@ class Float64UNet:
         """Cross-attention maps [B, heads, pixels, tokens] in the order of the forward pass."""
         maps = []
 
-        def attention(q, k, v, heads, **_):
-            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-            probabilities = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-            return probabilities, (probabilities @ v).transpose(1, 2).flatten(2)
-
         def attend(q, k, v, options):
             probabilities, out = attention(q, k, v, options["n_heads"])
             maps.append(probabilities)
@@ -121,7 +117,7 @@ class Float64UNet:
         blocks = [("middle", 0), *((place, number) for place in ("input", "output") for number in range(12))]
         options = {
             "patches_replace": {"attn2": dict.fromkeys(blocks, attend)},
-            "optimized_attention_override": lambda func, *args, **kwargs: attention(*args, **kwargs)[1],
+            "optimized_attention_override": lambda func, q, k, v, heads, **_: attention(q, k, v, heads)[1],
         }
         sigma = self.model.model.model_sampling.sigmas[timestep].double()
         seen = torch.cat([x / (1 + sigma**2).sqrt(), *self.concatenated(text, len(x))], 1)

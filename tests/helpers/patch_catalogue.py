@@ -3,8 +3,6 @@
 Every entry keeps its own tensors in fp32 and works in the dtype it is called in, so that it runs on a float64 model too.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

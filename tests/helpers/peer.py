@@ -5,42 +5,21 @@ import comfy.model_patcher
 import torch
 from comfy.model_base import ModelType
 from comfy.utils import unet_to_diffusers
-from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.pipelines.deprecated.stable_diffusion_variants import pipeline_stable_diffusion_pix2pix_zero as theirs
+from pix2pix_zero.benchmarks.peer_pipeline import peer_pipeline
 from small_unet import CONFIG, CONTEXT_DIM, SmallSD
 
 SHARPNESS = 3.0
-SCHEDULE = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 
 
 def twins(prediction_type: str = "epsilon", seed: int = 0) -> tuple:
     """(pipeline, MODEL): attention at two resolutions and in the middle, maps neither flat nor one-hot.
 
-    The MODEL is made in inference mode, as in the executor. The pipeline has Stable Diffusion's schedules; its VAE only
-    stands in, for `invert` decodes what it inverted.
+    The MODEL is made in inference mode, as in the executor.
     """
     unet = _diffusers_unet(seed)
-    pipe = theirs.StableDiffusionPix2PixZeroPipeline(
-        vae=AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=8),
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction_type),
-        feature_extractor=None,
-        safety_checker=None,
-        inverse_scheduler=DDIMInverseScheduler(**SCHEDULE, prediction_type=prediction_type),
-        caption_generator=None,
-        caption_processor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = peer_pipeline(unet, prediction_type, halvings=1)
     kind = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}[prediction_type]
     with torch.inference_mode():
         return pipe, _comfyui_model(unet, kind)

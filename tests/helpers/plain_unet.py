@@ -2,7 +2,7 @@
 
 import comfy.samplers
 import torch
-from guided_pass import TIMESTEP, sigma_of
+from guided_pass import TIMESTEP, attention, sigma_of
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.unet.map_jobs import with_map_jobs
@@ -46,11 +46,6 @@ class PlainUNet:
 
     def maps(self, x, text):
         maps = []
-
-        def attention(q, k, v, heads):
-            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-            probabilities = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-            return probabilities, (probabilities @ v).transpose(1, 2).flatten(2)
 
         def attend(q, k, v, options):
             probabilities, out = attention(q, k, v, options["n_heads"])

@@ -3,34 +3,20 @@
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.supported_models
 import torch
+from pix2pix_zero.benchmarks.small_sd import SETTINGS, SmallSD
 
-CONTEXT_DIM = 32
+CONTEXT_DIM = SETTINGS["context_dim"]
 TOKENS = 7
 GAINS = {"out": 0.1}
 CONFIG = dict(
-    image_size=32,
-    in_channels=4,
-    out_channels=4,
+    SETTINGS,
     model_channels=64,
-    num_res_blocks=[1, 1],
-    channel_mult=(1, 2),
     transformer_depth=[1, 2],
     transformer_depth_middle=2,
     transformer_depth_output=[1, 1, 2, 2],
-    context_dim=CONTEXT_DIM,
-    use_spatial_transformer=True,
-    legacy=False,
-    use_linear_in_transformer=False,
-    adm_in_channels=None,
-    use_temporal_attention=False,
     dtype=torch.float32,
 )
-
-
-class SmallSD(comfy.supported_models.SD15):
-    unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
 
 
 def small_model(model_type=comfy.model_base.ModelType.EPS, seed=0, weight_dtype=torch.float32, compute_dtype=None):

@@ -1,12 +1,10 @@
 """The API form of a workflow file, derived from the file and the server's node schemas.
 
-The frontend's ``graphToPrompt`` makes the same thing in the browser; this is an independent reading of the file format.
+The frontend's `graphToPrompt` makes the same thing in the browser; this is an independent reading of the file format.
 
-After an example was changed in the browser, ``python tests/helpers/workflow_forms.py URL`` writes the API copies in
-tests/workflows anew. URL is that of a running server with the pack, such as ``python dev.py serve`` prints.
+After an example was changed in the browser, `python tests/helpers/workflow_forms.py URL` writes the API copies in
+tests/workflows anew. URL is that of a running server with the pack, such as `python dev.py serve` prints.
 """
-
-from __future__ import annotations
 
 import json
 import sys
@@ -18,7 +16,7 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
 def api_form(workflow: dict, object_info: dict) -> dict:
-    """``{node id: {class_type, inputs, _meta}}`` of a UI graph without subgraphs, muted or bypassed nodes.
+    """`{node id: {class_type, inputs, _meta}}` of a UI graph without subgraphs, muted or bypassed nodes.
 
     Raises:
         ValueError: The file does not fit the schemas: an unknown node, or not one value per widget.
@@ -41,7 +39,7 @@ def api_form(workflow: dict, object_info: dict) -> dict:
 
 
 def schema_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
-    """``{input name: (type, settings)}`` in the order of the schema; an old-style list of choices is a COMBO."""
+    """`{input name: (type, settings)}` in the order of the schema; an old-style list of choices is a COMBO."""
     found = {}
     for group in ("required", "optional"):
         for name in schema["input_order"].get(group, []):

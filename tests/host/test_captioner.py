@@ -11,7 +11,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from pix2pix_zero.host.networks import captioner, captioner_files
+from pix2pix_zero.host.networks import captioner, model_kinds
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +59,7 @@ def blip_models(whole_folder, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tiny(whole_folder):
     with torch.inference_mode():
-        return captioner.load_captioner_folder(whole_folder, whole_folder / "model.safetensors")
+        return captioner.load_captioner_folder(whole_folder)
 
 
 def pictures(count, channels=3, seed=0):
@@ -116,6 +116,17 @@ def test_alpha_is_left_out_and_one_channel_is_grey(tiny, run_node):
 def test_refuses_what_is_no_picture(tiny, image, run_node):
     with pytest.raises(ValueError, match="^image: "):
         run_node(Pix2PixZeroCaption, captioner=tiny, image=image)
+
+
+@pytest.mark.parametrize("prefix", ["a " * 5000, "a \ud83d", None])
+def test_refuses_a_prefix_that_is_no_text_of_use(tiny, prefix, run_node):
+    with pytest.raises(ValueError, match="^prefix: "):
+        run_node(Pix2PixZeroCaption, captioner=tiny, image=pictures(1), prefix=prefix)
+
+
+def test_refuses_what_is_no_captioner(run_node):
+    with pytest.raises(ValueError, match="^captioner: .*Connect Load Captioner"):
+        run_node(Pix2PixZeroCaption, captioner=object(), image=pictures(1))
 
 
 def test_refuses_a_prefix_that_leaves_no_room(tiny, run_node):
@@ -184,13 +195,13 @@ def test_loads_a_folder_of_models_blip(blip_models, tiny, run_node):
 
 def test_offers_the_demo_the_folders_and_the_well_known_models(blip_models):
     options = Pix2PixZeroLoadCaptioner.define_schema().inputs[0].options
-    assert options == ["demo", "tiny", *captioner_files.WELL_KNOWN]
+    assert options == ["demo", "tiny", *model_kinds.BLIP.well_known]
 
 
 def test_a_blip_folder_of_another_pack_is_kept(monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "blip", (["/elsewhere/blip"], {".pth"}))
-    captioner_files.register_blip_folder()
-    captioner_files.register_blip_folder()
+    model_kinds.register_folders()
+    model_kinds.register_folders()
     paths, extensions = folder_paths.folder_names_and_paths["blip"]
     assert len(paths) == 2 and paths[0] == "/elsewhere/blip"
     assert extensions == {".pth"}
@@ -198,12 +209,14 @@ def test_a_blip_folder_of_another_pack_is_kept(monkeypatch):
 
 @pytest.mark.parametrize("name", ["../tiny", "..", "", "tiny/..", "a/b", "/etc", "C:\\x", "..\\tiny"])
 def test_refuses_names_that_leave_the_folder(blip_models, name, run_node):
-    with pytest.raises(ValueError, match="^model_name: .*not the name of a folder"):
+    with pytest.raises(ValueError, match="^model_name: .*not the name of a model"):
         run_node(Pix2PixZeroLoadCaptioner, model_name=name, allow_download=False)
 
 
 def test_says_what_to_put_where_if_the_folder_is_missing(blip_models, run_node):
-    with pytest.raises(ValueError, match=r"^model_name: .*no captioner 'mine'.*model\.safetensors") as error:
+    with pytest.raises(
+        ValueError, match=r"^model_name: .*no BLIP captioning model 'mine'.*model\.safetensors"
+    ) as error:
         run_node(Pix2PixZeroLoadCaptioner, model_name="mine", allow_download=True)
     assert str(blip_models / "mine") in str(error.value)
 
@@ -219,6 +232,135 @@ def test_never_reads_a_pickle(blip_models, run_node):
     (blip_models / "tiny" / "model.safetensors").rename(blip_models / "tiny" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
         run_node(Pix2PixZeroLoadCaptioner, model_name="tiny", allow_download=False)
+
+
+def as_transformers_5_writes_it(folder):
+    """The settings of the image processor in the processor's file."""
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    (folder / "preprocessor_config.json").unlink()
+
+
+def in_shards(folder):
+    weights = sorted(load_file(folder / "model.safetensors").items())
+    files = {key: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, (key, _) in enumerate(weights)}
+    for file in set(files.values()):
+        save_file({key: tensor for key, tensor in weights if files[key] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors").unlink()
+
+
+def in_the_hubs_cache(folder):
+    inside = folder / "snapshots" / "0123"
+    inside.mkdir(parents=True)
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(inside / path.name)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+
+
+@pytest.mark.parametrize("layout", [as_transformers_5_writes_it, in_shards, in_the_hubs_cache])
+def test_loads_every_layout_in_which_transformers_writes_a_model(blip_models, tiny, layout, run_node):
+    layout(blip_models / "tiny")
+    assert "tiny" in Pix2PixZeroLoadCaptioner.define_schema().inputs[0].options
+    (loaded,) = run_node(Pix2PixZeroLoadCaptioner, model_name="tiny", allow_download=False)
+    images = pictures(2)
+    assert loaded.caption(images) == tiny.caption(images)
+
+
+def test_a_well_known_model_is_found_in_the_hubs_cache(blip_models, hub, run_node):
+    folder = blip_models / f"models--{BASE.replace('/', '--')}"
+    (blip_models / "tiny").rename(folder)
+    in_the_hubs_cache(folder)
+    run_node(Pix2PixZeroLoadCaptioner, model_name=BASE, allow_download=True)
+    assert hub["calls"] == []
+
+
+def test_folders_that_hold_no_such_model_are_not_offered(blip_models):
+    (blip_models / "empty").mkdir()
+    (blip_models / "other").mkdir()
+    (blip_models / "other" / "config.json").write_text('{"model_type": "clip"}')
+    (blip_models / "cut off").mkdir()
+    (blip_models / "cut off" / "model.safetensors").write_bytes(b"")
+    options = Pix2PixZeroLoadCaptioner.define_schema().inputs[0].options
+    assert options == ["demo", "cut off", "tiny", *model_kinds.BLIP.well_known]
+
+
+def test_a_folder_that_cannot_be_read_counts_as_empty_and_is_named_once(tmp_path, monkeypatch, caplog):
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    whole_listing = type(unreadable).iterdir
+
+    def refuse(path):
+        if path == unreadable:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole_listing(path)
+
+    monkeypatch.setattr(type(unreadable), "iterdir", refuse)
+    for name in ("blip", model_kinds.METRICS_FOLDER, "clip_vision"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(unreadable)], {".safetensors"}))
+    for _ in range(2):
+        for kind in (model_kinds.BLIP, model_kinds.CLIP, model_kinds.DINO):
+            assert model_kinds.model_names(kind) == [kind.without, *kind.well_known]
+        assert model_kinds.lpips_names() == ["none"]
+    (warning,) = caplog.records
+    assert str(unreadable) in warning.message and "Permission denied" in warning.message
+
+
+DAMAGES = {
+    "a list for a configuration": ("config.json", "[]"),
+    "no heads": ("config.json", {"vision_config": {"num_attention_heads": 0}}),
+    "no patches": ("config.json", {"vision_config": {"patch_size": 0}}),
+    "half a layer": ("config.json", {"text_config": {"num_hidden_layers": 1.5}}),
+    "layers without end": ("config.json", {"vision_config": {"num_hidden_layers": 3000}}),
+    "words without end": ("config.json", {"text_config": {"vocab_size": 10**9}}),
+    "a picture without end": ("config.json", {"vision_config": {"image_size": 10**6}}),
+    "a configuration of text": ("config.json", {"vision_config": "small"}),
+    "a cut off tokenizer": ("tokenizer.json", '{"model": '),
+    "an empty tokenizer": ("tokenizer.json", "{}"),
+    "cut off tokenizer settings": ("tokenizer_config.json", "{"),
+    "a cut off preprocessor": ("preprocessor_config.json", "{"),
+    "a list for a preprocessor": ("preprocessor_config.json", "[]"),
+    "a mean of text": ("preprocessor_config.json", {"image_mean": "grey"}),
+    "pictures without end": ("preprocessor_config.json", {"size": {"height": 10**6, "width": 10**6}}),
+    "pictures of another size": ("preprocessor_config.json", {"size": {"height": 64, "width": 64}}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_before_the_model_is_built(blip_models, damage, run_node):
+    name, change = DAMAGES[damage]
+    path = blip_models / "tiny" / name
+    if isinstance(change, dict):
+        settings = json.loads(path.read_text())
+        for key, value in change.items():
+            settings[key] = {**settings[key], **value} if isinstance(value, dict) and key in settings else value
+        change = json.dumps(settings)
+    path.write_text(change)
+    with pytest.raises(ValueError, match="^model_name: ") as error:
+        run_node(Pix2PixZeroLoadCaptioner, model_name="tiny", allow_download=False)
+    assert name in str(error.value) and str(path.parent) in str(error.value)
+
+
+def test_a_word_list_in_another_encoding_is_named(blip_models, run_node):
+    folder = blip_models / "tiny"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.txt").write_bytes("\n".join([*WORDS, "café"]).encode("cp1252"))
+    with pytest.raises(ValueError, match=r"^model_name: the tokenizer in .*vocab\.txt"):
+        run_node(Pix2PixZeroLoadCaptioner, model_name="tiny", allow_download=False)
+
+
+@pytest.mark.parametrize("name", [3, None, 0.5])
+def test_a_linked_name_that_is_no_text_is_refused_in_words(blip_models, name, run_node):
+    with pytest.raises(ValueError, match="^model_name: .*is not the name of a model"):
+        run_node(Pix2PixZeroLoadCaptioner, model_name=name, allow_download=False)
+
+
+@pytest.mark.parametrize("name", [None, "../x", "mine", ""])
+def test_a_name_that_stands_for_no_folder_has_one_fingerprint(blip_models, name):
+    prints = [Pix2PixZeroLoadCaptioner.fingerprint_inputs(name, None) for _ in range(2)]
+    assert prints[0] == prints[1] and json.dumps(prints[0], allow_nan=False)
 
 
 def test_says_that_a_download_was_cut_off(blip_models, run_node):
@@ -303,7 +445,7 @@ def hub(monkeypatch, whole_folder):
     return state
 
 
-BASE = captioner_files.WELL_KNOWN[0]
+BASE = model_kinds.BLIP.well_known[0]
 
 
 def test_never_downloads_without_the_tick(blip_models, hub, run_node):
@@ -342,7 +484,7 @@ def test_a_failed_download_names_the_folder_and_the_files(blip_models, hub, run_
     assert hub["calls"] == []
 
 
-@pytest.mark.parametrize("module", ["host.networks.captioner_files", "host.networks.captioner", "nodes.caption"])
+@pytest.mark.parametrize("module", ["host.networks.model_kinds", "host.networks.captioner", "nodes.caption"])
 def test_the_nodes_import_without_transformers_and_the_hub(module, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -22,7 +22,7 @@ from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.map_store import KeptMaps, decode
-from pix2pix_zero.host.networks import metric_files
+from pix2pix_zero.host.networks import model_kinds
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.run import INVERSION_METHODS
 from pix2pix_zero.nodes import sampler
@@ -118,7 +118,7 @@ def workplaces():
 
 @pytest.fixture
 def same_on_both(workplaces):
-    """``same_on_both(run)``: what ``run(workplace)`` gives on the other device, checked to be the same on the CPU.
+    """`same_on_both(run)`: what `run(workplace)` gives on the other device, checked to be the same on the CPU.
 
     `between`: where that has its tensors between nodes.
     """
@@ -366,7 +366,7 @@ def test_metrics(same_on_both, tmp_path, monkeypatch):
     make_dino_folder(tmp_path / "dino")
     make_lpips_file(tmp_path / "lpips.safetensors")
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, metric_files.FOLDER_NAME, ([str(tmp_path)], {".safetensors"})
+        folder_paths.folder_names_and_paths, model_kinds.METRICS_FOLDER, ([str(tmp_path)], {".safetensors"})
     )
     source, edited = (F.interpolate(torch.rand(1, 3, 5, 5), (40, 48)).movedim(1, -1) for _ in range(2))
     mask = torch.zeros(1, 40, 48)
@@ -476,7 +476,7 @@ def test_where_everything_stays_on_the_device_between_nodes(same_on_both):
 
 
 def waits_per_step(run):
-    """``run(steps)``, counted."""
+    """`run(steps)`, counted."""
     counts = []
     with host_on(OTHER) as other, torch.inference_mode():
         for steps in (2, 3):

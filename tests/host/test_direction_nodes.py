@@ -1,10 +1,14 @@
 """The direction nodes as the executor runs them, and directions in files."""
 
+import os
 from dataclasses import replace
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from pix2pix_zero.devtools.graphs import Graph
+from pix2pix_zero.devtools.server import GraphError
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.sentences import paired_sentences
 from pix2pix_zero.host.text import direction_files, text_encoding
@@ -80,7 +84,7 @@ def test_the_public_contract():
 
 def test_the_seed_widget_is_named_as_in_core():
     seed = Pix2PixZeroSentences.INPUT_TYPES()["required"]["seed"][1]
-    assert seed["control_after_generate"] is True
+    assert seed["control_after_generate"] == "fixed"  # a drawn seed would run everything that follows at every queue
 
 
 def test_sentences_are_one_per_line(run_node):
@@ -270,6 +274,81 @@ def test_bad_concepts_are_refused_before_the_encoder_runs(source, target, socket
         run_node(nodes.Pix2PixZeroEditDirection, clip=None, source=source, target=target)
 
 
+@pytest.mark.parametrize("concept", ["cat " * 250_000, "\ud83d cat", None, 3])
+def test_a_concept_is_a_text_of_bounded_length(concept, run_node):
+    words = "at most|half a character|is not a text"
+    with pytest.raises(ValueError, match=f"^source: .*({words})"):
+        run_node(nodes.Pix2PixZeroEditDirection, clip=None, source=concept, target="dog")
+    with pytest.raises(ValueError, match=f"^concept: .*({words})"):
+        run_node(Pix2PixZeroSentences, concept=concept, count=3, seed=0)
+
+
+def test_sentences_have_a_bounded_length_and_number(clip, run_node):
+    node = nodes.Pix2PixZeroEditDirectionFromSentences
+    for lines, words in (
+        ("cat " * 10_000, "sentence 1: it has .* letters"),
+        ("a cat\n\udc00", "half a character"),
+        ("a\n" * 30_000, "30000 sentences"),
+    ):
+        with pytest.raises(ValueError, match=f"^source_sentences: .*{words}"):
+            run_node(node, clip=clip, source_sentences=lines, target_sentences="a dog")
+    with pytest.raises(ValueError, match="^source_sentences: it has 3000 words, at most 2000"):
+        run_node(node, clip=clip, source_sentences="a " * 3000, target_sentences="a dog", alignment="words")
+
+
+@pytest.mark.parametrize("alignment", ["positions", "words"])
+def test_a_file_without_a_text_encoder_is_named(alignment, run_node):
+    words = "^clip: there is none.*checkpoint loader"
+    with pytest.raises(ValueError, match=words):
+        run_node(nodes.Pix2PixZeroEditDirection, clip=None, source="cat", target="dog", alignment=alignment)
+    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
+    with pytest.raises(ValueError, match=words):
+        run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=None, alignment=alignment, **lines)
+
+
+@pytest.mark.parametrize("alignment", ["positions", "words"])
+def test_cancelling_ends_it_before_the_encoder_runs(clip, alignment, run_node, monkeypatch):
+    lines = {"source_sentences": "a cat\n" * 5000, "target_sentences": "a dog\n" * 5000}
+    counted, tokenize = [], clip.tokenize
+
+    def press_cancel(text, **options):
+        counted.append(text)
+        if len(counted) == 10:
+            comfy.model_management.interrupt_current_processing(True)
+        return tokenize(text, **options)
+
+    monkeypatch.setattr(clip, "tokenize", press_cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=clip, alignment=alignment, **lines)
+    assert len(counted) <= 12
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "words"),
+    [
+        ([], "it is empty"),
+        ([[None, {}]], "no text .* but NoneType"),
+        ([[torch.zeros(77, 32), {}]], r"no text .* but shape \[77, 32\]"),
+        ([[torch.zeros(1, 0, 32), {}]], r"no text .* but shape \[1, 0, 32\]"),
+        ([[torch.full((1, 77, 8), torch.nan), {}]], "NaN or infinite"),
+    ],
+)
+def test_a_conditioning_without_text_is_refused_in_words(conditioning, words, plain_direction, run_node):
+    with pytest.raises(ValueError, match=f"^conditioning: it (is|holds).*{words.removeprefix('it is ')}"):
+        run_node(nodes.Pix2PixZeroApplyDirection, conditioning=conditioning, direction=plain_direction)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(number, plain_direction, run_node):
+    both = {"direction_a": plain_direction, "direction_b": plain_direction}
+    for name in ("weight_a", "weight_b"):
+        with pytest.raises(ValueError, match=f"^{name}: .* is not a number"):
+            run_node(nodes.Pix2PixZeroCombineDirections, **both, **{name: number})
+    text = [[torch.zeros(1, 77, 8), {}]]
+    with pytest.raises(ValueError, match="^strength: .* is not a number"):
+        run_node(nodes.Pix2PixZeroApplyDirection, conditioning=text, direction=plain_direction, strength=number)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "socket"),
     [("\n", "a dog", "source_sentences"), ("a cat", "", "target_sentences"), ("a cat", "a cat", "target_sentences")],
@@ -327,10 +406,111 @@ def test_a_save_that_fails_leaves_nothing_behind(plain_direction, folder, run_no
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(direction_files, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save(plain_direction, "cat2dog", run_node)
-    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(direction_files.os, "replace", full_disk)
+    with pytest.raises(ValueError, match="^filename_prefix: .*No space"):
+        save(plain_direction, "animals/dogs/cat2dog", run_node)
+    assert not folder.exists()
+
+
+def test_the_file_system_speaks_in_the_users_words(plain_direction, folder, run_node):
+    folder.mkdir()
+    (folder / "taken").write_text("a file")
+    for prefix, reason in (("a" * 300, "name too long"), (f"new/{'a' * 300}", "name too long"), ("taken/x", "")):
+        with pytest.raises(ValueError, match=f"(?i)^filename_prefix: .*cannot be saved in .*{reason}") as error:
+            save(plain_direction, prefix, run_node)
+        assert str(folder) in str(error.value)
+    assert [path.name for path in folder.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (UnicodeEncodeError("ascii", "고양이", 0, 3, "ordinal not in range(128)"), "'ascii' codec"),
+    ],
+)
+def test_what_the_file_system_refuses_is_named(error, reason, plain_direction, folder, run_node, monkeypatch):
+    """A folder that is only to be read, and a system whose names have no such letters."""
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(direction_files.os, "replace", refuse)
+    with pytest.raises(ValueError, match=f"^filename_prefix: .*{reason}") as told:
+        save(plain_direction, "new/cat2dog", run_node)
+    assert str(folder / "new") in str(told.value) and not folder.exists()
+
+
+@pytest.mark.parametrize("prefix", ["aux/x", "con", "a/NUL.txt", "COM1", "a./x"])
+def test_names_that_windows_cannot_make_are_refused_everywhere(prefix, plain_direction, folder, run_node):
+    with pytest.raises(ValueError, match="^filename_prefix: Windows"):
+        save(plain_direction, prefix, run_node)
+
+
+def test_a_file_has_the_folders_usual_rights(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    (folder / "other").touch()
+    assert (folder / "cat2dog_00001_.safetensors").stat().st_mode == (folder / "other").stat().st_mode
+
+
+def test_what_a_killed_save_left_is_cleared_by_a_later_one(plain_direction, folder, run_node):
+    folder.mkdir()
+    old, new = folder / ".pix2pix_zero_old", folder / ".pix2pix_zero_new"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    save(plain_direction, "cat2dog", run_node)
+    assert new.exists() and not old.exists()
+
+
+@pytest.mark.parametrize("header", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(header, plain_direction, folder, run_node):
+    """The first bytes of a safetensors file are the length of its header, and these are those of pickles' protocols."""
+    for length in range(2000):
+        named = replace(plain_direction, source="x" * length)
+        if int.from_bytes(direction_files._as_bytes(named)[:8], "little") == header:
+            break
+    save(named, "cat2dog", run_node)
+    content = (folder / "cat2dog_00001_.safetensors").read_bytes()
+    assert content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    (again,) = run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="cat2dog_00001_.safetensors")
+    assert again.source == named.source and torch.equal(again.tensors["cond"], named.tensors["cond"])
+
+
+def test_every_flipped_bit_of_the_tensors_is_noticed(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    path = folder / "cat2dog_00001_.safetensors"
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for place in range(begin, len(content), 97):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="^direction_name: .*damaged"):
+            run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name=path.name)
+
+
+def test_a_file_of_a_release_without_checksums_is_read(plain_direction, folder, run_node):
+    save(plain_direction, "cat2dog", run_node)
+    _rewrite(folder / "cat2dog_00001_.safetensors", lambda t, m: None)
+    run_node(file_nodes.Pix2PixZeroLoadDirection, direction_name="cat2dog_00001_.safetensors")
+
+
+def test_a_name_of_a_workflow_from_windows_is_valid(plain_direction, folder, run_node):
+    save(plain_direction, "animals/cat2dog", run_node)
+    node = file_nodes.Pix2PixZeroLoadDirection
+    for name in ("animals\\cat2dog_00001_.safetensors", "animals/cat2dog_00001_.safetensors", None):
+        assert node.validate_inputs(direction_name=name) is True
+    assert "there is no" in node.validate_inputs(direction_name="dog_00001_.safetensors")
+    assert "leaves" in node.validate_inputs(direction_name="../x.safetensors")
+
+
+@pytest.mark.parametrize("name", [None, 3, "missing.safetensors", "../x"])
+def test_a_name_without_a_file_has_one_fingerprint_and_is_refused_in_words(name, folder, run_node):
+    node = file_nodes.Pix2PixZeroLoadDirection
+    assert node.fingerprint_inputs(name) == node.fingerprint_inputs(name)
+    with pytest.raises(ValueError, match="^direction_name: "):
+        run_node(node, direction_name=name)
 
 
 BAD_NAMES = ["", "  ", "../evil", "a/../../evil", "/tmp/evil", "..", "..\\evil", "C:\\evil", "what?", "a\x00b"]
@@ -351,6 +531,7 @@ def _rewrite(path, change):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
+    metadata.pop("sha256")
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
@@ -375,6 +556,14 @@ DAMAGE = {
         path, lambda t, m: t.update(added_words=torch.full((1, 2, 8), torch.inf))
     ),
     "no count": lambda path: _rewrite(path, lambda t, m: m.pop("count")),
+    "a count in other digits": lambda path: _rewrite(path, lambda t, m: m.update(count="²")),
+    "a count of 5000 digits": lambda path: _rewrite(path, lambda t, m: m.update(count="9" * 5000)),
+    "a scalar": lambda path: _rewrite(path, lambda t, m: t.update({"direction.x": torch.tensor(1.0)})),
+    "numbers of 8 bits": lambda path: _rewrite(
+        path, lambda t, m: t.update({"direction.cond": torch.zeros(1, 77, 8).to(torch.float8_e4m3fn)})
+    ),
+    "nothing": lambda path: _rewrite(path, lambda t, m: t.update({"direction.cond": torch.zeros(1, 0, 8)})),
+    "a first token not a number": lambda path: _rewrite(path, lambda t, m: t["first_token"].fill_(torch.nan)),
     "missing": lambda path: path.unlink(),
 }
 
@@ -416,3 +605,34 @@ def test_the_folder_is_registered_for_safetensors_beside_folders_of_the_users(mo
     assert paths[0] == "/mine" and len(paths) == 2
     assert paths[1].replace("\\", "/").endswith("models/pix2pix_zero/directions")
     assert extensions == {".safetensors"}
+
+
+@pytest.mark.parametrize("foreign", [None, {}, torch.zeros(1), "a direction"])
+def test_what_is_no_direction_is_refused_in_words(foreign, plain_direction, folder, run_node):
+    words = "and nothing that Edit Direction made"
+    with pytest.raises(ValueError, match=f"^direction: .*{words}"):
+        run_node(nodes.Pix2PixZeroApplyDirection, conditioning=[[torch.zeros(1, 77, 8), {}]], direction=foreign)
+    with pytest.raises(ValueError, match=f"^direction: .*{words}"):
+        save(foreign, "x", run_node)
+    with pytest.raises(ValueError, match=f"^direction_b: .*{words}"):
+        run_node(nodes.Pix2PixZeroCombineDirections, direction_a=plain_direction, direction_b=foreign)
+
+
+def test_the_server_takes_the_name_of_a_workflow_from_windows(server):
+    graph = Graph()
+    clip = graph.add("Pix2PixZeroDemoModel")[1]
+    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
+    made = graph.add("Pix2PixZeroEditDirectionFromSentences", clip=clip, **lines)
+    graph.add("Pix2PixZeroSaveDirection", direction=made[0], filename_prefix="animals/cat2dog")
+    info = server.object_info()
+    server.run(graph.api(info))
+
+    def load(name):
+        graph = Graph()
+        loaded = graph.add("Pix2PixZeroLoadDirection", direction_name=name)
+        kept = graph.add("Pix2PixZeroSaveDirection", direction=loaded[0], filename_prefix="again")
+        return server.run(graph.api(info))[kept.key]["text"]
+
+    assert load("animals\\cat2dog_00001_.safetensors") == ["again_00001_.safetensors"]
+    with pytest.raises(GraphError, match="there is no"):
+        load("animals\\missing.safetensors")

@@ -1,7 +1,5 @@
 """The help pages: there for every node, true to its schema, with pictures that the frontend finds."""
 
-from __future__ import annotations
-
 import copy
 import re
 

@@ -1,7 +1,5 @@
 """What the pack costs when ComfyUI starts: it loads nothing heavy and reads no weights before a node runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from judge_figures import box_mask, clip_similarity, dino_keys, lpips_distance, pictures
 from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.editing import metrics
-from pix2pix_zero.host.networks import metric_files, metric_models
+from pix2pix_zero.host.networks import metric_models, model_kinds
 from pix2pix_zero.host.networks.edit_figures import EditFigures
 from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
 from safetensors.torch import load_file, save_file
@@ -48,14 +48,14 @@ def models(made, tmp_path, monkeypatch):
             copy = base / path.relative_to(made)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    for name, place in ((metric_files.FOLDER_NAME, base), ("clip_vision", tmp_path / "clip_vision")):
+    for name, place in ((model_kinds.METRICS_FOLDER, base), ("clip_vision", tmp_path / "clip_vision")):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(place)], {".safetensors"}))
     return base
 
 
 @pytest.fixture
 def measure(run_node):
-    """``measure(**inputs)``: (report, {figure: value}) as the executor calls a node that takes lists."""
+    """`measure(**inputs)`: (report, {figure: value}) as the executor calls a node that takes lists."""
 
     def run(**inputs):
         lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
@@ -219,11 +219,28 @@ def test_alpha_is_left_out_and_one_channel_is_grey(measure):
         ({"edited": torch.full((2, 40, 56, 3), torch.nan)}, "^edited: it holds NaN"),
         ({"source": torch.zeros(2, 40, 56, 5)}, "^source: expected"),
         ({"mask": torch.full((1, 4, 4), torch.inf)}, "^mask: expected .* finite"),
+        ({"mask": torch.zeros(1, 0, 4)}, "^mask: expected"),
+        ({"source": torch.zeros(1, 0, 4, 3)}, "^source: expected"),
+        ({"source": []}, "^source: the list is empty"),
+        ({"edited": []}, "^edited: the list is empty"),
+        ({"source": [], "edited": []}, "^source: the list is empty"),
+        ({"clip_model": []}, "^clip_model: the list is empty"),
+        ({"allow_download": []}, "^allow_download: the list is empty"),
+        ({"target_text": "a \ud83d"}, "^target_text: .*half a character"),
+        ({"source_text": [3]}, "^source_text: 3 is not a text"),
     ],
 )
 def test_errors_name_the_socket(measure, inputs, words):
     with pytest.raises(ValueError, match=words):
         measure(**{"source": pictures(2), "edited": pictures(2, seed=1), **inputs})
+
+
+def test_a_mask_of_truth_values_is_one_of_numbers(measure):
+    options = {"source": pictures(1), "edited": pictures(1, seed=1)}
+    assert measure(**options, mask=box_mask().bool()) == measure(**options, mask=box_mask())
+    small = torch.zeros(1, 8, 8, dtype=torch.bool)
+    small[:, 2:5, 2:5] = True
+    assert measure(**options, mask=small) == measure(**options, mask=small.float())
 
 
 def test_lpips_refuses_pictures_that_its_network_cannot_take(measure, models):
@@ -232,10 +249,12 @@ def test_lpips_refuses_pictures_that_its_network_cannot_take(measure, models):
 
 
 def test_offers_the_folders_that_fit_and_the_well_known_models(models):
+    (models / "empty").mkdir()
     (models / "unknown").mkdir()
+    (models / "unknown" / "pytorch_model.bin").touch()
     make_clip_folder(models.parent / "clip_vision" / "borrowed")
     inputs = {item.id: item for item in Pix2PixZeroEditMetrics.define_schema().inputs}
-    known = metric_files.CLIP.well_known, metric_files.DINO.well_known
+    known = model_kinds.CLIP.well_known, model_kinds.DINO.well_known
     assert inputs["clip_model"].options == ["none", "borrowed", "clip", "unknown", *known[0]]
     assert inputs["dino_model"].options == ["none", "dino", "unknown", *known[1]]
     assert inputs["lpips_model"].options == ["none", "lpips.safetensors"]
@@ -317,6 +336,28 @@ def test_a_changed_file_changes_the_fingerprint(models):
     assert Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen) != before
 
 
+def test_linked_names_have_one_fingerprint():
+    chosen = {"clip_model": [None], "dino_model": [None], "lpips_model": [None]}
+    prints = [Pix2PixZeroEditMetrics.fingerprint_inputs(**chosen) for _ in range(2)]
+    assert prints[0] == prints[1] and "nan" not in prints[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("clip", "config.json"),
+        ("clip", "tokenizer.json"),
+        ("clip", "preprocessor_config.json"),
+        ("dino", "config.json"),
+    ],
+)
+def test_a_damaged_file_is_named(models, measure, folder, file):
+    (models / folder / file).write_text("[]")
+    with pytest.raises(ValueError, match=f"^{folder}_model: ") as error:
+        measure(source=pictures(1), edited=pictures(1), target_text="a cat", **{f"{folder}_model": folder})
+    assert file in str(error.value)
+
+
 @pytest.fixture
 def hub(monkeypatch, made):
     """A stand-in for the Hugging Face hub that serves the tiny DINO folder and writes down what is asked of it."""
@@ -358,7 +399,7 @@ def test_downloads_only_when_ticked_and_only_once(models, hub, measure, caplog):
 @pytest.mark.parametrize(
     "module",
     [
-        "host.networks.metric_files",
+        "host.networks.model_kinds",
         "host.networks.metric_models",
         "host.networks.edit_figures",
         "host.networks.edit_report",

@@ -97,6 +97,9 @@ def test_any_size_is_drawn(run_node, size):
         ({"noise": {"samples": torch.full((1, 4, 8, 8), float("nan"))}}, "noise: .*NaN"),
         ({"noise": noise(3), "compare_with": noise(2)}, "compare_with: it holds 2 latents for 3"),
         ({"noise": noise(), "compare_with": {"samples": torch.zeros(1, 4)}}, "compare_with: its shape"),
+        ({"noise": {}}, "noise: it holds no samples"),
+        ({"noise": {"samples": torch.zeros(0, 4, 8, 8)}}, "noise: its shape"),
+        ({"noise": noise(), "inversion": {}}, "inversion: .*Connect Invert Picture"),
     ],
 )
 def test_latents_that_are_no_noise_are_named(run_node, inputs, message):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from comfy.model_base import ModelType, model_sampling
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from pix2pix_zero.benchmarks.peer_pipeline import SCHEDULE
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.directions import apply_direction, edit_direction
 from pix2pix_zero.editing.inversion import Inversion
@@ -94,7 +95,7 @@ def test_a_step_through_comfyui_model_sampling_is_the_schedulers(prediction_type
     generator = torch.Generator().manual_seed(0)
     x, output = torch.randn(2, 1, 4, 5, 6, generator=generator)
 
-    settings = dict(**peer.SCHEDULE, prediction_type=prediction_type)
+    settings = dict(**SCHEDULE, prediction_type=prediction_type)
     if t_next < t:
         scheduler, label = DDIMScheduler(**settings), t
     else:

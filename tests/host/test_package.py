@@ -1,7 +1,5 @@
 """The package that users install: what is in it, and that it works where nothing else is."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -45,7 +43,7 @@ def git(*arguments: str, stdin: bytes = b"") -> list[str]:
 
 @pytest.fixture(scope="module")
 def files() -> list[str]:
-    """As ``comfy node pack`` chooses them: what git tracks (or will), less the patterns of .comfyignore, by git's own rules."""
+    """As `comfy node pack` chooses them: what git tracks (or will), less the patterns of .comfyignore, by git's own rules."""
     tracked = [
         name for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard") if (ROOT / name).is_file()
     ]

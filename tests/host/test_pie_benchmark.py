@@ -14,7 +14,7 @@ from pix2pix_zero.benchmarks import pie
 from pix2pix_zero.benchmarks.pie_parts import pie_data, pie_figures, pie_methods
 from pix2pix_zero.demo_model.scene import sample_scene
 from pix2pix_zero.demo_model.scene_renders import render, subject_mask
-from pix2pix_zero.host.networks import metric_files
+from pix2pix_zero.host.networks import model_kinds
 from pix2pix_zero.host.networks.edit_figures import Judges, mean_figures
 from scipy.ndimage import correlate1d
 from tiny_judges import make_clip_folder, make_dino_folder, make_lpips_file
@@ -74,10 +74,10 @@ def judge_models(tmp_path_factory):
     make_clip_folder(base / "clip")
     make_dino_folder(base / "dino")
     make_lpips_file(base / "lpips.safetensors")
-    before = folder_paths.folder_names_and_paths.get(metric_files.FOLDER_NAME)
-    folder_paths.folder_names_and_paths[metric_files.FOLDER_NAME] = ([str(base)], {".safetensors"})
+    before = folder_paths.folder_names_and_paths.get(model_kinds.METRICS_FOLDER)
+    folder_paths.folder_names_and_paths[model_kinds.METRICS_FOLDER] = ([str(base)], {".safetensors"})
     yield ["--clip", "clip", "--dino", "dino", "--lpips", "lpips.safetensors"]
-    folder_paths.folder_names_and_paths[metric_files.FOLDER_NAME] = before
+    folder_paths.folder_names_and_paths[model_kinds.METRICS_FOLDER] = before
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbenc
 from pix2pix_zero.demo_model.scene import FURS
 from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
-from scipy.ndimage import gaussian_filter
 
 UNEDITED = set(tuning.UNEDITED)
 METHODS = {method.name for method in methods.METHODS}
@@ -128,23 +126,6 @@ def test_background_figures_see_only_the_background():
     found = figures.background_figures(pictures, sources, outside)
     assert found["background"].item() == pytest.approx(25.5, rel=1e-5)
     assert found["psnr"].item() == pytest.approx(20, rel=1e-5)
-
-
-def test_similarity_is_the_papers():
-    """Wang et al. 2004, eq. 13, with another library's Gaussian."""
-    generator = np.random.default_rng(0)
-    a = generator.random((32, 40))
-    b = 0.7 * a + 0.3 * generator.random((32, 40))
-
-    def mean(picture):
-        return gaussian_filter(picture, 1.5, mode="mirror", radius=5)
-
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    expected = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
-
-    found = figures.similarity(*(torch.from_numpy(p)[None, :, :, None] for p in (a, b)))
-    assert np.abs(found[0, :, :, 0].numpy() - expected).max() <= 1e-9
 
 
 def test_structure_error_tells_another_pose_from_another_coat(judge):

@@ -1,7 +1,5 @@
 """The pack on the real server, over its HTTP interface."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -135,3 +135,39 @@ def test_letters_that_the_own_typeface_lacks_come_from_one_that_has_them():
     others = [charts.font(32, name) for name in charts.TYPEFACES]
     having = [letters for letters in others if letters is not None and charts.has_letters(letters, "St\u00e4rke")]
     assert charts.font_for("St\u00e4rke", 32).getname() == (having[0] if having else own).getname()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"images": []}, "images: the list is empty"),
+        ({"images": [torch.zeros(1, 0, 4, 3)]}, "images: expected"),
+        ({"images": [torch.full((1, 4, 4, 3), torch.nan)]}, "images: it holds NaN"),
+        ({"images": [torch.zeros(1, 4, 4, 3)], "source": [torch.zeros(4, 4, 3)]}, "source: expected"),
+        ({"images": [torch.zeros(300, 600, 600, 3)]}, "images: the strip would have .* fewer or smaller"),
+        ({"images": [pictures(1)], "columns": []}, "columns: the list is empty"),
+        ({"images": [pictures(1)], "labels": ["x" * 1_000_000]}, "labels: it has 1000000 letters"),
+        ({"images": [pictures(1)], "labels": ["\ud83d"]}, "labels: .*half a character"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused_in_words(inputs, words, run_node):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        run_node(Pix2PixZeroStrip, **{"labels": [""], "columns": [0], **inputs})
+
+
+@pytest.mark.parametrize("size", [(1, 8192), (8192, 1), (1, 1)])
+def test_a_picture_of_one_line_stays_small(size, run_node):
+    whole = strip(run_node, [torch.zeros(1, *size, 3)])
+    assert whole.numel() < 3 * 2200 * 8300 / min(8, max(size))
+
+
+def test_a_long_label_is_cut_off_in_time(run_node):
+    strip(run_node, [pictures(1)], ["wide " * 1900])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [("1 " * 100_000, "letters"), ("1 " * 101, "101 numbers"), (None, "not a text")]
+)
+def test_strengths_are_a_bounded_list(values, words, run_node):
+    with pytest.raises(ValueError, match=f"^values: .*{words}"):
+        run_node(Pix2PixZeroStrengths, values=values, name="strength")

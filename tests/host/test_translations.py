@@ -1,7 +1,5 @@
 """The translations: complete, of nothing that does not exist, and saying what the English text says."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -67,7 +65,7 @@ def test_a_translation_gives_the_numbers_that_the_english_text_gives(language):
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
 def test_a_translation_names_the_choices_that_the_english_text_names(language):
-    """``ddim: ...`` explains a choice of a list, which is shown as it is in every language."""
+    """`ddim: ...` explains a choice of a list, which is shown as it is in every language."""
     texts = translated(language)
     for info in INFOS:
         for name, socket in help_pages.inputs_of(info).items():

@@ -1,7 +1,5 @@
 """The example workflows: what the files say, and what the real server makes of them."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -152,7 +150,7 @@ def with_strength(api: dict, strength: float) -> dict:
 
 
 def on_the_demo_model(api: dict) -> dict:
-    """``edit_your_picture`` with the demo's model, captioner and scene in the place of files that one has to bring."""
+    """`edit_your_picture` with the demo's model, captioner and scene in the place of files that one has to bring."""
     api = copy.deepcopy(api)
     only(api, "CheckpointLoaderSimple").update(class_type="Pix2PixZeroDemoModel", inputs={})
     scene = only(read_api("cat_to_dog_demo"), "Pix2PixZeroDemoScene")

@@ -1,25 +1,20 @@
 """The developer command: set-up that recovers, servers that end, errors in one line."""
 
-from __future__ import annotations
-
 import ast
 import io
 import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from pix2pix_zero.devtools import cli, demo, environment, hosts, process, server, websocket
-from pix2pix_zero.devtools.comparison import draw_comparison
+from pix2pix_zero.devtools import cli, demo, environment, hosts, process, server
 from pix2pix_zero.devtools.environment import Environment
 from pix2pix_zero.devtools.graphs import EDITS, PICTURES, Graph, demo_graph
 from pix2pix_zero.devtools.hosts import ROOT, ComfyUI, Source
@@ -358,52 +353,6 @@ def test_no_server_outlives_dev_py(tmp_path, number):
         ours.stdout.close()
 
 
-def frame(payload: bytes, kind: int = 1, final: bool = True) -> bytes:
-    length = len(payload)
-    head = bytes([kind | (0x80 if final else 0)])
-    if length < 126:
-        return head + bytes([length]) + payload
-    if length < 1 << 16:
-        return head + bytes([126]) + struct.pack(">H", length) + payload
-    return head + bytes([127]) + struct.pack(">Q", length) + payload
-
-
-def test_the_websocket_reads_every_frame_length_and_skips_pings():
-    big = os.urandom(70_000)
-    frames = (
-        frame(b"short")
-        + frame(b"", 9)
-        + frame(b"m" * 300)
-        + frame(big, 2)
-        + frame(b"in two ", 1, False)
-        + frame(b"parts", 0)
-    )
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve():
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(4096)
-                time.sleep(0.4)  # a busy server: longer than one waits for a message
-                connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
-                for start in range(0, len(frames), 1000):
-                    connection.sendall(frames[start : start + 1000])
-                time.sleep(0.5)
-                connection.sendall(frame(b"", 8))
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with websocket.WebSocket(listener.getsockname()[1], "/ws", patience=0.2) as connection:
-            assert [connection.receive() for _ in range(4)] == ["short", "m" * 300, big, "in two parts"]
-            with pytest.raises(TimeoutError):
-                connection.receive()
-            time.sleep(0.6)
-            with pytest.raises(ConnectionError):
-                connection.receive()
-        thread.join()
-
-
 def test_a_graph_takes_the_nodes_own_defaults_for_what_is_not_given():
     info = {
         "Blur": {
@@ -441,26 +390,14 @@ def picture(colour: str, size: tuple[int, int] = (128, 128)) -> bytes:
     return stream.getvalue()
 
 
-def test_the_comparison_shows_every_picture_in_order_with_a_label_below():
-    colours = {"source": (255, 0, 0), "edit": (0, 255, 0), "truth": (0, 0, 255)}
-    sheet = draw_comparison({label: Image.new("RGB", (64, 64), colour) for label, colour in colours.items()})
-    row = [sheet.getpixel((round(sheet.width * (i + 0.5) / 3), 100)) for i in range(3)]
-    assert row == list(colours.values())
-    band = sheet.crop((0, sheet.height - 25, sheet.width, sheet.height)).convert("L")
-    for i in range(3):
-        third = band.crop((sheet.width * i // 3, 0, sheet.width * (i + 1) // 3, band.height))
-        assert third.getextrema()[0] < 100, "a label is written in black"
-
-
 def test_the_demo_saves_its_pictures_and_replaces_older_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "demo_output")
-    here = Environment(ComfyUI(tmp_path, "0"), Path(sys.prefix))
     for colour in ("red", "blue"):
-        demo.save(here, {key: picture(colour) for key in PICTURES})
+        demo.save({key: picture(colour) for key in PICTURES})
     assert sorted(path.name for path in demo.OUTPUT.iterdir()) == ["comparison.png", "edited.png", "source.png"]
     assert Image.open(demo.OUTPUT / "edited.png").getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(process.DevError, match="Could not draw"):
-        demo.save(here, {key: b"no picture" for key in PICTURES})
+        demo.save({key: b"no picture" for key in PICTURES})
     assert Image.open(demo.OUTPUT / "edited.png").getpixel((0, 0)) == (0, 0, 255)
 
 

@@ -1,7 +1,5 @@
 """What the repository promises about its files."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

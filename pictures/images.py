@@ -1,0 +1,24 @@
+"""IMAGE tensors of ComfyUI, [..., height, width, channels] in 0..1, as plain colours."""
+
+import numpy as np
+import torch
+
+
+def check_image(image: torch.Tensor, socket: str) -> None:
+    """Raise ValueError, naming `socket`, unless this is a batch of pictures with 1 to 4 channels and finite values."""
+    if not torch.is_tensor(image) or image.ndim != 4 or not image.numel() or image.shape[-1] > 4:
+        found = list(image.shape) if torch.is_tensor(image) else type(image).__name__
+        raise ValueError(f"{socket}: expected [batch, height, width, 1 to 4 channels], got {found}.")
+    if not torch.isfinite(image).all():
+        raise ValueError(f"{socket}: it holds NaN or infinite values. Check the node that made it.")
+
+
+def rgb(image: torch.Tensor) -> torch.Tensor:
+    """The three colours in 0..1, float32: one or two channels count as grey, and alpha is left out, as VAE Encode does."""
+    colours = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+    return colours.float().clamp(0, 1)
+
+
+def rgb_bytes(image: torch.Tensor) -> np.ndarray:
+    """The three colours as uint8."""
+    return (rgb(image) * 255).round().to(torch.uint8).cpu().numpy()
