@@ -1,36 +1,38 @@
-"""Reach the cross-attention maps of one UNet call, beside whatever other packs have patched into it."""
+"""Reach the attention of one UNet call, read its maps and match them, beside whatever other packs have patched into it.
+
+What is installed is on the call's own transformer options, not on the model: nothing stays behind.
+"""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
+from comfy.ldm.modules.attention import optimized_attention
+from einops import rearrange
 
-from .replacement import with_attention
+from ..editing.attention_distance import attention_distance, logits_gradient
 from .sites import AttentionSite
-
-Visit = Callable[[AttentionSite, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class LastSiteReached(Exception):  # noqa: N818 - a signal, not an error
-    """Raised out of the UNet once every map is read, so that the rest of the call is not computed."""
+    """Raised out of the UNet once everything is read, so that the rest of the call is not computed."""
 
 
-class AttentionTap:
-    """Calls `visit(site, q, k, heads)` ahead of each site's attention, which goes on with the q and k it returns.
+def with_attention(transformer_options: dict, kind: str, sites: Iterable[AttentionSite], attend: Callable) -> dict:
+    """A copy of `transformer_options` in which `attend(site, attention, q, k, v, options)` gives the output at `sites`.
 
-    It is installed on the final transformer options of a single UNet call, not on the model: nothing stays behind, and
-    a replace patch of another pack at the same site still computes the attention's output.
+    `kind`: "attn1" for self-attention, "attn2" for cross-attention. `attention(q, k, v, options)`: what would have given
+    the output otherwise, a replace patch of another pack or the host's own attention. `options["n_heads"]`: its heads.
     """
+    replace = transformer_options.get("patches_replace", {})
+    theirs = replace.get(kind, {})
+    ours = {site: partial(attend, site, theirs.get(site, theirs.get(site[:2], _host_attention))) for site in sites}
+    return {**transformer_options, "patches_replace": {**replace, kind: {**theirs, **ours}}}
 
-    def __init__(self, sites: Iterable[AttentionSite], visit: Visit):
-        self.sites = sites
-        self.visit = visit
 
-    def install(self, transformer_options: dict) -> dict:
-        """A copy of `transformer_options` with the tap in it."""
-        return with_attention(transformer_options, "attn2", self.sites, self._attend)
-
-    def _attend(self, site, q, k, v, heads, attention):
-        return attention(*self.visit(site, q, k, heads), v)
+def _host_attention(q, k, v, options):
+    precision = options.get("attn_precision")
+    return optimized_attention(q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options)
 
 
 def attention_maps(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
@@ -38,8 +40,18 @@ def attention_maps(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor
 
     `q`: [B, pixels, heads*d], `k`: [B, tokens, heads*d].
     """
-    q, k = (_by_head(t, heads) for t in (q, k))
-    return (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5).softmax(-1)
+    q, k = by_head(q, heads), by_head(k, heads)
+    return (q @ k.mT).mul_(q.shape[-1] ** -0.5).softmax(-1)
+
+
+def by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, n, heads*d] as fp32 [B, heads, n, d]."""
+    return rearrange(tensor.float(), "b n (h d) -> b h n d", h=heads)
+
+
+def joined(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, heads, n, d] as [B, n, heads*d]."""
+    return rearrange(tensor, "b h n d -> b n (h d)")
 
 
 def maps_of_first(maps: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -51,5 +63,48 @@ def maps_of_first(maps: torch.Tensor, tokens: int) -> torch.Tensor:
     return first / first.sum(-1, keepdim=True).clamp_min(torch.finfo(first.dtype).tiny)
 
 
-def _by_head(t: torch.Tensor, heads: int) -> torch.Tensor:
-    return t.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+class GradientScale:
+    """A factor on the distance that keeps gradients inside fp16's range; `value` may be set until the backward pass."""
+
+    def __init__(self):
+        self.value = 1.0
+        self.largest = None
+
+    def note(self, gradient: torch.Tensor) -> None:
+        """Remember the largest magnitude of the gradients that will be injected."""
+        largest = gradient.abs().max()
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+
+class MatchedAttention(torch.autograd.Function):
+    """(q, k, distance): q and k unchanged, but a backward pass through them adds `scale` times the distance's gradient.
+
+    `q`: [B, pixels, heads*d], `k`: [B, tokens, heads*d], `reference`: [B, heads, pixels, tokens] rows summing to 1.
+    `distance`: [B] as `attention_distance`, outside the graph.
+
+    The distance is a sum over sites, and at each site its gradient with respect to q and k has a closed form. So the
+    graph holds one tensor of q's size per site in place of the maps, logits and differences.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, reference, heads, scale):
+        maps = attention_maps(q, k, heads)
+        distance = attention_distance(maps, reference)
+        logits = logits_gradient(maps, reference).mul_((q.shape[-1] // heads) ** -0.5)
+        ctx.scale = scale
+        q_gradient = joined(logits @ by_head(k, heads)) if ctx.needs_input_grad[0] else None
+        k_gradient = joined(logits.mT @ by_head(q, heads)) if ctx.needs_input_grad[1] else None
+        if q.dtype == torch.float16:
+            scale.note(q_gradient if k_gradient is None else k_gradient)
+        ctx.save_for_backward(q_gradient, k_gradient)  # not as attributes: checkpointing drops what is saved
+        ctx.mark_non_differentiable(distance)
+        return q.view_as(q), k.view_as(k), distance
+
+    @staticmethod
+    def backward(ctx, from_q, from_k, _):
+        q_gradient, k_gradient = ctx.saved_tensors
+        return _plus(from_q, q_gradient, ctx.scale), _plus(from_k, k_gradient, ctx.scale), None, None, None
+
+
+def _plus(theirs: torch.Tensor, ours: torch.Tensor | None, scale: GradientScale) -> torch.Tensor | None:
+    return None if ours is None else (theirs + scale.value * ours).to(theirs.dtype)

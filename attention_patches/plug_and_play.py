@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
-from .replacement import with_attention
-from .sites import AttentionSite, is_unet
+from .maps import with_attention
+from .sites import AttentionSite, is_unet, layers
 
 # In latent pixels a side: SD 1.x's block 4 of its output blocks, which the paper chose, and SDXL's block 1.
 FEATURE_STRIDE = 4
@@ -42,8 +42,8 @@ def feature_site(unet) -> ResidualSite:
     """
     blocks = _residual_sites_and_strides(unet)
     stride = max(stride for _, stride in blocks if stride <= FEATURE_STRIDE)
-    level = [site for site, of_site in blocks if of_site == stride]
-    return level[min(1, len(level) - 1)]
+    coarse = [site for site, of_site in blocks if of_site == stride]
+    return coarse[min(1, len(coarse) - 1)]
 
 
 def self_attention_sites(unet, first_block: int = 0) -> list[AttentionSite]:
@@ -53,12 +53,10 @@ def self_attention_sites(unet, first_block: int = 0) -> list[AttentionSite]:
     """
     _check(unet)
     return [
-        AttentionSite("output", number, index)
-        for number, block in enumerate(unet.output_blocks)
-        if number >= first_block
-        for layer in block
-        if isinstance(layer, SpatialTransformer)
-        for index, transformer in enumerate(layer.transformer_blocks)
+        AttentionSite("output", layer.number, index)
+        for layer in layers(unet)
+        if layer.block == "output" and layer.number >= first_block and isinstance(layer.module, SpatialTransformer)
+        for index, transformer in enumerate(layer.module.transformer_blocks)
         if not transformer.disable_self_attn
     ]
 
@@ -66,20 +64,11 @@ def self_attention_sites(unet, first_block: int = 0) -> list[AttentionSite]:
 def _residual_sites_and_strides(unet) -> list[tuple[ResidualSite, int]]:
     """With each site the latent pixels, along a side, that one of its own pixels stands for."""
     _check(unet)
-    layers = [layer for block in unet.input_blocks for layer in block]
-    stride = 2 ** sum(isinstance(layer, Downsample) or _resizes(layer) for layer in layers)
-    found = []
-    for number, block in enumerate(unet.output_blocks):
-        for index, layer in enumerate(block):
-            if isinstance(layer, Upsample) or _resizes(layer):
-                stride //= 2
-            elif isinstance(layer, ResBlock):
-                found.append((ResidualSite(number, index), stride))
-    return found
-
-
-def _resizes(layer) -> bool:
-    return isinstance(layer, ResBlock) and layer.updown
+    return [
+        (ResidualSite(layer.number, layer.index), 2**layer.halvings)
+        for layer in layers(unet)
+        if layer.block == "output" and isinstance(layer.module, ResBlock) and not layer.module.updown
+    ]
 
 
 def _check(unet) -> None:
@@ -113,5 +102,5 @@ def _visit_output(visit: Visit, site: ResidualSite, module, args, output: torch.
     return output
 
 
-def _visit_attention(visit: Visit, site: AttentionSite, q, k, v, heads, attention: Callable) -> torch.Tensor:
-    return attention(*visit(site, (q, k, v)))
+def _visit_attention(visit: Visit, site: AttentionSite, attention: Callable, q, k, v, options) -> torch.Tensor:
+    return attention(*visit(site, (q, k, v)), options)

@@ -1,102 +1,103 @@
 """Put the source picture's attention into the UNet calls of an edit (Prompt-to-Prompt, Hertz et al., ICLR 2023).
 
-Both halves work on the final transformer options of one UNet call, as `AttentionTap` does: nothing stays on the model,
-and replace patches of other packs at the same place still compute the attention's output.
+Both jobs work on the final transformer options of one UNet call: nothing stays on the model, and replace patches of
+other packs at the same place still compute the attention's output.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 
 from ..editing.token_alignment import TokenMap
-from .maps import LastSiteReached, attention_maps
-from .replacement import with_attention
+from .maps import LastSiteReached, attention_maps, by_head, joined, with_attention
 from .sites import AttentionSite
 
-Place = tuple[str, AttentionSite]
-"""("attn1" for self-attention or "attn2" for cross-attention, site)."""
+Site = tuple[str, AttentionSite]
+"""("attn1" for self-attention or "attn2" for cross-attention, where)."""
 
 
-def install(transformer_options: dict, places: list[Place], attend: Callable) -> dict:
-    """A copy of `transformer_options` in which `attend(place, q, k, v, heads, attention)` draws these places.
+def install(transformer_options: dict, sites: list[Site], attend: Callable) -> dict:
+    """A copy of `transformer_options` in which `attend(site, attention, q, k, v, options)` draws these sites.
 
-    `attention(q, k, v)` is what would have drawn it otherwise.
+    See `maps.with_attention`.
     """
-    for kind in {kind for kind, _ in places}:
-        sites = [site for other, site in places if other == kind]
-        transformer_options = with_attention(transformer_options, kind, sites, partial(_at_place, attend, kind))
+    for kind in {kind for kind, _ in sites}:
+        of_kind = [site for other, site in sites if other == kind]
+        transformer_options = with_attention(transformer_options, kind, of_kind, partial(_at_site, attend, kind))
     return transformer_options
 
 
-def _at_place(attend: Callable, kind: str, site: AttentionSite, *args) -> torch.Tensor:
+def _at_site(attend: Callable, kind: str, site: AttentionSite, *args) -> torch.Tensor:
     return attend((kind, site), *args)
 
 
 class SourceAttention:
-    """The queries and keys of one UNet call on the source picture. `places`: where to keep them."""
+    """Job: keep the queries and keys of one UNet call on the source picture. `sites`: where, none left out."""
 
-    def __init__(self, places: list[Place]):
-        self.places = places
-        self.kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+    stops = True
 
-    def install(self, transformer_options: dict) -> dict:
-        """Transformer options whose call fills `kept`, and ends in `LastSiteReached` when it holds everything."""
-        return install(transformer_options, self.places, self._keep)
+    def __init__(self, sites: list[Site]):
+        self.sites = sites
+        self.kept: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _keep(self, place, q, k, v, heads, attention):
-        self.kept[place] = q, k
-        if len(self.kept) == len(self.places):
+    def tapped(self, call, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
+        return contextlib.nullcontext(install(transformer_options, self.sites, self._keep))
+
+    def _keep(self, site, attention, q, k, v, options):
+        self.kept[site] = q, k
+        if len(self.kept) == len(self.sites):
             raise LastSiteReached
-        return attention(q, k, v)
+        return attention(q, k, v, options)
 
-    def maps(self, place: Place, heads: int) -> torch.Tensor:
+    def maps(self, site: Site, heads: int) -> torch.Tensor:
         """The maps drawn there, fp32 [B, heads, pixels, tokens]."""
-        return attention_maps(*self.kept[place], heads)
+        return attention_maps(*self.kept[site], heads)
 
 
 @dataclass
 class AttentionEdit:
-    """What one UNet call of the edit takes from the source.
+    """Job: what the UNet calls of the edit take from the source.
 
-    `entries`: the conditioning entries (uuids) of the edited prompt; the rows of others stay as they are. `token_map`:
-    carries the source's cross-attention maps over, or None to keep the edit's own. `factors`: [T] for the columns of the
-    maps, or None. `self_attention`: whether its self-attention maps are the source's, where `source` has them. `watch`:
-    is given (place, maps of the source, maps of the edit) at places in `watched`.
+    `cross`: all cross-attention sites of the UNet. `entries`: the conditioning entries (uuids) of the edited prompt; the
+    rows of others stay as they are. `tokens`: of its text. `token_map`: carries the source's cross-attention maps over,
+    or None to keep the edit's own. `factors`: [T] for the columns of the maps, or None. Its self-attention maps are the
+    source's where `source` has them. `watch`: is given (site, maps of the source, maps of the edit) at sites in `watched`.
     """
 
     source: SourceAttention
+    cross: list[Site]
     entries: set
     tokens: int
     token_map: TokenMap | None
     factors: torch.Tensor | None
-    watched: list[Place] = field(default_factory=list)
+    watched: list[Site] = field(default_factory=list)
     watch: Callable | None = None
+    stops: ClassVar[bool] = False
 
-    def install(self, transformer_options: dict, cross: list[Place]) -> dict:
-        """Transformer options whose call is edited. `cross`: all cross-attention places of the UNet."""
-        uuids = transformer_options["uuids"]
-        edited = cross if self.token_map is not None or self.factors is not None else self.watched
-        places = list(edited) + [place for place in self.source.kept if place[0] == "attn1"]
+    def tapped(self, call, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
+        edited = self.cross if self.token_map is not None or self.factors is not None else self.watched
+        sites = list(edited) + [site for site in self.source.kept if site[0] == "attn1"]
+        return contextlib.nullcontext(install(transformer_options, sites, partial(self._attend, call.uuids)))
 
-        def attend(place, q, k, v, heads, attention):
-            size = len(q) // len(uuids)
-            rows = [slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids) if uuid in self.entries]
-            if place[0] == "attn1":
-                return self._attend_to_itself(place, q, k, v, rows, attention)
-            out = attention(q, k, v).clone()
-            for part in rows:
-                change = self._change(place, q[part], k[part], v[part], heads)
-                if change is not None:
-                    out[part] += change.to(out.dtype)
-            return out
+    def _attend(self, uuids: list, site: Site, attention: Callable, q, k, v, options) -> torch.Tensor:
+        size = len(q) // len(uuids)
+        rows = [slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids) if uuid in self.entries]
+        if site[0] == "attn1":
+            return attention(*self._from_source(site, q, k, rows), v, options)
+        out = attention(q, k, v, options).clone()
+        for part in rows:
+            change = self._change(site, q[part], k[part], v[part], options["n_heads"])
+            if change is not None:
+                out[part] += change.to(out.dtype)
+        return out
 
-        return install(transformer_options, places, attend)
-
-    def _attend_to_itself(self, place, q, k, v, rows, attention):
-        """The source's self-attention maps, given by its q and k, with the edit's values (as in the authors' code)."""
-        source_q, source_k = self.source.kept[place]
+    def _from_source(self, site: Site, q, k, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The source's q and k, which give its self-attention maps to the edit's values (as in the authors' code)."""
+        source_q, source_k = self.source.kept[site]
         q, k = q.clone(), k.clone()
         for part in rows:
             if q[part].shape != source_q.shape or k[part].shape != source_k.shape:
@@ -105,9 +106,9 @@ class AttentionEdit:
                     "Remove it (with HyperTile, swap_size 1 will do), or set self_until to 0."
                 )
             q[part], k[part] = source_q, source_k
-        return attention(q, k, v)
+        return q, k
 
-    def _change(self, place, q, k, v, heads) -> torch.Tensor | None:
+    def _change(self, site: Site, q, k, v, heads: int) -> torch.Tensor | None:
         """What the edited maps add to the attention's output: [B, pixels, heads*d].
 
         Added to the output rather than put in its place, so that what other patches add there stays.
@@ -117,12 +118,9 @@ class AttentionEdit:
         own = attention_maps(q, k, heads)
         edited = own
         if self.token_map is not None:
-            edited = self.token_map.edit(self.source.maps(place, heads), own)
+            edited = self.token_map.edit(self.source.maps(site, heads), own)
         if self.factors is not None:
             edited = edited * self.factors.to(edited)
-        if place in self.watched:
-            self.watch(place, self.source.maps(place, heads), edited)
-        if edited is own:
-            return None
-        values = v.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        return ((edited - own) @ values).transpose(1, 2).flatten(2)
+        if site in self.watched:
+            self.watch(site, self.source.maps(site, heads), edited)
+        return None if edited is own else joined((edited - own) @ by_head(v, heads))

@@ -1,4 +1,4 @@
-"""Where a UNet attends to the text, and how large the picture is there."""
+"""The layers of a UNet: where it attends to the text, and how large the picture is there."""
 
 import math
 from collections.abc import Iterator
@@ -6,15 +6,28 @@ from typing import NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 
 
 class AttentionSite(NamedTuple):
-    """A cross-attention layer, named as ComfyUI's attention patches name it."""
+    """An attention layer, named as ComfyUI's attention patches name it."""
 
     block: str
     number: int
     index: int
+
+
+class Layer(NamedTuple):
+    """Module `index` of a block of ComfyUI's UNetModel.
+
+    `halvings`: how often the picture has been halved on the way to the layer's input, along each side.
+    """
+
+    block: str
+    number: int
+    index: int
+    module: torch.nn.Module
+    halvings: int
 
 
 def is_unet(diffusion_model) -> bool:
@@ -22,13 +35,27 @@ def is_unet(diffusion_model) -> bool:
     return hasattr(diffusion_model, "input_blocks")
 
 
-def named_layers(unet: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Module]]:
-    """(block name, number, layer) of ComfyUI's UNetModel in the order of its forward pass."""
+def layers(unet: torch.nn.Module) -> Iterator[Layer]:
+    """The layers of ComfyUI's UNetModel in the order of its forward pass."""
+    halvings = 0
     groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
     for name, blocks in groups:
         for number, block in enumerate(blocks):
-            for layer in block if block is not None else ():
-                yield name, number, layer
+            for index, module in enumerate(block if block is not None else ()):
+                yield Layer(name, number, index, module, halvings)
+                halvings += _halvings(module)
+
+
+def _halvings(module: torch.nn.Module) -> int:
+    """1 for a layer that halves the picture, -1 for one that doubles it."""
+    if isinstance(module, ResBlock) and module.updown:  # of a UNet with resblock_updown
+        module = module.h_upd
+    return isinstance(module, Downsample) - isinstance(module, Upsample)
+
+
+def size_after(halvings: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a latent's size (height, width) after so many halvings."""
+    return tuple(math.ceil(side / 2**halvings) for side in size)
 
 
 def cross_attention_sites(unet) -> list[AttentionSite]:
@@ -43,10 +70,10 @@ def cross_attention_sites(unet) -> list[AttentionSite]:
             "guide it by. Use an SD 1.x, SD 2.x or SDXL model."
         )
     return [
-        AttentionSite(name, number, index)
-        for name, number, layer in named_layers(unet)
-        if isinstance(layer, SpatialTransformer)
-        for index, transformer in enumerate(layer.transformer_blocks)
+        AttentionSite(layer.block, layer.number, index)
+        for layer in layers(unet)
+        if isinstance(layer.module, SpatialTransformer)
+        for index, transformer in enumerate(layer.module.transformer_blocks)
         if transformer.attn2 is not None
     ]
 
@@ -58,18 +85,16 @@ def attends_to_itself(unet, site: AttentionSite) -> bool:
     return not transformer.transformer_blocks[site.index].disable_self_attn
 
 
-def site_levels(unet) -> dict[AttentionSite, int]:
-    """How often the picture was halved on the way to each attention site of ComfyUI's UNetModel."""
-    levels = {}
-    level = 0
-    for name, number, layer in named_layers(unet):
-        level += isinstance(layer, Downsample) - isinstance(layer, Upsample)
-        for index in range(len(getattr(layer, "transformer_blocks", ()))):
-            levels[AttentionSite(name, number, index)] = level
-    return levels
+def site_halvings(unet) -> dict[AttentionSite, int]:
+    """How often the picture was halved on the way to each transformer block of ComfyUI's UNetModel."""
+    return {
+        AttentionSite(layer.block, layer.number, index): layer.halvings
+        for layer in layers(unet)
+        for index in range(len(getattr(layer.module, "transformer_blocks", ())))
+    }
 
 
 def map_shapes(unet, size: tuple[int, int]) -> dict[AttentionSite, tuple[int, int]]:
     """(height, width) of the maps at each cross-attention site for a latent of a size (height, width)."""
-    levels = site_levels(unet)
-    return {site: tuple(math.ceil(side / 2 ** levels[site]) for side in size) for site in cross_attention_sites(unet)}
+    halvings = site_halvings(unet)
+    return {site: size_after(halvings[site], size) for site in cross_attention_sites(unet)}

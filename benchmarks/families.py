@@ -91,8 +91,8 @@ def tables(results: dict[str, dict]) -> str:
             lines.append(f"{name:13} {run['failure']}")
     lines += [
         "",
-        "Counted for one picture in 16 bit, GiB. Peak of a guided pass at each level of checkpointing; in brackets what",
-        "the pack expects. Kept: what the graph holds at level none, by part.",
+        "Counted for one picture in 16 bit, GiB. Peak of a guided pass with each mode of checkpointing; in brackets what",
+        "the pack expects. Kept: what the graph holds with none, by part.",
         f"{'family':13} {'size':>5} {'weights':>7} {'maps':>5} {'plain':>5} {'none':>13} {'feed-forward':>13} {'blocks':>13}"
         "  kept",
     ]
@@ -102,7 +102,7 @@ def tables(results: dict[str, dict]) -> str:
             lines.append(f"{name:13} {memory['failure']}")
             continue
         peaks = " ".join(
-            f"{peak / GIB:5.2f} ({memory['estimate'][level] / GIB:5.2f})" for level, peak in memory["peak"].items()
+            f"{peak / GIB:5.2f} ({memory['estimate'][mode] / GIB:5.2f})" for mode, peak in memory["peak"].items()
         )
         parts = ", ".join(f"{part} {kept / GIB:.2f}" for part, kept in sorted(memory["parts"].items()))
         lines.append(

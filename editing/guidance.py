@@ -85,14 +85,6 @@ class GuidanceSchedule:
         return self.holds_negative and step % 2 == 1
 
 
-def attention_distance(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Squared distance of one site's maps, summed over pixels and tokens, averaged over heads (eq. 4): [B].
-
-    `maps`, `reference`: [B, heads, H*W, tokens], rows summing to 1.
-    """
-    return (maps - reference).square().sum((2, 3)).mean(1)
-
-
 def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float) -> torch.Tensor:
     """One gradient step of size `strength` on the latent as the UNet sees it, x / sqrt(1 + sigma^2), written in x."""
     return -strength * (1 + sigma**2) * gradient

@@ -2,7 +2,7 @@
 
 import torch
 
-LEVELS = 65535
+FIXED_POINT_STEPS = 65535
 
 
 class MapStore:
@@ -76,9 +76,9 @@ class KeptMaps:
 
 def encode(maps: torch.Tensor) -> torch.Tensor:
     """Values in 0..1 as int16, evenly spaced."""
-    return (maps * LEVELS - (LEVELS + 1) // 2).round().to(torch.int16)
+    return (maps * FIXED_POINT_STEPS - (FIXED_POINT_STEPS + 1) // 2).round().to(torch.int16)
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """The fp32 values behind `encode`."""
-    return (codes.float() + (LEVELS + 1) // 2) / LEVELS
+    return (codes.float() + (FIXED_POINT_STEPS + 1) // 2) / FIXED_POINT_STEPS

@@ -14,14 +14,13 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
-from ...attention_patches import replacement
-from ...attention_patches.maps import AttentionTap
+from ...attention_patches import maps
 from ...attention_patches.sites import cross_attention_sites
 from ...host.unet import gradients
-from ...host.unet.calls import UNetCall
-from ...host.unet.checkpointing import LEVELS
+from ...host.unet.checkpointing import MODES
 from ...host.unet.entries import Entry
 from ...host.unet.gradients import differentiable_attention
+from ...host.unet.jobs import UNetCall
 from ...host.unet.map_jobs import Checkpointing, MatchMaps
 from ...host.unet.memory import graph_memory, map_memory
 from .architectures import COMMON, Family
@@ -71,7 +70,7 @@ class _AsModel(torch.nn.Module):
 
 
 class _Executor:
-    """In place of the host's call of the model, whose noise levels cannot be on the meta device."""
+    """In place of the host's call of the model, whose noise modes cannot be on the meta device."""
 
     def __init__(self, unet):
         self.class_obj = _AsModel(unet)
@@ -99,9 +98,9 @@ class _Reference:
 
 
 def account(family: Family, size: int, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """Bytes of a guided pass for one picture of size x size pixels, by checkpointing level and by part.
+    """Bytes of a guided pass for one picture of size x size pixels, by checkpointing mode and by part.
 
-    `peak` and `estimate` of the pass by level, `parts` of what the graph keeps without checkpointing, `maps` of the source
+    `peak` and `estimate` of the pass by mode, `parts` of what the graph keeps without checkpointing, `maps` of the source
     if all are recorded, `plain`: one unguided pass, `weights`.
     """
     settings = COMMON | family.settings
@@ -111,15 +110,15 @@ def account(family: Family, size: int, dtype: torch.dtype = torch.bfloat16) -> d
     sites = cross_attention_sites(unet)
     with (
         patch.object(gradients, "attention_pytorch", _fused),
-        patch.object(replacement, "optimized_attention", lambda q, k, v, heads, **_: _fused(q, k, v, heads)),
+        patch.object(maps, "optimized_attention", lambda q, k, v, heads, **_: _fused(q, k, v, heads)),
     ):
         shapes, plain = _plain_pass(call, sites)
-        peaks = {level: _guided_pass(call, sites, shapes, level) for level in LEVELS}
+        peaks = {mode: _guided_pass(call, sites, shapes, mode) for mode in MODES}
         parts = _kept_parts(call, sites, shapes)
     latent = call.x.shape
     return {
         "peak": peaks,
-        "estimate": {level: graph_memory(unet, latent, level, dtype, tokens=TOKENS) for level in LEVELS},
+        "estimate": {mode: graph_memory(unet, latent, mode, dtype, tokens=TOKENS) for mode in MODES},
         "parts": parts,
         "maps": sum(math.prod(shape) for shape in shapes.values()) * 4,
         "maps_estimate": map_memory(unet, latent, TOKENS),
@@ -146,26 +145,26 @@ def _plain_pass(call: UNetCall, sites: list) -> tuple[dict, int]:
     """The maps' shapes by site, and the peak of an unguided pass."""
     shapes = {}
 
-    def note(site, q, k, heads):
-        shapes[site] = (len(q), heads, q.shape[1], k.shape[1])
-        return q, k
+    def note(site, attention, q, k, v, options):
+        shapes[site] = (len(q), options["n_heads"], q.shape[1], k.shape[1])
+        return attention(q, k, v, options)
 
     options = differentiable_attention(call.transformer_options)
     memory = LiveMemory()
     with torch.no_grad():
-        call(call.x, AttentionTap(sites, note).install(options))
+        call(call.x, maps.with_attention(options, "attn2", sites, note))
         with memory:
             call(call.x, options)
     return shapes, memory.peak
 
 
-def _job(call: UNetCall, sites: list, shapes: dict, level: str) -> MatchMaps:
+def _job(call: UNetCall, sites: list, shapes: dict, mode: str) -> MatchMaps:
     entries = [Entry(0, tokens=TOKENS)]
-    return MatchMaps(sites, entries, _Reference(shapes), call.x, Checkpointing(level, len(call.x)), stop=False)
+    return MatchMaps(sites, entries, _Reference(shapes), call.x, Checkpointing(mode, len(call.x)), stops=False)
 
 
-def _guided_pass(call: UNetCall, sites: list, shapes: dict, level: str) -> int:
-    memory, job = LiveMemory(), _job(call, sites, shapes, level)
+def _guided_pass(call: UNetCall, sites: list, shapes: dict, mode: str) -> int:
+    memory, job = LiveMemory(), _job(call, sites, shapes, mode)
     with memory:
         job.run(call)
     return memory.peak

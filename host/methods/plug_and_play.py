@@ -4,16 +4,17 @@ The MODEL carries wrappers only. What belongs to one sampling, the source's proc
 the present noise level, lives in that sampling's own model options and goes with them.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
 from ...attention_patches.maps import LastSiteReached
@@ -21,11 +22,9 @@ from ...attention_patches.plug_and_play import Site, feature_site, self_attentio
 from ...editing.inversion import Inversion
 from ..sampling.model_checks import check_inversion
 from ..sampling.source_conditioning import load_with_source, processed_source
-from ..unet.gradients import uncompiled
+from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
-PACK = "pix2pix_zero_"
-JOB = PACK + "plug_and_play"
-PICTURES = PACK + "pictures"  # in a part of a UNet call: its pictures' place in the batch, as (first, stop, of all)
+KEY = "pix2pix_zero_plug_and_play"
 
 
 def with_source_features(
@@ -51,18 +50,9 @@ def with_source_features(
     for kind, wrapper in (
         (WrappersMP.PREPARE_SAMPLING, partial(load_with_source, inversion)),
         (WrappersMP.SAMPLER_SAMPLE, lockstep.sample),
-        (WrappersMP.CALC_COND_BATCH, _source_first),
     ):
-        model.remove_wrappers_with_key(kind, JOB)
-        model.add_wrapper_with_key(kind, JOB, wrapper)
-    return model
-
-
-def with_jobs(model):
-    """A clone of the MODEL whose UNet calls carry out the job in their transformer options, if there is one."""
-    model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, JOB)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, JOB, _carry_out)
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, wrapper)
     return model
 
 
@@ -113,8 +103,7 @@ class _LockstepSampling:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
     def _options(self, model_options: dict, source: list[dict]) -> dict:
-        options = create_model_options_clone(model_options)
-        options["transformer_options"][JOB] = InjectFeatures(self.inversion, source, self.sites)
+        options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)
         if self.negative_alpha < 1:
             blend = partial(_blend_negative, source, self.negative_alpha)
             options["sampler_pre_cfg_function"] = [*options.get("sampler_pre_cfg_function", []), blend]
@@ -138,25 +127,6 @@ class _LockstepSampling:
                 "noise: it would be added to `noise` of the inversion node, which is all the noise there must be. Use "
                 "SamplerCustomAdvanced with DisableNoise, or KSampler (Advanced) with add_noise disabled."
             )
-
-
-def _source_first(executor, model, conds, x_in, timestep, model_options):
-    job = model_options["transformer_options"].get(JOB)
-    if isinstance(job, InjectFeatures):
-        job.read_source(model, conds, x_in, timestep, model_options)
-    return executor(model, conds, x_in, timestep, model_options)
-
-
-def _carry_out(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-    job = transformer_options.get(JOB)
-    if job is None or not job.sites:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    unet, visit = executor.class_obj.diffusion_model, job.visitor(transformer_options)
-    try:
-        with uncompiled(executor.class_obj), tapped(unet, job.sites, visit, transformer_options) as options:
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    except LastSiteReached:
-        return torch.zeros_like(x)
 
 
 def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:
@@ -185,6 +155,8 @@ class ReadFeatures:
     Those of several entries are averaged with the weights that the host mixes their predictions with.
     """
 
+    stops = True
+
     def __init__(self, sites: Iterable[Site], entries: list[dict], x: torch.Tensor, timestep: torch.Tensor):
         self.sites = list(sites)
         self.weights = {}
@@ -195,17 +167,15 @@ class ReadFeatures:
         self._sums: dict[Site, tuple[torch.Tensor, ...]] = {}
         self._totals: dict[Site, torch.Tensor] = {}
 
-    def visitor(self, transformer_options: dict) -> Callable:
-        uuids = transformer_options["uuids"]
-
+    def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
         def visit(site, tensors):
-            for uuid, *parts in zip(uuids, *(tensor.chunk(len(uuids)) for tensor in tensors)):
+            for uuid, *parts in zip(call.uuids, *(tensor.chunk(len(call.uuids)) for tensor in tensors)):
                 self._add(site, parts, self.weights[uuid])
             if site == self.sites[-1]:
                 raise LastSiteReached
             return tensors
 
-        return visit
+        return tapped(call.model.diffusion_model, self.sites, visit, transformer_options)
 
     def _add(self, site: Site, parts: list[torch.Tensor], weight: torch.Tensor) -> None:
         if len(self.weights) == 1:
@@ -238,8 +208,8 @@ def _resized(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class InjectFeatures:
-    """Job: replace the features at the sites by the source's at the same noise level, in every row of the batch.
+class SourceFeatures:
+    """The source's features at the present noise level, put into the edit's UNet calls.
 
     `source`: the processed conditioning. `ends`: groups of sites with the noise level down to which they are replaced.
     """
@@ -247,27 +217,30 @@ class InjectFeatures:
     inversion: Inversion
     source: list[dict]
     ends: dict[tuple[Site, ...], float]
-    sites: list[Site] = field(default_factory=list)
     _sigma: float | None = None
     _features: dict = field(default_factory=dict)  # by conditioning area
     _areas: dict = field(default_factory=dict)  # by entry of the conditioning
 
-    def read_source(self, model, conds, x_in, timestep, model_options) -> None:
-        """Evaluate the source at this noise level, once for all calls at it and each area of `conds`."""
+    def put_into(self, model, conds, x_in, timestep, model_options) -> dict:
+        """Model options of the edit's evaluation at this noise level, see `prepare_with`.
+
+        The source is evaluated once for all evaluations at it and each area of `conds`.
+        """
         sigma = float(timestep[0])
         if sigma != self._sigma:
             self._sigma = sigma
             self._features = {}
-            self.sites = [site for sites, end in self.ends.items() if sigma >= end for site in sites]
-        if not self.sites:
-            return
+        sites = [site for group, end in self.ends.items() if sigma >= end for site in group]
+        if not sites:
+            return model_options
         areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
         self._areas |= areas
         x = latent_at(self.inversion, sigma).to(x_in)
         for area in set(areas.values()) - self._features.keys():
-            features = read_features(model, self._entries(area), x, sigma, self.sites, model_options)
+            features = read_features(model, self._entries(area), x, sigma, sites, model_options)
             # Attention's v stays the edit's own.
             self._features[area] = {site: tensors[:2] for site, tensors in features.items()}
+        return add_job(model_options, InjectFeatures(sites, self._features, self._areas))
 
     def _entries(self, area: tuple | None) -> list[dict]:
         """The parts of the source's conditioning that speak for an area, or all if none does, each for that area."""
@@ -276,33 +249,43 @@ class InjectFeatures:
         everywhere = [{name: value for name, value in entry.items() if name != "area"} for entry in fitting]
         return everywhere if area is None else [{**entry, "area": area} for entry in everywhere]
 
-    def visitor(self, transformer_options: dict) -> Callable:
+
+@dataclass
+class InjectFeatures:
+    """Job: replace the features at `sites` by the source's, in every row of the batch.
+
+    `features`: by area and site. `areas`: of each entry of the conditioning.
+    """
+
+    sites: list[Site]
+    features: dict
+    areas: dict
+    stops: ClassVar[bool] = False
+
+    def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
         # An entry that another pack made up on the way is taken to speak for the whole picture.
-        areas = [self._areas.get(uuid) for uuid in transformer_options["uuids"]]
-        features = [self._features.get(area, {}) for area in areas]
-        pictures = transformer_options.get(PICTURES)
+        features = [self.features.get(self.areas.get(uuid), {}) for uuid in call.uuids]
 
         def visit(site, tensors):
             if any(site not in part for part in features):  # the source's text has a time range, and this is outside
                 return tensors
             own = tensors[: len(features[0][site])]
             sources = ([part[site][i] for part in features] for i in range(len(own)))
-            return (*(_stack(parts, t, pictures) for parts, t in zip(sources, own)), *tensors[len(own) :])
+            return (*(_stack(parts, t, call) for parts, t in zip(sources, own)), *tensors[len(own) :])
 
-        return visit
+        return tapped(call.model.diffusion_model, self.sites, visit, transformer_options)
 
 
-def _stack(parts: list[torch.Tensor], like: torch.Tensor, pictures: tuple[int, int, int] | None) -> torch.Tensor:
-    """One part per conditioning entry of a batch, each repeated to the pictures drawn, in place of `like`."""
-    rows = len(like) // len(parts)
-    first, stop, total = pictures or (0, rows, rows)
-    if any(part.shape[1:] != like.shape[1:] or total % len(part) for part in parts) or rows != stop - first:
+def _stack(parts: list[torch.Tensor], like: torch.Tensor, call: UNetCall) -> torch.Tensor:
+    """One part per conditioning entry of a call, each repeated to the pictures drawn, in place of `like`."""
+    rows, total = len(like) // len(parts), call.total or call.pictures
+    if any(part.shape[1:] != like.shape[1:] or total % len(part) for part in parts) or rows != call.pictures:
         raise ValueError(
             "model: another patch cuts the picture for self-attention differently in each call. "
             "Take it out, or with HyperTile set swap_size to 1."
         )
     repeated = (part.repeat(total // len(part), *(1 for _ in part.shape[1:])) for part in parts)
-    return torch.cat([part[first:stop] for part in repeated]).to(like)
+    return torch.cat([part[call.first : call.first + rows] for part in repeated]).to(like)
 
 
 def _area(entry: dict) -> tuple | None:
@@ -319,9 +302,5 @@ def read_features(
     """
     timestep = x.new_full((len(x),), sigma)
     job = ReadFeatures(sites, entries, x, timestep)
-    options = create_model_options_clone(model_options)
-    theirs = options["transformer_options"]
-    # What the pack's other methods do to the edit's calls is not for the source's.
-    options["transformer_options"] = {k: v for k, v in theirs.items() if not str(k).startswith(PACK)} | {JOB: job}
-    comfy.samplers.calc_cond_batch(model, [entries], x, timestep, options)
+    comfy.samplers.calc_cond_batch(model, [entries], x, timestep, only_job(model_options, job))
     return job.features()

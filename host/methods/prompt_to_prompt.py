@@ -6,7 +6,6 @@ sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet ca
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +15,8 @@ from comfy import samplers
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
-from ...attention_patches.maps import LastSiteReached
 from ...attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
-from ...attention_patches.sites import attends_to_itself, cross_attention_sites, site_levels
+from ...attention_patches.sites import attends_to_itself, cross_attention_sites, site_halvings, size_after
 from ...editing.inversion import Inversion
 from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ...editing.word_masks import WordMask, soft_mask
@@ -26,15 +24,13 @@ from ..batching import TEXT_LENGTHS
 from ..sampling.model_checks import check_inversion
 from ..sampling.source_conditioning import load_with_source, processed_source
 from ..text.prompt_words import blend_tokens, find_words, read_factors, tokenize
-from ..unet.gradients import differentiable_attention
-from ..unet.map_jobs import JOB
+from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 
 KEY = "pix2pix_zero_prompt_to_prompt"
-INSTALL = KEY + "_install"  # of one evaluation: what its UNet calls' transformer options go through
 BLEND_FROM = 0.2
 """Share of the steps before local blending starts, as in the authors' code: earlier, the maps say little."""
 
-BLEND_LEVEL = 2
+BLEND_HALVINGS = 2
 """Local blending reads the maps at a quarter of the latent's side: 16x16 for Stable Diffusion at 512x512."""
 
 
@@ -139,16 +135,15 @@ def _with_edit(model, edit: PromptEdit):
             options["transformer_options"][KEY] = Sampling(edit, guider, source)
             return executor(guider, sigmas, {**extra_args, "model_options": options}, callback, noise, *args, **kwargs)
 
-    model = model.clone()
+    model = with_jobs(model)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(load_with_source, edit.inversion))
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
     return model
 
 
 def _check_sampling(options: dict, guider, noise: torch.Tensor, edit: PromptEdit) -> None:
-    if JOB in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+    if is_for_own_sampler(options):
         raise ValueError(
             "model: a Prompt-to-Prompt edit is sampled with the stock KSampler or SamplerCustomAdvanced. Connect the model "
             "from before Prompt-to-Prompt to the nodes of Pix2Pix-Zero."
@@ -178,18 +173,6 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
     return sampling.predict_noise(executor, x, timestep, model_options, seed)
 
 
-def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-    install = transformer_options.get(INSTALL)
-    if install is None:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    if x.device.type == "cpu":  # faster there than the host's choice, sub-quadratic attention
-        transformer_options = differentiable_attention(transformer_options)
-    try:
-        return executor(x, t, c_concat, c_crossattn, control, install(transformer_options), **kwargs)
-    except LastSiteReached:
-        return torch.zeros_like(x)
-
-
 class Sampling:
     """One run of a sampler: the source branch in lockstep, and the masks of local blending.
 
@@ -206,14 +189,14 @@ class Sampling:
         inversion = edit.inversion
         self.grid = [float(sigma) for sigma in inversion.sigmas]
         unet = guider.model_patcher.model.diffusion_model
-        levels = site_levels(unet)
-        self.cross = [("attn2", site) for site in levels]
+        halvings = site_halvings(unet)
+        self.cross = [("attn2", site) for site in halvings]
         self.self_attention = [
-            ("attn1", site) for site, level in levels.items() if level > 0 and attends_to_itself(unet, site)
+            ("attn1", site) for site, count in halvings.items() if count > 0 and attends_to_itself(unet, site)
         ]
-        level = min(levels.values(), key=lambda level: abs(level - BLEND_LEVEL))
-        self.watched = [place for place in self.cross if levels[place[1]] == level] if edit.blend else []
-        height, width = (math.ceil(side / 2**level) for side in inversion.trajectory.shape[-2:])
+        at = min(halvings.values(), key=lambda count: abs(count - BLEND_HALVINGS))
+        self.watched = [site for site in self.cross if halvings[site[1]] == at] if edit.blend else []
+        height, width = size_after(at, inversion.trajectory.shape[-2:])
         self.masks = [WordMask(tokens, (height, width)) for tokens in edit.blend_tokens]
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
@@ -230,15 +213,15 @@ class Sampling:
         seen = {}
         edit = AttentionEdit(
             attention,
+            self.cross,
             {entry["uuid"] for entry in self.guider.conds["positive"]},
             len(self.edit.token_map.own),
             self.token_map if cross else None,
             self.factors,
             self.watched,
-            lambda place, *maps: seen.__setitem__(place, maps),
+            lambda site, *maps: seen.__setitem__(site, maps),
         )
-        installing = _installing(model_options, partial(edit.install, cross=self.cross))
-        denoised = executor(x, timestep, installing, seed)
+        denoised = executor(x, timestep, add_job(model_options, edit), seed)
         for maps in seen.values():
             for mask, part in zip(self.masks, maps):
                 if mask.tokens:
@@ -246,10 +229,10 @@ class Sampling:
         return self._land(denoised, x, sigma, place, step, model_options)
 
     def _attend_to_source(self, attention, x, timestep, model_options, place) -> None:
-        options = _installing(model_options, attention.install)
+        options = only_job(model_options, attention)
         latent = self._latent(place).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
-        if len(attention.kept) != len(attention.places):
+        if len(attention.kept) != len(attention.sites):
             raise ValueError(
                 "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
             )
@@ -307,9 +290,3 @@ class Sampling:
                 blend = soft_mask(areas, x.shape[-2:]).to(x)
                 mask = blend if mask is None else mask * blend
         return mask
-
-
-def _installing(model_options: dict, install: Callable[[dict], dict]) -> dict:
-    options = create_model_options_clone(model_options)
-    options["transformer_options"][INSTALL] = install
-    return options

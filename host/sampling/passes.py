@@ -9,9 +9,10 @@ from comfy import samplers
 
 from ...attention_patches.sites import AttentionSite
 from ...editing.guidance import Maps
-from ..unet.checkpointing import LEVELS
+from ..unet.checkpointing import MODES
 from ..unet.entries import Entry, compared_with, entries_of
-from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps, with_job
+from ..unet.jobs import add_job
+from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
 from .edit_texts import same_tensor
 
 
@@ -50,7 +51,7 @@ class UNetPasses:
         hooks = [*options.get("sampler_post_cfg_function", []), self.estimates]
         self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
         self.sites = sites
-        self.checkpointing = checkpointing or Checkpointing(LEVELS[0], sys.maxsize)
+        self.checkpointing = checkpointing or Checkpointing(MODES[0], sys.maxsize)
 
     def denoise(self, x: torch.Tensor, sigma: float, hold_negative: bool = False) -> torch.Tensor:
         if self._holds(hold_negative):
@@ -59,12 +60,15 @@ class UNetPasses:
 
     def _denoise(self, x: torch.Tensor, sigma: float, evaluate: Callable | None = None) -> torch.Tensor:
         """The guider's own estimate; `evaluate` in place of the host's evaluation of the two branches."""
+        denoised = self.model_k(x, _timestep(x, sigma), **self._evaluated_by(evaluate))
+        self.estimates.sigma = sigma
+        return denoised
+
+    def _evaluated_by(self, evaluate: Callable | None) -> dict:
         options = self.extra_args["model_options"]
         if evaluate is not None:
             options = {**options, "sampler_calc_cond_batch_function": evaluate}
-        denoised = self.model_k(x, _levels(x, sigma), **{**self.extra_args, "model_options": options})
-        self.estimates.sigma = sigma
-        return denoised
+        return {**self.extra_args, "model_options": options}
 
     def _holds(self, hold_negative: bool) -> bool:
         evaluated_by_another = "sampler_calc_cond_batch_function" in self.extra_args["model_options"]
@@ -77,7 +81,7 @@ class UNetPasses:
         """
         (positive, negative), options = args["conds"], args["model_options"]
         rest = args["input"], args["sigma"]
-        working = with_job(options, jobs.pop()) if jobs else options
+        working = add_job(options, jobs.pop()) if jobs else options
         (edited,) = samplers.calc_cond_batch(args["model"], [positive], *rest, working)
         theirs = self.extra_args["model_options"].get("sampler_calc_cond_batch_function")
         if theirs is not None:
@@ -110,7 +114,7 @@ class UNetPasses:
             negative,
             self.guider.cfg,
             x,
-            _levels(x, sigma),
+            _timestep(x, sigma),
             model_options=self.extra_args["model_options"],
             cond=conds["positive"],
             uncond=conds["negative"],
@@ -121,49 +125,51 @@ class UNetPasses:
     ) -> torch.Tensor:
         # An estimate is linear in latent and output: with a zero output, only the latent's part is left.
         sampling = self.guider.inner_model.model_sampling
-        return denoised + sampling.calculate_denoised(_levels(x, sigma), torch.zeros_like(x), x_there - x)
+        return denoised + sampling.calculate_denoised(_timestep(x, sigma), torch.zeros_like(x), x_there - x)
 
     def denoise_and_record(self, x: torch.Tensor, sigma: float, keep: Callable) -> torch.Tensor:
         """`denoise`, with the maps of the positive branch handed to `keep((entry, site), maps)` on the way."""
-        job = RecordMaps(self.sites, self._entries("positive", x, sigma), keep, stop=False)
+        job = RecordMaps(self.sites, self._entries("positive", x, sigma), keep, stops=False)
         return self._denoise(x, sigma, partial(self._branches, [job], False))
 
     def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
         maps = {}
-        job = RecordMaps(self.sites, self._entries(branch, x, sigma), maps.__setitem__, stop=True)
+        job = RecordMaps(self.sites, self._entries(branch, x, sigma), maps.__setitem__, stops=True)
         self._evaluate(branch, x, sigma, job)
         return maps
 
     def map_gradient(
         self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        job = self._match(branch, x, sigma, reference, stop=True)
+        job = self._match(branch, x, sigma, reference, stops=True)
         self._evaluate(branch, x, sigma, job)
         return job.gradient, job.distance
 
     def denoise_and_match(
         self, x: torch.Tensor, sigma: float, reference: Maps, hold_negative: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        job = self._match("positive", x, sigma, reference, stop=False)
-        denoised = self._denoise(x, sigma, partial(self._branches, [job], self._holds(hold_negative)))
+        job = self._match("positive", x, sigma, reference, stops=False)
+        evaluate = partial(self._branches, [job], self._holds(hold_negative))
+        denoised = self.model_k(x, _timestep(x, sigma), **self._evaluated_by(evaluate))
+        self.estimates.sigma = sigma
         return denoised, job.gradient, job.distance
 
-    def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stop: bool) -> MatchMaps:
+    def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stops: bool) -> MatchMaps:
         entries = self._entries(branch, x, sigma)
         if branch == "positive":
             entries = compared_with(entries, self.guider.conds[branch], self.guider.conds["source"])
-        return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stop)
+        return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stops)
 
     def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:
-        return entries_of(self.guider.conds[branch], x, _levels(x, sigma))
+        return entries_of(self.guider.conds[branch], x, _timestep(x, sigma))
 
     def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, job=None) -> torch.Tensor:
         options = self.extra_args["model_options"]
         if job is not None:
-            options = with_job(options, job)
+            options = add_job(options, job)
         # Other packs tell the negative by its place in the list.
         conds = [[], self.guider.conds[branch]] if branch == "negative" else [self.guider.conds[branch]]
-        return samplers.calc_cond_batch(self.guider.inner_model, conds, x, _levels(x, sigma), options)[-1]
+        return samplers.calc_cond_batch(self.guider.inner_model, conds, x, _timestep(x, sigma), options)[-1]
 
 
 def _same_inputs(*entries: dict) -> bool:
@@ -172,5 +178,5 @@ def _same_inputs(*entries: dict) -> bool:
     return all(same_tensor(*(getattr(value, "cond", None) for value in values)) for values in inputs)
 
 
-def _levels(x: torch.Tensor, sigma: float) -> torch.Tensor:
+def _timestep(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return x.new_full((len(x),), sigma)

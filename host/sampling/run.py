@@ -22,10 +22,12 @@ from ...editing.regularization import NoiseRegularization, regularize_noise
 from .. import progress
 from ..methods.plug_and_play import with_source_features
 from ..methods.presets import PRESETS
-from ..unet.checkpointing import LEVELS
+from ..unet.checkpointing import MODES
 from ..unet.entries import areas_of
-from ..unet.map_jobs import Checkpointing, attention_state, with_map_jobs
-from ..unet.memory import affordable_level, affordable_rows, announce_memory, guided_pass_memory
+from ..unet.jobs import for_own_sampler
+from ..unet.map_jobs import Checkpointing
+from ..unet.memory import affordable_mode, affordable_rows, announce_memory, guided_pass_memory
+from ..unet.model_state import attention_state
 from .edit_guider import EditGuider
 from .edit_texts import beside_the_source
 from .hook_schedule import HookSchedule
@@ -110,7 +112,7 @@ def invert_latent(
             psnr = plain_psnr(trajectory, sigmas, passes, hooks)
         return x
 
-    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+    guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     # The negative is evaluated only where a patch of another pack asks for one.
     guider.set_conds(positive, positive)
     _sample(guider, walk, samples, sigmas, seed=0)
@@ -202,21 +204,21 @@ def sample_edit(
     guidance = GuidanceSchedule(strength, *levels, **chosen.schedule(inversion.steps))
     maps = None if official else _maps_for(model, inversion)
     needs = _needs([*positive, *inversion.source], maps, inversion.steps)
-    guided = with_map_jobs(model)
+    guided = for_own_sampler(model)
     if strength:
         # The least it can do with, so that weights stay where they are; more is used where it is free.
-        least = guided_pass_memory(model, inversion.trajectory.shape[1:], LEVELS[-1], **needs)
+        least = guided_pass_memory(model, inversion.trajectory.shape[1:], MODES[-1], **needs)
         guided = announce_memory(guided, least)
 
     def walk(model_k, x, sigmas, extra_args, callback, disable):
         guider.add_source()
         _check_areas(guider.conds["positive"], guider.conds["source"])
-        level = affordable_level(model, x, chosen.checkpointing, **needs)
-        rows = affordable_rows(model, x, level, entries=len(positive), **needs)
+        mode = affordable_mode(model, x, chosen.checkpointing, **needs)
+        rows = affordable_rows(model, x, mode, entries=len(positive), **needs)
         mask_at = partial(_mask_at, inversion, model_k, extra_args["model_options"], sigmas)
         run = (
             inversion,
-            UNetPasses(model_k, extra_args, sites, Checkpointing(level, rows)),
+            UNetPasses(model_k, extra_args, sites, Checkpointing(mode, rows)),
             inversion.trajectory[-1].to(x),
             guidance,
             partial(_report_edit, callback, sigmas, attending),

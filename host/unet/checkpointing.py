@@ -12,46 +12,46 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch.utils.checkpoint import checkpoint
 
-from ...attention_patches.sites import AttentionSite, named_layers
+from ...attention_patches.sites import AttentionSite, layers
 from .gradients import own_attribute, recording_again, weights_stay_put
 
-LEVELS = ("none", "feed-forward", "blocks")
+MODES = ("none", "feed-forward", "blocks")
 # Elements of a feed-forward layer's input that are worked on at once at "blocks"; the layer widens them 24 times.
 PIECE = 2**19
 
 
 @contextlib.contextmanager
-def checkpointed(unet: torch.nn.Module, level: str, last_site: AttentionSite | None = None) -> Iterator[None]:
+def checkpointed(unet: torch.nn.Module, mode: str, last_site: AttentionSite | None = None) -> Iterator[None]:
     """While active, a graph through ComfyUI's UNetModel keeps only the inputs of some modules.
 
     Take the gradient before leaving, for the modules run again then. Calls that record no graph go straight through.
 
-    `level`: "none"; "feed-forward", the feed-forward layers of the transformers and, of residual blocks, all but the
+    `mode`: "none"; "feed-forward", the feed-forward layers of the transformers and, of residual blocks, all but the
     convolutions; "blocks", every residual block and transformer, and within them the same once more.
     `last_site`: recording ends inside the transformer block of this cross-attention, so it keeps what it needs at
     "blocks"; its backward is the first to run.
 
     Raises:
-        ValueError: an unknown level.
+        ValueError: an unknown mode.
     """
     with contextlib.ExitStack() as stack:
-        for module in recomputed_modules(unet, level, last_site):
-            in_pieces = level == "blocks" and isinstance(module, FeedForward)
+        for module in recomputed_modules(unet, mode, last_site):
+            in_pieces = mode == "blocks" and isinstance(module, FeedForward)
             stack.enter_context(_recomputing(module, PIECE if in_pieces else None))
         yield
 
 
 def recomputed_modules(
-    unet: torch.nn.Module, level: str, last_site: AttentionSite | None = None
+    unet: torch.nn.Module, mode: str, last_site: AttentionSite | None = None
 ) -> list[torch.nn.Module]:
-    """The modules whose forward is computed again at this level, see `checkpointed`."""
-    if level not in LEVELS:
-        raise ValueError(f"checkpointing: {level!r} is none of {', '.join(LEVELS)}.")
-    if level == "none":
+    """The modules whose forward is computed again at this mode, see `checkpointed`."""
+    if mode not in MODES:
+        raise ValueError(f"checkpointing: {mode!r} is none of {', '.join(MODES)}.")
+    if mode == "none":
         return []
     # Within a block, too: its repetition ends before its feed-forward layer, so that this costs nothing more.
     cheap = list(_cheap_modules(unet))
-    return cheap if level == "feed-forward" else [*cheap, *_blocks(unet, last_site)]
+    return cheap if mode == "feed-forward" else [*cheap, *_blocks(unet, last_site)]
 
 
 def _cheap_modules(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -65,17 +65,15 @@ def _cheap_modules(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _blocks(unet: torch.nn.Module, last_site: AttentionSite | None) -> Iterator[torch.nn.Module]:
-    for name, number, layer in named_layers(unet):
-        if isinstance(layer, ResBlock):
-            yield layer
-        elif isinstance(layer, (Downsample, Upsample)):
-            yield layer
-        elif isinstance(layer, SpatialTransformer):
-            blocks = list(layer.transformer_blocks)
-            if last_site is not None and (name, number) == tuple(last_site[:2]):
-                yield from (block for index, block in enumerate(blocks) if index != last_site[2])
+    for layer in layers(unet):
+        if isinstance(layer.module, (ResBlock, Downsample, Upsample)):
+            yield layer.module
+        elif isinstance(layer.module, SpatialTransformer):
+            blocks = list(layer.module.transformer_blocks)
+            if last_site is not None and (layer.block, layer.number) == last_site[:2]:
+                yield from (block for index, block in enumerate(blocks) if index != last_site.index)
             elif len(blocks) == 1:
-                yield layer
+                yield layer.module
             else:
                 # Only one of several blocks is alive at a time.
                 yield from blocks

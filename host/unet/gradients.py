@@ -26,17 +26,16 @@ _active = contextvars.ContextVar("the weights' rules of the input_gradients in p
 def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     """Record a graph through `model` with respect to its inputs only; its parameters are constants.
 
-    Tensors that enter the graph must be made ordinary ones first, see `ordinary`. Quantized layers multiply in the
-    precision of their input meanwhile, and compiled modules run as they were written.
+    Tensors that enter the graph must be cloned first, see `clone_inference`, and compiled modules be `uncompiled`.
+    Quantized layers multiply in the precision of their input meanwhile.
 
     Raises:
         ValueError: also while it is active, in the user's words: a layer of the model has no derivative.
     """
     modules = list(model.modules())
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    with uncompiled(model), _frozen(parameters), _dequantized(modules), _every_layer_counts():
-        with _recording(_ConstantWeights(parameters)):
-            yield
+    with _frozen(parameters), _dequantized(modules), _recording(_ConstantWeights(parameters)), _layers_checked():
+        yield
 
 
 @contextlib.contextmanager
@@ -95,14 +94,14 @@ def weights_stay_put(module: torch.nn.Module, device: torch.device, dtype: torch
     )
 
 
-def ordinary(value):
-    """An inference tensor as an ordinary one (cloned), through lists, tuples and dicts; anything else as it is."""
+def clone_inference(value):
+    """A clone of an inference tensor that autograd may save, through lists, tuples and dicts; anything else as it is."""
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, dict):
-        return {key: ordinary(item) for key, item in value.items()}
+        return {key: clone_inference(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(ordinary(item) for item in value)
+        return type(value)(clone_inference(item) for item in value)
     return value
 
 
@@ -148,31 +147,35 @@ def _severed(inputs, output) -> bool:
     )
 
 
-def unshared_skips(transformer_options: dict) -> dict:
+def clone_skips(transformer_options: dict) -> dict:
     """Transformer options under which a ControlNet's in-place additions leave the tensors autograd has saved alone."""
     patches = transformer_options.get("patches", {})
     ours = [*patches.get("input_block_patch_after_skip", []), lambda h, options: h.clone()]
     return {**transformer_options, "patches": {**patches, "input_block_patch_after_skip": ours}}
 
 
-def careful_block_patches(transformer_options: dict) -> dict:
-    """Transformer options under which patches between blocks may work in place, as FreeU does, on what they have read."""
+def protect_from_patches(transformer_options: dict) -> dict:
+    """Transformer options under which patches may work in place on what they have read, as FreeU and NAG do."""
     patches = {
-        name: [_careful(patch) for patch in functions] if "block_patch" in name else functions
+        name: [_protected(patch) for patch in functions] if _works_on_outputs(name) else functions
         for name, functions in transformer_options.get("patches", {}).items()
     }
     return {**transformer_options, "patches": patches}
 
 
-def _careful(patch):
-    def careful(*args):
+def _works_on_outputs(name: str) -> bool:
+    return "block_patch" in name or "output_patch" in name
+
+
+def _protected(patch):
+    def protected(*args):
         if not torch.is_grad_enabled():
             return patch(*args)
         copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in args]
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
             return patch(*copies)
 
-    return careful
+    return protected
 
 
 @contextlib.contextmanager
@@ -214,9 +217,13 @@ def _dequantized(modules: list[torch.nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _every_layer_counts() -> Iterator[None]:
+def _layers_checked() -> Iterator[None]:
     # A kernel that autograd does not know cuts the graph without a word, and the gradient would be silently wrong.
+    recording = _active.get()
+
     def check(module, inputs, output):
+        if _active.get() is not recording:  # the hook is called in every thread
+            return
         if isinstance(module, CrossAttention) and _severed(
             inputs, output
         ):  # such as GLIGEN's, which no override reaches
@@ -308,19 +315,27 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
 
 def _call(func, args, kwargs):
     """func(*args, **kwargs) outside inference mode, though some arguments were made in it."""
+    if _writes_to_inference(func, args, kwargs) and not _any_requires_grad((*args, *kwargs.values())):
+        # PyTorch refuses this after it has written, so that it must not come to that.
+        with torch.inference_mode():
+            return func(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except RuntimeError as error:
-        if "Inference tensors cannot be saved" in str(error):
-            retry = contextlib.nullcontext()
-            args, kwargs = ordinary(args), ordinary(kwargs)
-        elif "Inplace update to inference tensor" in str(error) and not _any_requires_grad((*args, *kwargs.values())):
-            # The host fills a cast buffer that it made in an ordinary call.
-            retry = torch.inference_mode()
-        else:
+        if "Inference tensors cannot be saved" not in str(error):
             raise
-    with retry:
-        return func(*args, **kwargs)
+    return func(*clone_inference(args), **clone_inference(kwargs))
+
+
+IN_PLACE = ("__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "and", "or", "pow")))
+
+
+def _writes_to_inference(func, args, kwargs) -> bool:
+    """Whether a function writes to an inference tensor, as the host fills cast buffers made in other calls."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") or name in IN_PLACE
+    target = args[0] if in_place and args else kwargs.get("out")
+    return isinstance(target, torch.Tensor) and target.is_inference()
 
 
 def _any_requires_grad(values) -> bool:

@@ -1,66 +1,48 @@
-"""Record or match cross-attention maps in UNet calls that go through ComfyUI's own conditioning batches.
+"""Jobs that record or match the cross-attention maps of UNet calls, see `jobs`."""
 
-A job travels in `transformer_options`; a wrapper around `apply_model` carries it out. Everything above that call, the
-hooks, areas, ControlNets and masks of the conditioning, runs as in any other sampler and stays in inference mode.
-"""
-
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from comfy.model_management import soft_empty_cache
-from comfy.model_patcher import create_model_options_clone
-from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 
-from ...attention_patches.maps import AttentionTap, LastSiteReached, attention_maps, maps_of_first
-from ...attention_patches.matching import GradientScale, match_maps
+from ...attention_patches.maps import (
+    GradientScale,
+    LastSiteReached,
+    MatchedAttention,
+    attention_maps,
+    maps_of_first,
+    with_attention,
+)
 from ...attention_patches.sites import AttentionSite
 from ...editing.guidance import Maps
-from ..methods.plug_and_play import JOB as PLUG_AND_PLAY
-from ..methods.plug_and_play import with_jobs
-from .calls import UNetCall
-from .checkpointing import LEVELS, checkpointed
+from .checkpointing import MODES, checkpointed
 from .entries import Entry, narrowed, own_tokens
-from .gradients import (
-    careful_block_patches,
-    differentiable_attention,
-    input_gradients,
-    ordinary,
-    uncompiled,
-    unshared_skips,
-)
+from .gradients import clone_inference, clone_skips, differentiable_attention, input_gradients, protect_from_patches
+from .jobs import LEFT_OUT, UNetCall
 from .memory import is_out_of_memory
-
-JOB = "pix2pix_zero_job"
-
-
-def with_map_jobs(model):
-    """A clone of the MODEL whose UNet calls carry out the job in their transformer options, if there is one."""
-    model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, JOB, _run_job)
-    # The later wrapper is the inner one: Plug-and-Play sees the parts that a job divides a call into.
-    return with_jobs(model) if model.get_wrappers(WrappersMP.APPLY_MODEL, PLUG_AND_PLAY) else model
 
 
 class Checkpointing:
     """What an edit's guided passes do for memory; it is tightened when memory runs out, and stays so.
 
-    `level`: see `checkpointing.checkpointed`. `rows`: how many pictures are worked on at once, each entry of the
+    `mode`: see `checkpointing.checkpointed`. `rows`: how many pictures are worked on at once, each entry of the
     conditioning counting as one.
     """
 
-    def __init__(self, level: str, rows: int):
-        self.level = level
+    def __init__(self, mode: str, rows: int):
+        self.mode = mode
         self.rows = rows
 
     def tighten(self, rows: int) -> bool:
         """Go to what needs the least memory for `rows`, then to fewer of them. False if there is nothing left."""
-        if self.level == LEVELS[-1] and rows == 1:
+        if self.mode == MODES[-1] and rows == 1:
             return False
-        if self.level == LEVELS[-1]:
+        if self.mode == MODES[-1]:
             self.rows = math.ceil(rows / 2)
-        self.level = LEVELS[-1]
+        self.mode = MODES[-1]
         logging.warning(
             "Pix2Pix-Zero: out of memory in a guided step. The edit goes on with less memory and more time, as in the "
             "preset 'low memory'."
@@ -68,45 +50,37 @@ class Checkpointing:
         return True
 
 
-def _run_job(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-    if x.device.type == "cpu":  # faster and leaner there than the host's choice, sub-quadratic attention
-        transformer_options = differentiable_attention(transformer_options)
-    arguments = {"t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
-    call = UNetCall(executor, x, arguments, transformer_options)
-    job = transformer_options.get(JOB)
-    return call(x, transformer_options) if job is None else job.run(call)
-
-
 class RecordMaps:
     """Job: hand the maps to `keep((number of the entry, site), maps)`, fp32 [B, heads, H*W, tokens].
 
-    `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call.
+    `stops`: skip the rest of the UNet. Without it, the output is that of a call without the job.
     """
 
-    def __init__(self, sites: list[AttentionSite], entries: list[Entry], keep: Callable, stop: bool):
+    def __init__(self, sites: list[AttentionSite], entries: list[Entry], keep: Callable, stops: bool):
         self.sites = sites
         self.entries = entries
         self.keep = keep
-        self.stop = stop
+        self.stops = stops
 
-    def run(self, call: UNetCall) -> torch.Tensor:
+    @contextlib.contextmanager
+    def tapped(self, call: UNetCall, transformer_options: dict) -> Iterator[dict]:
         entries, numbers = _in_call(call, self.entries)
+        seen = set()
 
-        def visit(site, q, k, heads):
+        def attend(site, attention, q, k, v, options):
+            seen.add(site)
             lengths = own_tokens(k.shape[1], entries)
             rows = zip(numbers, lengths, q.chunk(len(numbers)), k.chunk(len(numbers)))
             for number, tokens, part_q, part_k in rows:
                 if number is not None:
-                    self.keep((number, site), attention_maps(part_q, part_k[:, :tokens], heads))
-            if self.stop and site == self.sites[-1]:
+                    self.keep((number, site), attention_maps(part_q, part_k[:, :tokens], options["n_heads"]))
+            if self.stops and site == self.sites[-1]:
                 raise LastSiteReached
-            return q, k
+            return attention(q, k, v, options)
 
-        try:
-            with uncompiled(call.model):
-                return call(call.x, AttentionTap(self.sites, visit).install(call.transformer_options))
-        except LastSiteReached:
-            return torch.zeros_like(call.x)
+        yield with_attention(transformer_options, "attn2", self.sites, attend)
+        if len(seen) < len(self.sites):
+            raise ValueError(LEFT_OUT)
 
 
 class MatchMaps:
@@ -114,10 +88,10 @@ class MatchMaps:
 
     Where several entries draw, each counts as much as its share of the estimate; one without a reference is not guided.
     Texts of unequal length are compared over the tokens that both have, as if the longer one ended there: what the words
-    after them draw is left free. To repeat both to one length, as the host does in a batch, would ask those words for the
-    maps of others that stand in their place by chance; to compare the maps as they are, to draw nothing.
-    `stop`: skip the rest of the UNet and return zeros. Without it, the output is that of an ordinary call; no graph is
-    recorded past the last site.
+    after them draw is left free. Repeating both to one length, as the host does in a batch, would compare those words
+    with others that happen to stand in their place.
+    `stops`: skip the rest of the UNet. Without it, the output is that of a call without the job; no graph is recorded
+    past the last site.
     """
 
     def __init__(
@@ -127,17 +101,34 @@ class MatchMaps:
         reference: Maps,
         x: torch.Tensor,
         checkpointing: Checkpointing,
-        stop: bool,
+        stops: bool,
     ):
         self.sites = sites
         self.entries = entries
         self.reference = reference
         self.checkpointing = checkpointing
-        self.stop = stop
+        self.stops = stops
         self.gradient = torch.zeros_like(x)
         self.distance = x.new_zeros(len(x))
 
+    def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
+        return contextlib.nullcontext(transformer_options)
+
     def run(self, call: UNetCall) -> torch.Tensor:
+        """The output of the call, made of as many parts as memory asks for."""
+        self._check_size(call)
+        parts, outputs = list(call.parts(self.checkpointing.rows)), []
+        while parts:
+            part = parts.pop(0)
+            output = self._match(part)
+            if output is None:  # it ran out of memory; here the tensors of its frames are gone
+                soft_empty_cache()
+                parts[:0] = part.parts(self.checkpointing.rows)
+            else:
+                outputs.append(output)
+        return torch.cat(outputs)
+
+    def _check_size(self, call: UNetCall) -> None:
         entries, numbers = _in_call(call, self.entries)
         if any(
             (len(call.x), *call.x.shape[2:]) != (len(numbers) * len(target), *target.shape[2:])
@@ -147,35 +138,31 @@ class MatchMaps:
                 "model: another node cuts the picture or the batch into parts of its own for the UNet, so that its "
                 "attention cannot be matched. Take out that node, or set guidance_strength to 0."
             )
-        return self._run(call)
 
-    def _run(self, call: UNetCall) -> torch.Tensor:
-        return torch.cat([self._within_memory(part) for part in call.parts(self.checkpointing.rows)])
-
-    def _within_memory(self, call: UNetCall) -> torch.Tensor:
-        entries, numbers = _in_call(call, self.entries)
-        if not any((number, self.sites[0]) in self.reference for number in numbers):
-            return torch.zeros_like(call.x) if self.stop else call(call.x, call.transformer_options)
+    def _match(self, call: UNetCall) -> torch.Tensor | None:
+        """The output of a part, whose gradient and distance are added up; None if memory ran out."""
+        matching = _Matching(self, call)
+        if not matching.has_reference:
+            return torch.zeros_like(call.x) if self.stops else call(call.x, call.transformer_options)
+        x = call.x
         try:
             with (
                 input_gradients(call.model),
-                checkpointed(call.model.diffusion_model, self.checkpointing.level, self.sites[-1]),
+                checkpointed(call.model.diffusion_model, self.checkpointing.mode, self.sites[-1]),
             ):
-                output, gradient, distances = self._differentiate(call, entries, numbers)
+                x = x.clone().requires_grad_(True)
+                output = call(x, matching.installed(call.transformer_options), clone_inference).detach()
+                gradient, distances = matching.gradient(x)
         except Exception as error:
             if not (is_out_of_memory(error) and self.checkpointing.tighten(len(call.x))):
                 raise
-        else:
-            for number, part, amount in zip(numbers, gradient.chunk(len(numbers)), distances):
-                if number is not None:
-                    self._add(self.entries[number], call, part, amount)
-            return output
-        # Here the exception and the tensors of its frames are gone.
-        soft_empty_cache()
-        return self._run(call)
+            return None
+        for number, *of_entry in zip(matching.numbers, gradient.chunk(len(distances)), distances):
+            if number is not None:
+                self._add(self.entries[number], matching.pictures, *of_entry)
+        return output
 
-    def _add(self, entry: Entry, call: UNetCall, gradient: torch.Tensor, distance: torch.Tensor) -> None:
-        pictures = slice(call.first, call.first + call.pictures)
+    def _add(self, entry: Entry, pictures: slice, gradient: torch.Tensor, distance: torch.Tensor) -> None:
         if entry.share is not None:
             share = entry.share[pictures]
             gradient = gradient * share
@@ -183,82 +170,89 @@ class MatchMaps:
         narrowed(self.gradient, entry.area)[pictures].add_(gradient)
         self.distance[pictures] += distance
 
-    def _differentiate(
-        self, call: UNetCall, entries: list[Entry], numbers: list[int | None]
-    ) -> tuple[torch.Tensor, torch.Tensor, list]:
-        x = call.x.clone().requires_grad_(True)
-        matching = _Matching(self, call, entries, numbers)
-        options = careful_block_patches(differentiable_attention(call.transformer_options))
-        if call.arguments["control"] is not None:
-            options = unshared_skips(options)
-        try:
-            output = call(x, AttentionTap(self.sites, matching.visit).install(options), ordinary)
-        except LastSiteReached:
-            output = torch.zeros_like(x)
-        gradient = _gradient(matching.last_q, x, matching.scale)
-        distances = [sum(of_entry.values(), x.new_zeros(())) for of_entry in matching.distances]
-        return output.detach(), gradient, distances
-
 
 class _Matching:
-    """What one differentiated call does at each site. `distances`: of each entry in it, by site.
+    """What one differentiated call does at each site.
 
-    `last_q`: what the backward pass starts from.
+    `distances`: of each entry in it, by site. `last_q`: what the backward pass starts from.
     """
 
-    def __init__(self, job: MatchMaps, call: UNetCall, entries: list[Entry], numbers: list[int | None]):
+    def __init__(self, job: MatchMaps, call: UNetCall):
         self.job = job
+        self.call = call
         self.pictures = slice(call.first, call.first + call.pictures)
-        self.entries = entries
-        self.numbers = numbers
+        self.entries, self.numbers = _in_call(call, job.entries)
         self.scale = GradientScale()
-        self.distances = [{} for _ in numbers]
+        self.distances = [{} for _ in self.numbers]
         self.last_q = None
 
-    def visit(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, heads: int) -> tuple:
+    @property
+    def has_reference(self) -> bool:
+        return any((number, self.job.sites[0]) in self.job.reference for number in self.numbers)
+
+    def installed(self, options: dict) -> dict:
+        """Transformer options under which a call can be differentiated and comes by here at each site."""
+        options = protect_from_patches(differentiable_attention(options))
+        if self.call.arguments["control"] is not None:
+            options = clone_skips(options)
+        return with_attention(options, "attn2", self.job.sites, self.attend)
+
+    def attend(self, site: AttentionSite, attention: Callable, q, k, v, options: dict) -> torch.Tensor:
+        """The attention's output at a site; a backward pass through it adds the gradient of the distance there."""
         lengths = own_tokens(k.shape[1], self.entries)
         queries, keys = (list(tensor.chunk(len(self.numbers))) for tensor in (q, k))
         for i, (number, tokens) in enumerate(zip(self.numbers, lengths)):
-            if (number, site) in self.job.reference:
-                queries[i], keys[i] = self._match(i, site, queries[i], keys[i], tokens, heads)
-        q, k = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (queries, keys))
+            if (number, site) not in self.job.reference:
+                continue
+            rows = []
+            for n, *row in self._compared(i, site, queries[i], keys[i], tokens):
+                _check_maps(*row, n, options["n_heads"])
+                part_q, part_k, reference = row
+                matched = MatchedAttention.apply(part_q, part_k[:, :n], reference, options["n_heads"], self.scale)
+                # Repetitions of the text by the host are equal to it.
+                rows.append((matched[0], _joined([matched[1], part_k[:, n:]], 1), matched[2]))
+            queries[i], keys[i], self.distances[i][site] = (_joined(parts) for parts in zip(*rows))
+        q, k = _joined(queries), _joined(keys)
         if site == self.job.sites[-1]:
             self.last_q = q
-            if self.job.stop:
+            if self.job.stops:
                 raise LastSiteReached
             torch.set_grad_enabled(False)  # until `input_gradients` ends
-        return q, k
+        return attention(q, k, v, options)
 
-    def _match(self, i: int, site: AttentionSite, q: torch.Tensor, k: torch.Tensor, tokens: int, heads: int) -> tuple:
+    def _compared(self, i: int, site: AttentionSite, q, k, tokens: int) -> list[tuple]:
+        """(number of tokens, q, k, reference) of an entry's pictures, in as few parts as share a number of tokens."""
         reference = self.job.reference[self.numbers[i], site][self.pictures]
         shared = self.entries[i].shared_tokens
         if shared is None:
-            parts = [self._match_first(tokens, q, k, reference, heads)]
-        elif len(set(shared)) == 1:
-            parts = [self._match_first(shared[0], q, k, maps_of_first(reference, shared[0]), heads)]
-        else:
-            rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
-            parts = [self._match_first(n, *row, maps_of_first(maps, n), heads) for n, *row, maps in rows]
-        q, k, self.distances[i][site] = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts))
-        return q, k
+            return [(tokens, q, k, reference)]
+        if len(set(shared)) == 1:
+            return [(shared[0], q, k, maps_of_first(reference, shared[0]))]
+        rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
+        return [(n, *row, maps_of_first(maps, n)) for n, *row, maps in rows]
 
-    def _match_first(self, tokens: int, q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, heads: int) -> tuple:
-        own = k[:, :tokens]
-        _check_maps(reference, q, own, heads)
-        q, own, distance = match_maps(q, own, reference, heads, self.scale)
-        # Repetitions of the text by the host are equal to it.
-        return q, own if own.shape == k.shape else torch.cat([own, k[:, tokens:]], 1), distance
+    def gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the backward pass: (the gradient with respect to x, each entry's distance)."""
+        if self.last_q is None:
+            raise ValueError(LEFT_OUT)
+        gradient = _gradient(self.last_q, x, self.scale)
+        return gradient, [sum(of_entry.values(), x.new_zeros(())) for of_entry in self.distances]
+
+
+def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    parts = [part for part in parts if part.shape[dim]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[int | None]]:
-    """The entries in the batch of a call, in its order, and their numbers: None for what another pack has made up."""
+    """The entries in the batch of a call, in its order, and their numbers: None for what is none of them."""
     known = {entry.uuid: number for number, entry in enumerate(entries)}
     numbers = [known.get(uuid) for uuid in call.uuids]
     return [Entry(uuid) if i is None else entries[i] for i, uuid in zip(numbers, call.uuids)], numbers
 
 
-def _check_maps(reference: torch.Tensor, q: torch.Tensor, k: torch.Tensor, heads: int) -> None:
-    if reference.shape != (len(q), heads, q.shape[1], k.shape[1]):
+def _check_maps(q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, tokens: int, heads: int) -> None:
+    if reference.shape != (len(q), heads, q.shape[1], min(tokens, k.shape[1])):
         raise ValueError(
             "model: another node gives the edit's attention another shape than that of the inverted picture, so that the "
             "two cannot be matched. Take out that node, or set guidance_strength to 0."
@@ -282,16 +276,3 @@ def _gradient(last_q: torch.Tensor, x: torch.Tensor, scale: GradientScale) -> to
     raise ValueError(
         "model: the gradient of its attention maps overflows in fp16. Load the model in bf16 or fp32 for guided sampling."
     )
-
-
-def attention_state(model) -> tuple:
-    """What decides the maps that a MODEL draws, beside its weights: equal for clones that are patched alike."""
-    patches = model.model_options["transformer_options"]
-    return model.patches_uuid, *(copy_nested_dicts(patches.get(name, {})) for name in ("patches", "patches_replace"))
-
-
-def with_job(model_options: dict, job) -> dict:
-    """Model options under which the UNet calls of a MODEL from `with_map_jobs` carry out `job`."""
-    options = create_model_options_clone(model_options)
-    options["transformer_options"][JOB] = job
-    return options

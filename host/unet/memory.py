@@ -1,6 +1,7 @@
 """What a guided pass needs beside an ordinary one, asked of the host before it loads the model."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -9,8 +10,8 @@ from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTra
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from comfy.patcher_extension import WrappersMP
 
-from ...attention_patches.sites import AttentionSite, cross_attention_sites, named_layers
-from .checkpointing import LEVELS, PIECE
+from ...attention_patches.sites import AttentionSite, Layer, cross_attention_sites, layers, size_after
+from .checkpointing import MODES, PIECE
 from .gradients import has_constant_weights
 
 MEMORY = "pix2pix_zero_memory"
@@ -22,7 +23,7 @@ MAP_ITEM = 4  # maps, and the gradients of their distance, are fp32 in every pre
 def graph_memory(
     unet: torch.nn.Module,
     latent_shape: tuple[int, ...],
-    level: str,
+    mode: str,
     dtype: torch.dtype,
     last_site: AttentionSite | None = None,
     constant_weights: bool = True,
@@ -30,7 +31,7 @@ def graph_memory(
 ) -> int:
     """Bytes that one guided pass of ComfyUI's UNetModel needs at its peak, activations of an ordinary pass included.
 
-    `latent_shape`: [B, C, H, W] of the latent. `level`: see `checkpointing.checkpointed`. `dtype`: of the computation.
+    `latent_shape`: [B, C, H, W] of the latent. `mode`: see `checkpointing.checkpointed`. `dtype`: of the computation.
     `last_site`: where recording ends, the last cross-attention if None. `constant_weights`: False where weights are
     cast or moved for each layer, so that the pass holds copies of them. `tokens`: of the text.
     """
@@ -39,14 +40,15 @@ def graph_memory(
     last_site = last_site or sites[-1]
     kept = working = copies = one_copy = 0
     ended = False
-    for name, number, layer, pixels in _sized_layers(unet, latent_shape):
+    for layer, pixels in _sized_layers(unet, latent_shape):
         if ended:  # the rest of the pass runs while the graph is kept
-            working = max(working, _unrecorded(layer, pixels * item))
+            working = max(working, _unrecorded(layer.module, pixels * item))
             continue
-        cost = _cost(layer, pixels, level, item, last_site if (name, number) == last_site[:2] else None, tokens)
+        here = last_site if (layer.block, layer.number) == last_site[:2] else None
+        cost = _cost(layer.module, pixels, mode, item, here, tokens)
         kept += cost.kept
         working = max(working, cost.working)
-        held, at_work = (count * item for count in _copied_weights(layer, level))
+        held, at_work = (count * item for count in _copied_weights(layer.module, mode))
         copies += held
         one_copy = max(one_copy, at_work)
         ended = cost.ends
@@ -62,34 +64,19 @@ class _Cost:
     ends: bool = False
 
 
-def _sized_layers(unet: torch.nn.Module, latent_shape: tuple[int, ...]):
-    """(block name, number, layer, B*H*W of its input) in the order of the forward pass."""
-    batch, (height, width) = latent_shape[0], latent_shape[-2:]
-    skips, place = [], None
-    for name, number, layer in named_layers(unet):
-        if place is not None and place[0] == "input" and (name, number) != place:
-            skips.append((height, width))
-        if name == "output" and (name, number) != place:
-            skips.pop()
-        place = (name, number)
-        yield name, number, layer, batch * height * width
-        if isinstance(layer, Downsample) or getattr(layer, "updown", False) and _is_down(layer):
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
-        elif isinstance(layer, Upsample) or getattr(layer, "updown", False):
-            height, width = skips[-1] if skips else (height * 2, width * 2)
-
-
-def _is_down(block: ResBlock) -> bool:
-    return isinstance(block.h_upd, Downsample)
+def _sized_layers(unet: torch.nn.Module, latent_shape: tuple[int, ...]) -> Iterator[tuple[Layer, int]]:
+    """The layers in the order of the forward pass, each with B*H*W of its input."""
+    for layer in layers(unet):
+        yield layer, latent_shape[0] * math.prod(size_after(layer.halvings, latent_shape[-2:]))
 
 
 def _cost(
-    layer: torch.nn.Module, pixels: int, level: str, item: int, last_site: AttentionSite | None, tokens: int
+    layer: torch.nn.Module, pixels: int, mode: str, item: int, last_site: AttentionSite | None, tokens: int
 ) -> _Cost:
     if isinstance(layer, ResBlock):
-        return _residual_cost(layer, pixels * item, level)
+        return _residual_cost(layer, pixels * item, mode)
     if isinstance(layer, SpatialTransformer):
-        return _transformer_cost(layer, pixels, level, item, last_site, tokens)
+        return _transformer_cost(layer, pixels, mode, item, last_site, tokens)
     return _Cost()
 
 
@@ -98,22 +85,22 @@ def _unrecorded(layer: torch.nn.Module, size: int) -> int:
     return 5 * layer.channels * size if isinstance(layer, ResBlock) else 0
 
 
-def _residual_cost(block: ResBlock, size: int, level: str) -> _Cost:
+def _residual_cost(block: ResBlock, size: int, mode: str) -> _Cost:
     # Each of its two halves keeps the input of the norm and that of the activation; convolutions keep nothing.
     inside = 2 * (block.channels + block.out_channels) * size
-    if level == "none":
+    if mode == "none":
         return _Cost(inside, inside // 2)
-    if level == "feed-forward":
+    if mode == "feed-forward":
         return _Cost(inside // 2, inside)
     return _Cost(block.channels * size, inside + inside // 2)
 
 
 def _transformer_cost(
-    layer: SpatialTransformer, pixels: int, level: str, item: int, last_site: AttentionSite | None, tokens: int
+    layer: SpatialTransformer, pixels: int, mode: str, item: int, last_site: AttentionSite | None, tokens: int
 ) -> _Cost:
     blocks = list(layer.transformer_blocks)
     cost = _Cost(layer.in_channels * pixels * item, ends=last_site is not None)
-    whole = level == "blocks" and len(blocks) == 1 and last_site is None
+    whole = mode == "blocks" and len(blocks) == 1 and last_site is None
     for index, block in enumerate(blocks):
         ends = last_site is not None and index == last_site.index
         attention, feed_forward, width = _block_sizes(block, pixels, item)
@@ -122,10 +109,10 @@ def _transformer_cost(
             feed_forward = 0
         inside = attention + feed_forward
         maps = 3 * block.n_heads * pixels * tokens * MAP_ITEM
-        if level == "none" or ends:
+        if mode == "none" or ends:
             cost.kept += inside
             cost.working = max(cost.working, feed_forward, maps)
-        elif level == "feed-forward":
+        elif mode == "feed-forward":
             cost.kept += attention + width
             cost.working = max(cost.working, 2 * feed_forward, maps)
         else:
@@ -137,14 +124,14 @@ def _transformer_cost(
     return cost
 
 
-def _copied_weights(layer: torch.nn.Module, level: str) -> tuple[int, int]:
+def _copied_weights(layer: torch.nn.Module, mode: str) -> tuple[int, int]:
     """Elements of the weights whose copies a layer keeps for the backward pass, and of those in its own backward."""
     if isinstance(layer, ResBlock):
         # The layers for the time's embedding take no part: they have no input that a gradient is wanted for.
         halves = _weights(layer.in_layers), _weights(layer.out_layers)
         every = sum(halves) + _weights(layer.skip_connection)
-        kept = {"none": every, "feed-forward": every - sum(halves), "blocks": 0}[level]
-        return kept, {"none": 0, "feed-forward": max(halves), "blocks": every}[level]
+        kept = {"none": every, "feed-forward": every - sum(halves), "blocks": 0}[mode]
+        return kept, {"none": 0, "feed-forward": max(halves), "blocks": every}[mode]
     if isinstance(layer, SpatialTransformer):
         feed_forwards = [_weights(block.ff) for block in layer.transformer_blocks]
         # Neither do keys and values of the text.
@@ -153,12 +140,12 @@ def _copied_weights(layer: torch.nn.Module, level: str) -> tuple[int, int]:
             for block in layer.transformer_blocks
         ]
         around = _weights(layer) - sum(map(_weights, layer.transformer_blocks))
-        if level == "none":
+        if mode == "none":
             return sum(blocks) + around, 0
-        if level == "feed-forward":
+        if mode == "feed-forward":
             return sum(blocks) - sum(feed_forwards) + around, max(feed_forwards)
         return (0, blocks[0] + around) if len(blocks) == 1 else (around, max(blocks))
-    if level == "blocks" and isinstance(layer, (Downsample, Upsample)):
+    if mode == "blocks" and isinstance(layer, (Downsample, Upsample)):
         return 0, _weights(layer)
     return _weights(layer), 0
 
@@ -181,19 +168,18 @@ def _block_sizes(block: BasicTransformerBlock, pixels: int, item: int) -> tuple[
 
 def map_memory(unet: torch.nn.Module, latent_shape: tuple[int, ...], tokens: int = TOKENS) -> int:
     """Bytes of the maps of all cross-attentions for latents [B, C, H, W], as they are recorded of the source."""
-    layers = ((layer, pixels) for _, _, layer, pixels in _sized_layers(unet, latent_shape))
     heads = (
         (block.n_heads, pixels)
-        for layer, pixels in layers
-        if isinstance(layer, SpatialTransformer)
-        for block in layer.transformer_blocks
+        for layer, pixels in _sized_layers(unet, latent_shape)
+        if isinstance(layer.module, SpatialTransformer)
+        for block in layer.module.transformer_blocks
         if block.attn2 is not None
     )
     return sum(count * pixels for count, pixels in heads) * tokens * MAP_ITEM
 
 
 def guided_pass_memory(
-    model, latent_shape: tuple[int, ...], level: str, tokens: int = TOKENS, records: bool = False
+    model, latent_shape: tuple[int, ...], mode: str, tokens: int = TOKENS, records: bool = False
 ) -> int:
     """`graph_memory` of a MODEL as it is loaded now. `latent_shape`: [B, C, H, W].
 
@@ -202,31 +188,31 @@ def guided_pass_memory(
     base = model.model
     constant = has_constant_weights(base, model.load_device)
     dtype = base.get_dtype_inference()
-    graph = graph_memory(base.diffusion_model, latent_shape, level, dtype, constant_weights=constant, tokens=tokens)
+    graph = graph_memory(base.diffusion_model, latent_shape, mode, dtype, constant_weights=constant, tokens=tokens)
     return graph + (map_memory(base.diffusion_model, latent_shape, tokens) if records else 0)
 
 
-def affordable_level(model, x: torch.Tensor, least: str, **needs) -> str:
-    """The checkpointing level for guiding `x` [B, C, H, W]: `least`, or the first after it that fits in free memory.
+def affordable_mode(model, x: torch.Tensor, least: str, **needs) -> str:
+    """The checkpointing mode for guiding `x` [B, C, H, W]: `least`, or the first after it that fits in free memory.
 
     Copies of weights that are cast or moved for each layer count, so that a model that is offloaded since it does not
     fit is guided with "blocks", which holds one block's copies at a time. `needs`: see `guided_pass_memory`.
     """
     free = comfy.model_management.get_free_memory(x.device)
-    for level in LEVELS[LEVELS.index(least) :]:
-        if guided_pass_memory(model, x.shape, level, **needs) <= free:
-            return level
-    return LEVELS[-1]
+    for mode in MODES[MODES.index(least) :]:
+        if guided_pass_memory(model, x.shape, mode, **needs) <= free:
+            return mode
+    return MODES[-1]
 
 
-def affordable_rows(model, x: torch.Tensor, level: str, entries: int = 1, **needs) -> int:
-    """How many latents like those of `x` [B, C, H, W] can be guided at once with a checkpointing level, at least 1.
+def affordable_rows(model, x: torch.Tensor, mode: str, entries: int = 1, **needs) -> int:
+    """How many latents like those of `x` [B, C, H, W] can be guided at once with a checkpointing mode, at least 1.
 
     At most B times `entries`, the number of texts that draw each of them. `needs`: see `guided_pass_memory`.
     """
     free = comfy.model_management.get_free_memory(x.device)
     sizes = range(len(x) * entries, 1, -1)
-    return next((rows for rows in sizes if guided_pass_memory(model, (rows, *x.shape[1:]), level, **needs) <= free), 1)
+    return next((rows for rows in sizes if guided_pass_memory(model, (rows, *x.shape[1:]), mode, **needs) <= free), 1)
 
 
 def announce_memory(model, amount: int):

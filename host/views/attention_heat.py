@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ...attention_patches.sites import AttentionSite, map_shapes, site_levels
+from ...attention_patches.sites import AttentionSite, map_shapes, site_halvings
 from ...editing.attention_heat import AttentionHeat
 from ...editing.inversion import Inversion
 from ...editing.token_alignment import Prompt, positions
@@ -17,7 +17,8 @@ from .. import progress
 from ..sampling.model_checks import check_inversion
 from ..sampling.passes import UNetPasses
 from ..text.prompt_words import entries, tokenize
-from ..unet.map_jobs import attention_state, with_map_jobs
+from ..unet.jobs import for_own_sampler
+from ..unet.model_state import attention_state
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 SMALLEST = 384
@@ -147,16 +148,16 @@ def _shapes_at(model, inversion: Inversion, resolution: str) -> dict[AttentionSi
     """(height, width) of the maps of each site that has the resolution."""
     unet = model.model.diffusion_model
     shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
-    levels = site_levels(unet)
-    chosen = {site: shape for site, shape in shapes.items() if resolution in ("all", _part(levels[site]))}
+    halvings = site_halvings(unet)
+    chosen = {site: shape for site, shape in shapes.items() if resolution in ("all", _part(halvings[site]))}
     if not chosen:
-        having = ", ".join(_part(level) for level in sorted({levels[site] for site in shapes}))
+        having = ", ".join(map(_part, sorted({halvings[site] for site in shapes})))
         raise ValueError(f"resolution: this model has no attention to the text at {resolution}. It has it at {having}.")
     return chosen
 
 
-def _part(level: int) -> str:
-    return f"1/{2**level}" if level else "1"
+def _part(halvings: int) -> str:
+    return f"1/{2**halvings}" if halvings else "1"
 
 
 def _levels(model, inversion: Inversion, window: tuple[float, float]) -> list[int]:
@@ -185,7 +186,7 @@ def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: 
             progress.show(f"Recording maps {bar.current}/{bar.total}")
         return x
 
-    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+    guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
     picture = model.model.process_latent_out(inversion.trajectory[0])
     sigmas = inversion.sigmas.flip(0)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from ...attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
 from ...editing.inversion import Inversion
 from ...editing.principal_components import as_colours, principal_components
-from ..methods.plug_and_play import latent_at, read_features, with_jobs
+from ..methods.plug_and_play import latent_at, read_features
 from ..sampling.model_checks import check_inversion
+from ..unet.jobs import for_own_sampler
 
 KINDS = ("residual features", "queries", "keys", "values")
 PIXELS = 8  # of the picture, to a latent pixel
@@ -70,7 +71,7 @@ def features_of_inversion(
         found.update({site: tuple(tensor.cpu() for tensor in tensors) for site, tensors in features.items()})
         return x
 
-    guider = comfy.samplers.CFGGuider(with_jobs(model))
+    guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
     picture = model.model.process_latent_out(inversion.trajectory[0])
     guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(read), torch.tensor([sigma, 0.0]), seed=0)

@@ -12,7 +12,7 @@ from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.sampling import run as sampling
 from pix2pix_zero.host.sampling.edit_guider import EditGuider
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.unet.map_jobs import with_map_jobs
+from pix2pix_zero.host.unet.jobs import for_own_sampler
 from small_unet import conditioning, latent, small_model
 
 OFF = NoiseRegularization(steps=0)
@@ -88,7 +88,7 @@ def guided_step(model, texts, x_source, x, cfg=2.0):
 
     conds = {"positive": positive, "negative": negative, "source": source}
     sampler = comfy.samplers.KSAMPLER(walk)
-    sampled(EditGuider, with_map_jobs(model), conds, sampler, x_source, torch.tensor([sigma, 0.0]), cfg)
+    sampled(EditGuider, for_own_sampler(model), conds, sampler, x_source, torch.tensor([sigma, 0.0]), cfg)
     return found
 
 

@@ -5,13 +5,13 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.unet.checkpointing import LEVELS, checkpointed
+from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
 from pix2pix_zero.host.unet.gradients import (
+    clone_inference,
+    clone_skips,
     differentiable_attention,
     input_gradients,
-    ordinary,
     uncompiled,
-    unshared_skips,
 )
 from small_unet import conditioning, small_model
 
@@ -110,14 +110,14 @@ def pass_gradient(model, x_source, x, text, level="none", around=None, grad=torc
         def take():
             with input_gradients(executor.class_obj), checkpointed(unet, level, sites[-1]):
                 variable = x.clone().requires_grad_(True)
-                options = unshared_skips(differentiable_attention(transformer_options))
-                call(variable, tapped(options, sites, distance.match), ordinary)
+                options = clone_skips(differentiable_attention(transformer_options))
+                call(variable, tapped(options, sites, distance.match), clone_inference)
                 (gradient,) = grad(distance.total(), variable)
             return gradient
 
         with uncompiled(executor.class_obj):
             call(x_source.to(x), tapped(transformer_options, sites, distance.record))
-        found.append(take() if around is None else around(executor.class_obj, take))
+            found.append(take() if around is None else around(executor.class_obj, take))
         return torch.zeros_like(x)
 
     def walk(model_k, noise, sigmas, extra_args, callback, disable):
@@ -177,7 +177,7 @@ def relative_error(ours, expected) -> float:
     return float((ours.double() - expected).norm() / expected.norm())
 
 
-def assert_right_gradient(model, weights=None, levels=LEVELS, tolerance=5e-5, text=None):
+def assert_right_gradient(model, weights=None, levels=MODES, tolerance=5e-5, text=None):
     x_source, x = latents(model)
     text = text or conditioning(seed=1)
     expected = float64_gradient(model, x_source, x, text, weights)

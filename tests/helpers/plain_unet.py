@@ -5,7 +5,7 @@ import torch
 from guided_pass import TIMESTEP, attention, sigma_of
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.unet.map_jobs import with_map_jobs
+from pix2pix_zero.host.unet.jobs import for_own_sampler
 from small_unet import conditioning, small_model
 
 SITES = 11
@@ -23,7 +23,7 @@ def guider_gradient(model, positive, x_source, x, source=None, sites=None):
         return noise
 
     with torch.inference_mode():
-        guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+        guider = comfy.samplers.CFGGuider(for_own_sampler(model))
         guider.inner_set_conds(
             {"positive": positive, "negative": conditioning(seed=9), "source": source or conditioning()}
         )

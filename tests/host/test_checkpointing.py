@@ -10,10 +10,10 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from guided_pass import float64_gradient, latents, loaded_model, pass_gradient, relative_error
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.unet.checkpointing import LEVELS, checkpointed
+from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
 from small_unet import conditioning
 
-RECOMPUTING = [level for level in LEVELS if level != "none"]
+RECOMPUTING = [level for level in MODES if level != "none"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def in_a_thread(outputs, inputs):
     return results
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", MODES)
 def test_the_backward_pass_may_run_in_another_thread(model, level):
     x_source, x = latents(model)
     text = conditioning(seed=1)

@@ -13,7 +13,7 @@ from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
 from pix2pix_zero.host.sampling import run as sampling
-from pix2pix_zero.host.unet.calls import UNetCall
+from pix2pix_zero.host.unet.jobs import UNetCall
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler

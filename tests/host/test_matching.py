@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pix2pix_zero.attention_patches.matching import GradientScale, match_maps
+from pix2pix_zero.attention_patches.maps import GradientScale, MatchedAttention
 
 HEADS = 4
 
@@ -25,7 +25,7 @@ def test_gradient_is_that_of_the_distance_plus_what_comes_from_above(k_depends_o
     q, k, reference, weights = tensors()
     leaves = [q.requires_grad_(True), k.requires_grad_(k_depends_on_x)]
     scale = GradientScale()
-    passed_q, passed_k, distance = match_maps(*leaves, reference, HEADS, scale)
+    passed_q, passed_k, distance = MatchedAttention.apply(*leaves, reference, HEADS, scale)
     assert torch.equal(passed_q, q)
     assert torch.equal(passed_k, k)
     assert not distance.requires_grad
@@ -46,5 +46,5 @@ def test_nothing_of_a_maps_size_is_kept_for_the_backward_pass():
     q, k, reference, _ = tensors(pixels=64, tokens=50, size=8)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        match_maps(q.requires_grad_(True), k, reference, HEADS, GradientScale())
+        MatchedAttention.apply(q.requires_grad_(True), k, reference, HEADS, GradientScale())
     assert [t.shape for t in kept] == [q.shape]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from guided_pass import latents, loaded_model, pass_gradient
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
-from pix2pix_zero.host.unet.checkpointing import LEVELS
+from pix2pix_zero.host.unet.checkpointing import MODES
 from pix2pix_zero.host.unet.memory import (
-    affordable_level,
+    affordable_mode,
     announce_memory,
     graph_memory,
     guided_pass_memory,
@@ -22,9 +22,9 @@ def model():
     return loaded_model()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 32, 24), (1, 23, 33)])
-def test_the_estimate_is_what_the_pass_holds_or_a_little_more(model, level, batch, height, width):
+def test_the_estimate_is_what_the_pass_holds_or_a_little_more(model, mode, batch, height, width):
     x_source, x = latents(model, batch, height, width)
     memory = LiveMemory()
 
@@ -32,13 +32,13 @@ def test_the_estimate_is_what_the_pass_holds_or_a_little_more(model, level, batc
         with memory:
             return take()
 
-    pass_gradient(model, x_source, x, conditioning(rows=batch, seed=1), level, measured)
-    estimate = graph_memory(model.model.diffusion_model, x.shape, level, torch.float32)
+    pass_gradient(model, x_source, x, conditioning(rows=batch, seed=1), mode, measured)
+    estimate = graph_memory(model.model.diffusion_model, x.shape, mode, torch.float32)
     assert 1.0 <= estimate / memory.peak <= 1.3
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_the_estimate_counts_the_copies_of_weights_that_are_cast(level):
+@pytest.mark.parametrize("mode", MODES)
+def test_the_estimate_counts_the_copies_of_weights_that_are_cast(mode):
     model = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
     x_source, x = latents(model, 1, 32, 32)
     memory = LiveMemory()
@@ -47,10 +47,10 @@ def test_the_estimate_counts_the_copies_of_weights_that_are_cast(level):
         with memory:
             return take()
 
-    pass_gradient(model, x_source, x, conditioning(seed=1), level, measured)
-    estimate = guided_pass_memory(model, x.shape, level)
+    pass_gradient(model, x_source, x, conditioning(seed=1), mode, measured)
+    estimate = guided_pass_memory(model, x.shape, mode)
     assert 1.0 <= estimate / memory.peak <= 1.4
-    uncast = graph_memory(model.model.diffusion_model, x.shape, level, torch.float32)
+    uncast = graph_memory(model.model.diffusion_model, x.shape, mode, torch.float32)
     assert uncast < 0.9 * estimate
 
 
@@ -58,7 +58,7 @@ def test_the_level_rises_until_the_pass_fits(model, monkeypatch):
     x = torch.zeros(1, 4, 32, 32)
     half = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float32)
     unet = model.model.diffusion_model
-    needs = {level: graph_memory(unet, x.shape, level, torch.float32) for level in LEVELS}
+    needs = {mode: graph_memory(unet, x.shape, mode, torch.float32) for mode in MODES}
     for free, least, expected in (
         (1 << 40, "none", "none"),
         (1 << 40, "feed-forward", "feed-forward"),
@@ -68,14 +68,14 @@ def test_the_level_rises_until_the_pass_fits(model, monkeypatch):
         (0, "none", "blocks"),
     ):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, free=free: free)
-        assert affordable_level(model, x, least) == expected
+        assert affordable_mode(model, x, least) == expected
         if free == needs["feed-forward"]:
-            assert affordable_level(half, x, least) == "blocks", "copies of its weights have to fit, too"
+            assert affordable_mode(half, x, least) == "blocks", "copies of its weights have to fit, too"
 
 
 def test_less_is_asked_for_with_every_level_and_in_half_precision(model):
     unet = model.model.diffusion_model
-    none, feed_forward, blocks = (graph_memory(unet, (1, 4, 32, 32), level, torch.float32) for level in LEVELS)
+    none, feed_forward, blocks = (graph_memory(unet, (1, 4, 32, 32), mode, torch.float32) for mode in MODES)
     assert none > 1.3 * feed_forward > 1.3 * 1.3 * blocks
     assert graph_memory(unet, (1, 4, 32, 32), "none", torch.float16) < 0.7 * none
     assert graph_memory(unet, (3, 4, 32, 32), "none", torch.float32) == pytest.approx(3 * none, rel=0.01)

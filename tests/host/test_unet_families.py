@@ -15,7 +15,8 @@ from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
-from pix2pix_zero.host.unet.map_jobs import MatchMaps, with_map_jobs
+from pix2pix_zero.host.unet.jobs import for_own_sampler
+from pix2pix_zero.host.unet.map_jobs import MatchMaps
 from pix2pix_zero.host.unet.memory import guided_pass_memory
 
 TIMESTEP = 500
@@ -53,7 +54,7 @@ def in_guider(model, source, positive, act, size=(HEIGHT, WIDTH)):
         act(UNetPasses(model_k, extra_args, cross_attention_sites(model.model.diffusion_model)), sigma)
         return noise
 
-    guider = comfy.samplers.CFGGuider(with_map_jobs(model))
+    guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": positive, "negative": source, "source": source})
     empty = torch.zeros(1, 4, *size)
     guider.sample(empty, empty, comfy.samplers.KSAMPLER(walk), torch.tensor([sigma, 0.0]), seed=0)
@@ -156,7 +157,7 @@ def test_gradient_is_that_of_ordinary_autograd_in_float64(family, level):
     found = []
 
     def act(passes, sigma):
-        passes.checkpointing.level = level
+        passes.checkpointing.mode = level
         reference = passes.record_maps("source", x_source.clone(), sigma)
         found.extend(passes.map_gradient("positive", x.clone(), sigma, reference))
 
@@ -191,7 +192,7 @@ def test_memory_of_a_guided_pass_is_what_is_asked_for_or_a_little_less(family, l
 
     def act(passes, sigma):
         nonlocal held
-        passes.checkpointing.level = level
+        passes.checkpointing.mode = level
         reference = passes.record_maps("source", x.clone(), sigma)
         held = sum(maps.nbytes for maps in reference.values())
         with monkeypatch.context() as patch:

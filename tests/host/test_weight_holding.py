@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from guided_pass import assert_right_gradient, float64_gradient, latents, loaded_model, pass_gradient, relative_error
-from pix2pix_zero.host.unet.checkpointing import LEVELS
+from pix2pix_zero.host.unet.checkpointing import MODES
 from pix2pix_zero.host.unet.gradients import has_constant_weights
 from small_unet import SmallSD, conditioning, small_model
 
@@ -126,7 +126,7 @@ def test_a_lora_that_a_partially_loaded_model_computes_on_the_fly(little_memory)
         assert not has_constant_weights(base_model, CPU)
         return take()
 
-    for level in LEVELS:
+    for level in MODES:
         ours = pass_gradient(patched, x_source, x, conditioning(seed=1), level, check)
         assert relative_error(ours, expected) <= 5e-5, level
 
@@ -162,7 +162,7 @@ def test_cast_buffers_that_are_overwritten_after_each_layer(monkeypatch, made_in
     expected = float64_gradient(model, x_source, x, conditioning(seed=1))
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", buffers.cast)
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", buffers.uncast)
-    for level in LEVELS:
+    for level in MODES:
         ours = pass_gradient(model, x_source, x, conditioning(seed=1), level)
         assert relative_error(ours, expected) <= 5e-5, level
     assert buffers.filled > 300
@@ -179,7 +179,7 @@ def test_a_compiled_model(how):
         compiled.add_object_patch("diffusion_model", torch.compile(unet, backend="eager"))
     x_source, x = latents(model)
     expected = float64_gradient(model, x_source, x, conditioning(seed=1))
-    for level in LEVELS:
+    for level in MODES:
         ours = pass_gradient(compiled, x_source, x, conditioning(seed=1), level)
         assert relative_error(ours, expected) <= 5e-5, level
 
@@ -234,7 +234,7 @@ def test_integers_that_are_unpacked_for_each_layer(monkeypatch):
     }
     x_source, x = latents(dense)
     expected = float64_gradient(dense, x_source, x, conditioning(seed=1), unpacked)
-    for level in LEVELS:
+    for level in MODES:
         ours = pass_gradient(model, x_source, x, conditioning(seed=1), level)
         assert relative_error(ours, expected) <= 5e-5, level
     plain = float64_gradient(dense, x_source, x, conditioning(seed=1))
@@ -276,7 +276,7 @@ def test_the_hosts_quantized_layers(monkeypatch, disabled):
     before = [dict(module.__dict__) for module in model.model.modules()]
     x_source, x = latents(dense)
     expected = float64_gradient(dense, x_source, x, conditioning(seed=1), dequantized)
-    for level in LEVELS:
+    for level in MODES:
         # The reference maps are recorded through the host's quantized products.
         ours = pass_gradient(model, x_source, x, conditioning(seed=1), level)
         assert relative_error(ours, expected) <= (0.2 if not disabled else 5e-5), level

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from pix2pix_zero.editing.attention_distance import attention_distance
 from pix2pix_zero.editing.guidance import (
     GuidanceSchedule,
-    attention_distance,
     guidance_shift,
     sample_guided,
     sample_official,
