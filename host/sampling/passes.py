@@ -1,7 +1,9 @@
 """The evaluations of the guided samplers, carried out by a running ComfyUI guider."""
 
+import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -52,6 +54,9 @@ class UNetPasses:
         self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
         self.sites = sites
         self.checkpointing = checkpointing or Checkpointing(MODES[0], sys.maxsize)
+        patches = options.get("transformer_options", {}).get("patches", {})
+        self.told = False
+        self.patched = any(patches[name] for name in patches if name.startswith("attn"))
 
     def denoise(self, x: torch.Tensor, sigma: float, hold_negative: bool = False) -> torch.Tensor:
         if self._holds(hold_negative):
@@ -72,24 +77,38 @@ class UNetPasses:
 
     def _holds(self, hold_negative: bool) -> bool:
         evaluated_by_another = "sampler_calc_cond_batch_function" in self.extra_args["model_options"]
-        return hold_negative and self.estimates.negative is not None and not evaluated_by_another
+        return hold_negative and self.estimates.negative is not None and not evaluated_by_another and not self.patched
 
     def _branches(self, jobs: list, hold_negative: bool, args: dict) -> list[torch.Tensor]:
         """Estimates for positive and negative text, one after the other, with a job in the positive one's UNet call.
 
-        It is taken out of `jobs`: should a function of another pack evaluate the branches again, it is done.
+        It is taken out of `jobs`: should a function of another pack evaluate the branches again, it is done. Patches of
+        the attention may read both texts, as NAG does: with those, both are evaluated in one call.
         """
         (positive, negative), options = args["conds"], args["model_options"]
         rest = args["input"], args["sigma"]
-        working = add_job(options, jobs.pop()) if jobs else options
-        (edited,) = samplers.calc_cond_batch(args["model"], [positive], *rest, working)
         theirs = self.extra_args["model_options"].get("sampler_calc_cond_batch_function")
+        working = add_job(options, jobs.pop()) if jobs else options
+        if self.patched and theirs is None and negative is not None:
+            if len(args["input"]) * (len(positive) + len(negative)) > self.checkpointing.rows:
+                self._tell("memory does not hold both texts at once")
+            return samplers.calc_cond_batch(args["model"], [positive, negative], *rest, working)
+        (edited,) = samplers.calc_cond_batch(args["model"], [positive], *rest, working)
         if theirs is not None:
             return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
         if hold_negative:
             return [edited, edited + self.estimates.distance() * args["sigma"].view(-1, 1, 1, 1)]
         # Other packs tell the negative by its place in the list.
         return [edited, samplers.calc_cond_batch(args["model"], [[], negative], *rest, options)[1]]
+
+    def _tell(self, reason: str) -> None:
+        if not self.told:
+            self.told = True
+            logging.warning(
+                "Pix2Pix-Zero: %s in guided steps. What another node does with both texts, as NAGuidance does, is left "
+                "out there.",
+                reason,
+            )
 
     def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         source = self.estimates.negative
@@ -141,6 +160,8 @@ class UNetPasses:
     def map_gradient(
         self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.patched:
+            self._tell("the preset official evaluates the texts one by one")
         job = self._match(branch, x, sigma, reference, stops=True)
         self._evaluate(branch, x, sigma, job)
         return job.gradient, job.distance
@@ -158,6 +179,9 @@ class UNetPasses:
         entries = self._entries(branch, x, sigma)
         if branch == "positive":
             entries = compared_with(entries, self.guider.conds[branch], self.guider.conds["source"])
+            # They may be evaluated in the same call: what they give to the maps there is differentiated too.
+            others = self._entries("negative", x, sigma) if self.patched else []
+            entries = entries + [replace(entry, share=None, compared=False) for entry in others]
         return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stops)
 
     def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:

@@ -214,7 +214,7 @@ def sample_edit(
         guider.add_source()
         _check_areas(guider.conds["positive"], guider.conds["source"])
         mode = affordable_mode(model, x, chosen.checkpointing, **needs)
-        rows = affordable_rows(model, x, mode, entries=len(positive), **needs)
+        rows = affordable_rows(model, x, mode, entries=len(positive) + len(negative), **needs)
         mask_at = partial(_mask_at, inversion, model_k, extra_args["model_options"], sigmas)
         run = (
             inversion,

@@ -16,7 +16,7 @@ class Entry:
 
     `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
     `shared_tokens`: where it and the text that it is compared with are not of one length, how many tokens both have, for
-    all pictures or for each.
+    all pictures or for each. `compared`: False for a text that is only evaluated in the same calls.
     """
 
     uuid: object
@@ -24,6 +24,7 @@ class Entry:
     tokens: int | None = None
     share: torch.Tensor | None = None
     shared_tokens: tuple[int, ...] | None = None
+    compared: bool = True
 
 
 def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:

@@ -188,7 +188,10 @@ class _Matching:
 
     @property
     def has_reference(self) -> bool:
-        return any((number, self.job.sites[0]) in self.job.reference for number in self.numbers)
+        return any(self._is_compared(i, self.job.sites[0]) for i in range(len(self.numbers)))
+
+    def _is_compared(self, i: int, site: AttentionSite) -> bool:
+        return self.entries[i].compared and (self.numbers[i], site) in self.job.reference
 
     def installed(self, options: dict) -> dict:
         """Transformer options under which a call can be differentiated and comes by here at each site."""
@@ -201,8 +204,8 @@ class _Matching:
         """The attention's output at a site; a backward pass through it adds the gradient of the distance there."""
         lengths = own_tokens(k.shape[1], self.entries)
         queries, keys = (list(tensor.chunk(len(self.numbers))) for tensor in (q, k))
-        for i, (number, tokens) in enumerate(zip(self.numbers, lengths)):
-            if (number, site) not in self.job.reference:
+        for i, tokens in enumerate(lengths):
+            if not self._is_compared(i, site):
                 continue
             rows = []
             for n, *row in self._compared(i, site, queries[i], keys[i], tokens):

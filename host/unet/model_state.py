@@ -5,6 +5,8 @@ from uuid import UUID
 
 from comfy.model_patcher import ModelPatcher
 
+from .jobs import CACHES
+
 OWN = "pix2pix_zero"
 # What ModelPatcher keeps of changes to a model's weights, objects and calls.
 PATCHER = (
@@ -23,7 +25,7 @@ MIXING = ("sampler_", "denoise_mask_function", "disable_cfg1_optimization")
 def attention_state(model: ModelPatcher) -> tuple:
     """Equal for clones that are changed alike. It keeps nothing of what others have put into the MODEL alive.
 
-    This pack's own changes do not count: they act on its own calls only.
+    This pack's own changes do not count, nor what its samplers leave out.
     """
     options = {name: value for name, value in model.model_options.items() if not name.startswith(MIXING)}
     inside = dict(options.pop("transformer_options", {}))
@@ -49,7 +51,7 @@ def _cloned(model: ModelPatcher) -> tuple:
 
 
 def _foreign(by_key: dict) -> dict:
-    return {key: value for key, value in by_key.items() if not str(key).startswith(OWN)}
+    return {key: value for key, value in by_key.items() if not str(key).startswith(OWN) and key not in CACHES}
 
 
 def _state(value: object) -> object:

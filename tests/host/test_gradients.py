@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guided_pass import latents, loaded_model
+from pix2pix_zero.host.unet.gradients import input_gradients
 from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
 from small_unet import conditioning
 
@@ -225,3 +226,15 @@ def test_gradients_of_a_model_that_computes_in_fp16_do_not_underflow(sharpness):
     assert gradient.dtype == torch.float32
     assert float((gradient - expected).norm() / expected.norm()) <= 0.01
     torch.testing.assert_close(distance.double(), expected_distance, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda t: t.add_(1.0), lambda t: torch.add(t, 1.0, out=t), lambda t: t.__iadd__(1.0)]
+)
+def test_writing_to_a_tensor_of_the_executor_happens_once(model, write):
+    """As a patch counts its calls, or the host fills its buffers, while a graph is recorded."""
+    with torch.inference_mode():
+        buffer = torch.zeros(3)
+        with input_gradients(model.model):
+            write(buffer)
+    assert buffer.tolist() == [1.0, 1.0, 1.0]

@@ -1,9 +1,16 @@
 """The attention maps that an inversion keeps for its edits."""
 
+import gc
+import weakref
+
+import comfy.hooks
 import pytest
 import torch
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP, add_wrapper_with_key
+from pix2pix_zero.host.unet.jobs import for_own_sampler
+from pix2pix_zero.host.unet.model_state import attention_state
 from small_edit import counted_edits, edit, invert
-from small_unet import latent
+from small_unet import latent, small_model
 
 
 @pytest.mark.parametrize("method", ["direct", "fixed-point"])
@@ -76,3 +83,100 @@ def test_maps_of_a_model_patched_differently_are_not_used(model):
     with_lora = model.clone()
     with_lora.add_patches({name: ("diff", (torch.zeros_like(model.model.state_dict()[name]),))})
     assert counted_edits(with_lora, inversion)[1] == inversion.steps
+
+
+def closure(*args, **kwargs):
+    """A new function each time, as nodes make them."""
+    return lambda *inner: inner
+
+
+def with_weight_wrapper(model):
+    model.add_weight_wrapper("diffusion_model.out.2.weight", closure())
+
+
+CHANGES = {
+    "attention patch": lambda model: model.set_model_attn1_patch(closure()),
+    "attention replacement": lambda model: model.set_model_attn2_replace(closure(), "output", 1),
+    "attention override": lambda model: model.model_options["transformer_options"].update(
+        optimized_attention_override=closure()
+    ),
+    "option inside the UNet": lambda model: model.model_options["transformer_options"].update(
+        another_pack={"scale": 2.0}
+    ),
+    "function wrapper": lambda model: model.set_model_unet_function_wrapper(closure()),
+    "wrapper": lambda model: model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another", closure()),
+    "wrapper in the options": lambda model: add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL, "another", closure(), model.model_options, is_model_options=True
+    ),
+    "callback": lambda model: model.add_callback_with_key(CallbacksMP.ON_LOAD, "another", closure()),
+    "object patch": lambda model: model.add_object_patch("diffusion_model.out", torch.nn.Identity()),
+    "weight wrapper": with_weight_wrapper,
+    "injection": lambda model: model.set_injections("another", [PatcherInjection(closure(), closure())]),
+    "attachment": lambda model: model.set_attachments("another", object()),
+    "additional model": lambda model: model.set_additional_models("another", [small_model()]),
+    "hook": lambda model: setattr(model, "forced_hooks", hook_group()),
+}
+
+
+def hook_group():
+    group = comfy.hooks.HookGroup()
+    group.add(comfy.hooks.WeightHook())
+    return group
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_way_to_change_a_model_counts_and_clones_are_alike(change):
+    model = small_model()
+    before, changed = attention_state(model), model.clone()
+    assert attention_state(model.clone()) == before
+    CHANGES[change](changed)
+    once = attention_state(changed)
+    assert once != before
+    assert attention_state(changed.clone()) == once
+    assert hash(attention_state(changed.clone())) == hash(once)
+    again = model.clone()
+    CHANGES[change](again)
+    if change not in ("option inside the UNet", "attachment"):  # which are equal
+        assert attention_state(again) != once
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_model_sampler_cfg_function(closure()),
+        lambda model: model.set_model_sampler_post_cfg_function(closure()),
+        lambda model: model.set_model_denoise_mask_function(closure()),
+        for_own_sampler,
+    ],
+    ids=["cfg function", "post-cfg function", "mask function", "the pack itself"],
+)
+def test_what_does_not_reach_the_unet_leaves_the_maps_as_they_are(change):
+    model = small_model()
+    changed = model.clone()
+    changed = change(changed) or changed
+    assert attention_state(changed) == attention_state(model)
+
+
+def test_kept_maps_hold_on_to_nothing_of_another_pack(model):
+    class Pack:
+        def __call__(self, n, context, value, options):
+            return n, context, value
+
+    patched, pack = model.clone(), Pack()
+    patched.set_model_attn1_patch(pack)
+    inversion, alive = invert(patched), weakref.ref(pack)
+    assert inversion.maps.made_with == attention_state(patched)
+    del patched, pack
+    gc.collect()
+    assert alive() is None
+    assert inversion.maps.made_with != attention_state(model)
+
+
+def test_maps_of_a_model_that_a_wrapper_changes_are_not_used(model):
+    """A wrapper around the UNet that another pack put there after the inversion."""
+    inversion = invert(model)
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "another", lambda executor, x, *args, **kwargs: executor(1.1 * x, *args, **kwargs)
+    )
+    assert counted_edits(wrapped, inversion)[1] == inversion.steps

@@ -259,3 +259,15 @@ def test_it_runs_on_the_server_from_stock_nodes(server):
     shown = graph.add("PreviewImage", images=graph.add("VAEDecode", samples=sampled[0], vae=parts[2])[0])
     outputs = server.run(graph.api(server.object_info()))
     assert server.view(outputs[shown.key]["images"][0]).startswith(b"\x89PNG")
+
+
+def test_a_compiled_model_gives_the_same_edit(model, clip, inversion):
+    """Compiled as packs do, by an object patch, with and without the mask of local blending."""
+    compiled = model.clone()
+    compiled.add_object_patch(
+        "diffusion_model", torch.compile(model.get_model_object("diffusion_model"), backend="eager")
+    )
+    for options in ({}, {"local_blend": 0.3}):
+        expected = edit(model, inversion, clip, "a dog on a sofa", **options)
+        result = edit(compiled, inversion, clip, "a dog on a sofa", **options)
+        assert (result - expected).abs().max() <= 1e-5 * expected.std()
