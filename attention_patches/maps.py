@@ -88,12 +88,13 @@ class MatchedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, reference, heads, scale):
-        maps = attention_maps(q, k, heads)
-        distance = attention_distance(maps, reference)
-        logits = logits_gradient(maps, reference).mul_((q.shape[-1] // heads) ** -0.5)
+        with torch._C.DisableTorchFunction():  # no graph is recorded here: the rules for a model's layers may rest
+            maps = attention_maps(q, k, heads)
+            distance = attention_distance(maps, reference)
+            logits = logits_gradient(maps, reference).mul_((q.shape[-1] // heads) ** -0.5)
+            q_gradient = joined(logits @ by_head(k, heads)) if ctx.needs_input_grad[0] else None
+            k_gradient = joined(logits.mT @ by_head(q, heads)) if ctx.needs_input_grad[1] else None
         ctx.scale = scale
-        q_gradient = joined(logits @ by_head(k, heads)) if ctx.needs_input_grad[0] else None
-        k_gradient = joined(logits.mT @ by_head(q, heads)) if ctx.needs_input_grad[1] else None
         if q.dtype == torch.float16:
             scale.note(q_gradient if k_gradient is None else k_gradient)
         ctx.save_for_backward(q_gradient, k_gradient)  # not as attributes: checkpointing drops what is saved
