@@ -137,7 +137,7 @@ def test_texts_of_a_batch_are_guided_as_if_each_came_alone(model, monkeypatch, l
 
 def test_memory_is_estimated_for_the_longer_text(model, monkeypatch):
     announced = []
-    monkeypatch.setattr(sampling, "affordable_level", lambda *args, tokens, **_: announced.append(tokens) or "none")
+    monkeypatch.setattr(sampling, "affordable_mode", lambda *args, tokens, **_: announced.append(tokens) or "none")
     edit(model, invert(model, conditioning(tokens=14)), conditioning(seed=1), strength=STRENGTH)
     edit(model, invert(model), conditioning(seed=1, tokens=21), strength=STRENGTH)
     assert announced == [14, 21]
