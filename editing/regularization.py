@@ -1,8 +1,8 @@
 """Noise regularization: pull a predicted noise map towards white Gaussian noise (pix2pix-zero section 3.1, eq. 3).
 
-The two losses, their pyramid and step sizes follow the paper and the authors' code, with three differences: shifts
-come from a seeded generator and are never 0 (a shift of 0 penalizes the variance itself), KL is taken per sample rather
-than over the batch, and gradients are closed-form, vectorized over samples and channels, without autograd.
+The two losses, their pyramid and step sizes follow the paper and the authors' code, with four differences: shifts come
+from a seeded generator and are never 0 (a shift of 0 penalizes the variance itself), KL is taken per sample rather than
+over the batch, gradients are closed-form, without autograd, and no step goes so far that it could diverge.
 """
 
 from dataclasses import dataclass
@@ -35,145 +35,106 @@ def pyramid_sizes(height: int, width: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def draw_shifts(channels: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """Shifts of one roll, uniform in [1, S/2] with S the smaller side of the level: int64 [channels, levels].
+# (down, right), in shifts, of the four pixels that a pixel is compared with.
+DIRECTIONS = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])
 
-    A level with a side of 1 has no neighbour to correlate with; its shift is 0 and the loss skips it. The shifts are
-    shared by the samples of a batch, so that an image gives the same result alone and in company.
+
+def draw_shifts(rolls: int, channels: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Shifts uniform in [1, S/2], S the smaller side of a level of the pyramid: int64 [rolls, channels, levels].
+
+    `size`: (height, width) of the noise map. A side of 1 has no neighbour to correlate with; its shift is 0. The shifts
+    are shared by the samples of a batch, so that an image gives the same result alone and in company.
     """
-    return draw_rolls(1, channels, height, width, generator)[0]
-
-
-def draw_rolls(rolls: int, channels: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """The shifts of `rolls` successive calls of `draw_shifts` at once: int64 [rolls, channels, levels]."""
-    halves = [min(size) // 2 for size in pyramid_sizes(height, width)]
+    halves = [min(level) // 2 for level in pyramid_sizes(*size)]
     if halves == [0]:
         return torch.zeros(rolls, channels, 1, dtype=torch.int64)
     draws = [torch.randint(1, half + 1, (channels,), generator=generator) for _ in range(rolls) for half in halves]
     return torch.stack(draws).view(rolls, len(halves), channels).mT
 
 
-def autocorrelation_gradient(noise: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+def neighbour_indices(shifts: torch.Tensor, size: tuple[int, int]) -> list[tuple[tuple, ...]]:
+    """For each roll and each level of the pyramid, the index that takes [B, C, H, W] to its neighbours [B, C, 4, H, W].
+
+    `shifts`: of `draw_shifts`, on the noise's device. `size`: (height, width) of the noise map.
+    """
+    device = shifts.device
+    channels = torch.arange(shifts.shape[1], device=device)[:, None, None, None]
+    levels = []
+    for shift, (height, width) in zip(shifts.unbind(2), pyramid_sizes(*size)):
+        down, right = ((shift[..., None] * steps)[..., None, None] for steps in DIRECTIONS.to(device).unbind(1))
+        rows = (torch.arange(height, device=device)[:, None] + down) % height
+        columns = (torch.arange(width, device=device) + right) % width
+        levels.append([(slice(None), channels, *place) for place in zip(rows, columns)])
+    return list(zip(*levels))
+
+
+def autocorrelation_gradient(noise: torch.Tensor, indices: tuple[tuple, ...]) -> torch.Tensor:
     """Gradient of eq. 3's pairwise loss: the sum over channels, levels and both axes of mean(n * roll(n, shift))^2.
 
-    `noise`: [B, C, H, W] float; `shifts`: int64 [C, levels] from `draw_shifts`. Returns [B, C, H, W].
+    `noise`: [B, C, H, W] float. `indices`: those of one roll from `neighbour_indices`. Returns [B, C, H, W].
     """
-    if min(noise.shape[-2:]) == 1:
-        return torch.zeros_like(noise)
-    loss = _AutocorrelationLoss(noise, shifts[None])
-    return loss.scale * loss.gradient(noise.flatten(0, 1)[:, None], roll=0).view_as(noise)
+    index, *coarser = indices
+    neighbours = noise[index]
+    # Each axis is here twice, forwards and backwards, which is the factor 2 of the square's derivative.
+    correlation = (noise[:, :, None] * neighbours).sum((-2, -1), keepdim=True)
+    gradient = (correlation * neighbours).sum(2) * (2 / noise[0, 0].numel() ** 2)
+    if not coarser:
+        return gradient
+    return gradient + unpooled(autocorrelation_gradient(F.avg_pool2d(noise, 2), coarser), noise.shape[-2:])
 
 
-class _AutocorrelationLoss:
-    """Eq. 3's pairwise loss for successive rolls, over channel planes [B * C, 1, H, W].
+def unpooled(gradient: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The gradient behind 2x2 average pooling. An odd last row or column was never pooled and gets 0."""
+    gradient = F.interpolate(gradient, scale_factor=2.0, mode="nearest") / 4
+    odd = (0, size[1] - gradient.shape[-1], 0, size[0] - gradient.shape[-2])
+    return F.pad(gradient, odd) if any(odd) else gradient
 
-    All shifts are known before the first roll, so the places of all neighbours go to the device once.
+
+def autocorrelation_step(noise: torch.Tensor, indices: tuple[tuple, ...], rate: float) -> torch.Tensor:
+    """One step of size `rate` down the `autocorrelation_gradient`, for each channel no further than keeps its length.
+
+    The loss is homogeneous, so that its gradient points along the noise (Euler) and a short step shortens it. One more
+    than twice as long as shortens it most would lengthen it, the next one even more: small or strongly correlated maps
+    need the bound.
     """
-
-    def __init__(self, noise: torch.Tensor, shifts: torch.Tensor):
-        """`noise`: [B, C, H, W], read for its shape, dtype and device; `shifts`: int64 [rolls, C, levels]."""
-        sizes = pyramid_sizes(*noise.shape[-2:])
-        self.levels = [_Level(noise, *size) for size in sizes]
-        self.scale = self.levels[0].scale
-        starts = [_row_starts(shift, len(noise), *size) for shift, size in zip(shifts.unbind(2), sizes)]
-        counts = [start.shape[1] for start in starts]
-        starts = torch.cat(starts, 1).to(noise.device, non_blocking=noise.is_cuda)
-        self.starts = list(zip(*(part.unbind(0) for part in starts.split(counts, 1))))
-
-    def gradient(self, planes: torch.Tensor, roll: int) -> torch.Tensor:
-        """The loss's gradient at `planes`, divided by `scale`."""
-        pyramid = [planes]
-        for _ in self.levels[1:]:
-            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
-        gradient = coarser = None
-        for noise, level, starts in reversed(list(zip(pyramid, self.levels, self.starts[roll]))):
-            own = level.gradient(noise, starts)
-            if coarser:
-                own = torch.add(own, level.unpool(gradient), alpha=coarser.scale / level.scale / 4)
-            gradient, coarser = own, level
-        return gradient.view_as(planes)
+    gradient = autocorrelation_gradient(noise, indices)
+    along = (noise * gradient).sum((-2, -1), keepdim=True)
+    squared = gradient.square().sum((-2, -1), keepdim=True)
+    return noise - (2 * along / squared.clamp_min(1e-30)).clamp(0, rate) * gradient
 
 
-class _Level:
-    """One level of the pyramid, [B * C, 1, H, W], with the memory that all rolls share."""
+def kl_step(noise: torch.Tensor, rate: float) -> torch.Tensor:
+    """One step of size `rate` down the gradient of var + mean^2 - 1 - log(var), the divergence from N(0, 1), per sample.
 
-    def __init__(self, noise: torch.Tensor, height: int, width: int):
-        planes = noise.shape[0] * noise.shape[1]
-        # 1 / (H W) of the mean, and 2 / (H W) of the derivative of its square, are left to the step size.
-        self.scale = 2 / (height * width) ** 2
-        # Two copies side by side: rolled along x, a row is W successive elements, read without index arithmetic.
-        self.doubled = noise.new_empty(planes, 1, height, 2 * width)
-        self.stretches = self.doubled.view(-1).unfold(0, width, 1)
-        self.rows = noise.new_empty(planes * 4 * height, width)
-        self.neighbours = self.rows.view(planes, 4, height, width)
-        self.product = torch.empty_like(self.neighbours)
-        self.flat_product = self.product.view(planes, 4, height * width)
-        half_height, half_width = height // 2, width // 2
-        pooled = torch.arange(half_height * half_width, device=noise.device).view(half_height, 1, half_width, 1)
-        parents = pooled.expand(-1, 2, -1, 2).reshape(2 * half_height, 2 * half_width)
-        self.odd = (0, width % 2, 0, height % 2)
-        self.parents = F.pad(parents, self.odd, value=half_height * half_width).view(-1)
-
-    def gradient(self, noise: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Gradient of the level's own loss, divided by `scale`: [B * C, H * W].
-
-        The sum of sum(n * neighbour) * neighbour over the four neighbours, two along each axis. `starts`: the level's
-        `_row_starts` for the roll.
-        """
-        torch.cat((noise, noise), -1, out=self.doubled)
-        torch.index_select(self.stretches, 0, starts, out=self.rows)
-        correlation = torch.mul(noise, self.neighbours, out=self.product).sum((-2, -1), keepdim=True)
-        torch.mul(self.neighbours, correlation, out=self.product)
-        return self.flat_product.sum(1)
-
-    def unpool(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Each pooled value at its 2x2 pixels; the odd last row or column was never pooled and gets 0."""
-        if any(self.odd):
-            gradient = F.pad(gradient, (0, 1))
-        return gradient.index_select(1, self.parents)
-
-
-def _row_starts(shift: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
-    """Where the rows of a level's four neighbours start: int64 [rolls, B * C * 4 * H]. `shift`: int64 [rolls, C].
-
-    They count the elements of `_Level.doubled`.
+    Mean and variance are those of channels and pixels [B, C, H, W]. Neither goes beyond its goal, 0 and 1.
     """
-    shift = shift[:, None, :, None, None]
-    down, right = (shift * torch.tensor(signs)[:, None] for signs in ((1, -1, 0, 0), (0, 0, 1, -1)))
-    planes = torch.arange(batch * shift.shape[2]).view(batch, -1, 1, 1)
-    rows = planes * height + (torch.arange(height) + down) % height
-    return (rows * (2 * width) + right % width).flatten(1)
-
-
-def kl_gradient(noise: torch.Tensor) -> torch.Tensor:
-    """Gradient of var + mean^2 - 1 - log(var), the divergence from N(0, 1), per sample over channels and pixels."""
     dims = (1, 2, 3)
     count = noise[0].numel()
     mean = noise.mean(dims, keepdim=True)
     centred = noise - mean
-    variance = centred.square().sum(dims, keepdim=True) / (count - 1)
-    slope = (1 - 1 / (variance + 1e-7)) * (2 / (count - 1))
-    return torch.addcmul(mean * (2 / count), centred, slope)
+    variance = centred.square().sum(dims, keepdim=True) / (count - 1) + 1e-7
+    goal = variance.rsqrt()
+    stretch = 1 - (1 - 1 / variance) * (2 * rate / (count - 1))
+    stretch = stretch.maximum(goal.clamp_max(1)).minimum(goal.clamp_min(1))
+    return mean * (1 - min(2 * rate / count, 1)) + centred * stretch
 
 
 def regularize_noise(noise: torch.Tensor, settings: NoiseRegularization, generator: torch.Generator) -> torch.Tensor:
     """`settings.steps` times: `settings.rolls` autocorrelation steps, then one KL step, in fp32.
 
     `noise`: predicted noise map [B, C, H, W], returned in its dtype. `generator`: on the CPU, so that a seed means the
-    same on every device.
+    same on every device. Whatever the weights and the size, the result is finite where `noise` is.
     """
     if not settings.is_active:
         return noise
+    size = tuple(noise.shape[-2:])
+    rolls = settings.rolls if settings.autocorrelation_weight and min(size) > 1 else 0
+    shifts = draw_shifts(settings.steps * rolls, noise.shape[1], size, generator) if rolls else None
+    indices = [] if shifts is None else neighbour_indices(shifts.to(noise.device), size)
     result = noise.float()
-    rolls = settings.rolls if settings.autocorrelation_weight and min(noise.shape[-2:]) > 1 else 0
-    if rolls:
-        loss = _AutocorrelationLoss(result, draw_rolls(settings.steps * rolls, *result.shape[1:], generator))
-        rate = settings.autocorrelation_weight / rolls * loss.scale
     for step in range(settings.steps):
-        planes = result.flatten(0, 1)[:, None]
-        for roll in range(step * rolls, (step + 1) * rolls):
-            planes = torch.sub(planes, loss.gradient(planes, roll), alpha=rate)
-        result = planes.view_as(noise)
+        for roll in indices[step * rolls : (step + 1) * rolls]:
+            result = autocorrelation_step(result, roll, settings.autocorrelation_weight / rolls)
         if settings.kl_weight:
-            result = torch.sub(result, kl_gradient(result), alpha=settings.kl_weight)
+            result = kl_step(result, settings.kl_weight)
     return result.to(noise.dtype)

@@ -117,7 +117,7 @@ def test_inversion_matches_diffusers_with_the_same_shifts(eps_twins, monkeypatch
     picture, text = latent(**SIZE, seed=1), conditioning(seed=2)
     generator = torch.Generator().manual_seed(SEED)
     rolls = STEPS * regularization.steps * regularization.rolls
-    peer.share_shifts(monkeypatch, [draw_shifts(4, *SIZE.values(), generator) for _ in range(rolls)])
+    peer.share_shifts(monkeypatch, list(draw_shifts(rolls, 4, tuple(SIZE.values()), generator)))
 
     theirs = pipe.invert(
         image=picture["samples"] * LATENT_SCALE,
@@ -198,7 +198,7 @@ def authors_regularization(eps, settings: NoiseRegularization, generator) -> tor
     for _ in range(settings.steps):
         for _ in range(settings.rolls):
             eps = eps.detach().requires_grad_(True)
-            shifts = draw_shifts(*eps.shape[1:], generator)
+            (shifts,) = draw_shifts(1, eps.shape[1], tuple(eps.shape[2:]), generator)
             loss = 0.0
             for channel in range(eps.shape[1]):
                 noise = eps[:, channel : channel + 1]
