@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import torch
 from pix2pix_zero.benchmarks.cost_parts.child import JobError, choose_device, run_in_child
+from pix2pix_zero.host.sampling.edit import PRESETS  # noqa: E402
 
 choose_device()
 
 from pix2pix_zero.benchmarks.families_parts.architectures import FAMILIES  # noqa: E402
 from pix2pix_zero.benchmarks.families_parts.full_size import DTYPES, FamilyJob  # noqa: E402
 from pix2pix_zero.devtools.process import orderly_end  # noqa: E402
-from pix2pix_zero.host.methods.presets import PRESETS  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output" / "bench_families.json"
 GIB = 2**30

@@ -25,7 +25,8 @@ from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
 from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
 from pix2pix_zero.editing.metrics import peak_signal_to_noise  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
-from pix2pix_zero.host.sampling.run import invert_latent, sample_edit  # noqa: E402
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit  # noqa: E402
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
 
@@ -81,8 +82,8 @@ class Model:
 
     def reconstruct(self, images: torch.Tensor, texts: list[str], steps: int, regularization) -> torch.Tensor:
         described, latent = self.encode(texts), {"samples": self.vae.encode(images)}
-        inversion = invert_latent(self.model, described, latent, steps, 0, regularization, "ddim")
-        return self.vae.decode(sample_edit(self.model, inversion, described, described, 1.0, 0.0))
+        inversion = invert_latent(self.model, described, latent, InversionSettings(steps, 0, regularization, "ddim"))
+        return self.vae.decode(sample_edit(self.model, inversion, described, described, EditSettings(1.0, 0.0))[0])
 
 
 def count_answers(judge: Judge, scene: Scene, drawn: torch.Tensor) -> dict[str, float]:

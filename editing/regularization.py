@@ -46,8 +46,8 @@ def draw_shifts(rolls: int, channels: int, size: tuple[int, int], generator: tor
     are shared by the samples of a batch, so that an image gives the same result alone and in company.
     """
     halves = [min(level) // 2 for level in pyramid_sizes(*size)]
-    if halves == [0]:
-        return torch.zeros(rolls, channels, 1, dtype=torch.int64)
+    if rolls == 0 or halves == [0]:
+        return torch.zeros(rolls, channels, len(halves), dtype=torch.int64)
     draws = [torch.randint(1, half + 1, (channels,), generator=generator) for _ in range(rolls) for half in halves]
     return torch.stack(draws).view(rolls, len(halves), channels).mT
 
@@ -129,8 +129,8 @@ def regularize_noise(noise: torch.Tensor, settings: NoiseRegularization, generat
         return noise
     size = tuple(noise.shape[-2:])
     rolls = settings.rolls if settings.autocorrelation_weight and min(size) > 1 else 0
-    shifts = draw_shifts(settings.steps * rolls, noise.shape[1], size, generator) if rolls else None
-    indices = [] if shifts is None else neighbour_indices(shifts.to(noise.device), size)
+    shifts = draw_shifts(settings.steps * rolls, noise.shape[1], size, generator)
+    indices = neighbour_indices(shifts.to(noise.device), size)
     result = noise.float()
     for step in range(settings.steps):
         for roll in indices[step * rolls : (step + 1) * rolls]:

@@ -1,14 +1,16 @@
-"""One text per picture: what to do when a socket brings a list.
+"""Lists on sockets: what a node that edits batches does when a socket brings a list.
 
 ComfyUI runs a node once per item of a list. That is right for a list of pictures, but a batch of B pictures captioned one
 by one arrives as one latent and B texts, and these belong in one run, text i with picture i.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from comfy_api.latest import io
 
 from .progress import runs
 
@@ -19,8 +21,8 @@ def stack_conditionings(conditionings: list[list], socket: str) -> list:
     """Several CONDITIONINGs as one with a row for each. A single one is returned as it is.
 
     Texts of unequal length are repeated to a common one, which leaves cross-attention as it was; their own are in the
-    options, as `TEXT_LENGTHS`. Raises ValueError if they have unequal numbers of parts or come from different text
-    encoders.
+    options, as `TEXT_LENGTHS`. Raises ValueError if they have unequal numbers of parts, come from different text encoders
+    or are limited differently, by a mask, an area, a time range or a ControlNet.
     """
     if len(conditionings) == 1:
         return conditionings[0]
@@ -31,34 +33,98 @@ def stack_conditionings(conditionings: list[list], socket: str) -> list:
 
 def _stack_entries(entries: tuple, socket: str) -> list:
     texts = [text for text, _ in entries]
+    if any(text is None for text in texts):
+        raise ValueError(f"{socket}: one of its entries has no text. Encode each with CLIP Text Encode.")
     if len({text.shape[2:] for text in texts}) > 1:
         raise ValueError(f"{socket}: the texts of one batch come from different text encoders. Use one CLIP.")
     lengths = tuple(text.shape[1] for text in texts)
     tokens = math.lcm(*lengths)
-    extras = dict(entries[0][1])
+    extras = _common_options([options for _, options in entries], socket)
     if len(set(lengths)) > 1:
         extras[TEXT_LENGTHS] = lengths
-    if extras.get("pooled_output") is not None:
-        extras["pooled_output"] = torch.cat([extra["pooled_output"] for _, extra in entries])
     return [torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text in texts]), extras]
 
 
-def run_per_picture(
-    run: Callable[..., tuple],
-    inputs: dict[str, list],
-    batches: list[int],
+def _common_options(options: list[dict], socket: str) -> dict:
+    """The options that all entries have, with the pooled texts as rows."""
+    pooled = [each.get("pooled_output") for each in options]
+    others = [{name: value for name, value in each.items() if name != "pooled_output"} for each in options]
+    if any(not _equal(each, others[0]) for each in others) or len({value is None for value in pooled}) > 1:
+        raise ValueError(
+            f"{socket}: the texts of one batch must be limited alike (mask, area, time range, ControlNet). Use one limit for "
+            "all, or edit the pictures one by one, as a list."
+        )
+    if pooled[0] is None:
+        return dict(options[0])
+    return {**options[0], "pooled_output": torch.cat(pooled)}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b.to(a))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def per_picture(
+    pictures: str,
     texts: tuple[str, ...],
     join: Callable[[list, str], Any] = stack_conditionings,
-) -> list[list]:
-    """Call `run` for each item of the lists as ComfyUI would, after joining the texts of a batch.
+    finish: Callable[..., None] | None = None,
+) -> Callable:
+    """Decorator of a node's `execute` that is written for one batch, where the node takes lists (`is_input_list`).
 
-    `inputs`: every socket's list. `batches`: pictures in each item of the picture socket's list; if it has one item and
-    a socket of `texts` brings a text for each of its pictures, they are joined, by default to one conditioning. Returns one
-    list per output of `run`.
+    `execute` is called for each item of the lists as ComfyUI would, with the texts of a batch joined; the node gives a list per
+    output. `pictures`: the socket that brings the batches. `texts`: sockets with a text for each batch, for each picture
+    of all batches, for a single one as many as wanted, or one for all. `join`: the texts of a batch as one. `finish`:
+    called with the lists of all outputs.
     """
-    for name in texts:
-        if len(batches) == 1 and len(inputs[name]) == batches[0]:
-            inputs = {**inputs, name: [join(inputs[name], name)]}
-    count = max(map(len, inputs.values()))
-    results = [run(**{name: items[min(i, len(items) - 1)] for name, items in inputs.items()}) for i in runs(count)]
-    return [list(column) for column in zip(*results)]
+
+    def decorate(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+        @functools.wraps(execute)
+        def execute_lists(cls, **inputs: list) -> io.NodeOutput:
+            items = dict(_each_with_its_texts(inputs, pictures, texts, join))
+            count = max(map(len, items.values()))
+            # The host repeats the last item of a shorter list.
+            results = [
+                execute(cls, **{name: values[min(run, len(values) - 1)] for name, values in items.items()}).result
+                for run in runs(count)
+            ]
+            outputs = [list(column) for column in zip(*results)]
+            if finish is not None:
+                finish(*outputs)
+            return io.NodeOutput(*outputs)
+
+        return execute_lists
+
+    return decorate
+
+
+def _each_with_its_texts(inputs: dict[str, list], pictures: str, texts: tuple[str, ...], join: Callable):
+    for name, values in inputs.items():
+        if not values:
+            raise ValueError(f"{name}: the list is empty. Connect at least one.")
+    sizes = [_batch(item) for item in inputs[pictures]]
+    for name, values in inputs.items():
+        yield name, _split(values, name, sizes, join) if name in texts else values
+
+
+def _split(texts: list, socket: str, sizes: list[int], join: Callable) -> list:
+    """One text for each batch, of `sizes` pictures, or as many as there are for a single picture."""
+    if len(texts) in (1, len(sizes)) or sizes == [1]:
+        return texts
+    if len(texts) != sum(sizes):
+        raise ValueError(
+            f"{socket}: it brings {len(texts)} texts for {sum(sizes)} pictures in {len(sizes)} batches. Give one for each "
+            "picture, or one for all."
+        )
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [join(texts[start : start + size], socket) for start, size in zip(starts, sizes)]
+
+
+def _batch(item: Any) -> int:
+    """Pictures in a LATENT or an inversion."""
+    return len(item["samples"]) if isinstance(item, dict) else item.batch

@@ -1,5 +1,6 @@
 """What a running node says about itself: a line of text on the node, and one progress bar for all of its runs."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -27,6 +28,17 @@ def show(text: str) -> None:
     if context is not None:
         index, count = _run.get()
         send(f"Picture {index + 1}/{count}: {text[:1].lower()}{text[1:]}" if count > 1 else text, context.node_id)
+
+
+def run_count() -> int:
+    """How many runs the node that is running makes of its lists."""
+    return _run.get()[1]
+
+
+def warn(text: str) -> None:
+    """Leave a warning on the node that is running, and in the log."""
+    logging.warning("Pix2Pix-Zero: %s", text)
+    show(text)
 
 
 def over_runs(callback: Callable) -> Callable:

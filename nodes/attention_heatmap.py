@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.batching import run_per_picture
-from ..host.views.attention_heat import RESOLUTIONS, attention_heatmaps
+from ..host.batching import per_picture
+from ..host.views.attention_heat import RESOLUTIONS, HeatmapSettings, attention_heatmaps
 from .types import CATEGORY, Inversion
 
 
@@ -73,16 +73,12 @@ class Pix2PixZeroAttentionHeatmap(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **inputs) -> io.NodeOutput:
-        batches = [inversion.batch for inversion in inputs["inversion"]]
-        return io.NodeOutput(
-            *run_per_picture(cls.show, inputs, batches, texts=("caption", "words"), join=lambda texts, _: tuple(texts))
-        )
-
-    @classmethod
-    def show(cls, model, inversion, clip, caption, words, start_percent, end_percent, resolution, image=None) -> tuple:
-        window = (start_percent, end_percent)
-        return (attention_heatmaps(model, inversion, clip, caption, words, window, resolution, image),)
+    @per_picture(pictures="inversion", texts=("caption", "words"), join=lambda texts, socket: tuple(texts))
+    def execute(
+        cls, model, inversion, clip, caption, words, start_percent, end_percent, resolution, image=None
+    ) -> io.NodeOutput:
+        settings = HeatmapSettings(words, (start_percent, end_percent), resolution, image)
+        return io.NodeOutput(attention_heatmaps(model, inversion, clip, caption, settings))
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroAttentionHeatmap]

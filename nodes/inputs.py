@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.sampling.noise_levels import SCHEDULERS
+from ..host.sampling.levels import SCHEDULERS
 
 
 def scheduler_input() -> io.Combo.Input:

@@ -1,14 +1,32 @@
 """Invert a picture to noise (pix2pix-zero section 3.1)."""
 
+import logging
+
 from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
-from ..host.batching import run_per_picture
-from ..host.sampling.noise_levels import SCHEDULERS
-from ..host.sampling.reconstruction_report import reconstruction_report, show_and_log
-from ..host.sampling.run import FIXED_POINT_ITERATIONS, INVERSION_METHODS, MAP_MEMORY, invert_latent, inverted_noise
+from ..host import progress
+from ..host.batching import per_picture
+from ..host.sampling.invert import (
+    MAP_MEMORY,
+    METHODS,
+    InversionSettings,
+    invert_latent,
+    inverted_noise,
+    reconstruction_report,
+)
 from .inputs import scheduler_input
 from .types import CATEGORY, Inversion
+
+DEFAULTS = InversionSettings()
+
+
+def _show_reports(*outputs: list) -> None:
+    """Leave the reports of all pictures on the running node, and in the log."""
+    reports = outputs[-1]
+    for report in reports:
+        logging.info("Pix2Pix-Zero: %s", report)
+    progress.show("\n".join(reports))
 
 
 class Pix2PixZeroInversion(io.ComfyNode):
@@ -88,8 +106,8 @@ class Pix2PixZeroInversion(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=list(INVERSION_METHODS),
-                    default=INVERSION_METHODS[0],
+                    options=list(METHODS),
+                    default=METHODS[0],
                     advanced=True,
                     tooltip="direct: also keeps what each step loses, so that the unedited part of the picture comes "
                     "back exactly. ddim: the paper's inversion. official: the authors' code, which skips two steps. "
@@ -112,7 +130,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                 scheduler_input(),
                 io.Int.Input(
                     "fixed_point_iterations",
-                    default=FIXED_POINT_ITERATIONS,
+                    default=DEFAULTS.fixed_point_iterations,
                     min=0,
                     max=20,
                     optional=True,
@@ -123,7 +141,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "measure_reconstruction",
-                    default=False,
+                    default=DEFAULTS.measure_reconstruction,
                     optional=True,
                     advanced=True,
                     tooltip="Also redraws the picture plainly, without edit and correction, and reports how close it comes. "
@@ -154,15 +172,8 @@ class Pix2PixZeroInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **inputs) -> io.NodeOutput:
-        batches = [len(latent["samples"]) for latent in inputs["latent_image"]]
-        inputs["map_memory"] = [size / len(batches) for size in inputs.get("map_memory", [MAP_MEMORY // 2**20])]
-        outputs = run_per_picture(cls.invert, inputs, batches, texts=("positive",))
-        show_and_log(outputs[-1])
-        return io.NodeOutput(*outputs)
-
-    @classmethod
-    def invert(
+    @per_picture(pictures="latent_image", texts=("positive",), finish=_show_reports)
+    def execute(
         cls,
         model,
         positive,
@@ -174,29 +185,24 @@ class Pix2PixZeroInversion(io.ComfyNode):
         regularization_steps,
         autocorrelation_rolls,
         method,
-        map_memory,
-        scheduler=SCHEDULERS[0],
-        fixed_point_iterations=FIXED_POINT_ITERATIONS,
-        measure_reconstruction=False,
-    ) -> tuple:
-        regularization = NoiseRegularization(
-            autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls
-        )
-        inversion = invert_latent(
-            model,
-            positive,
-            latent_image,
+        map_memory=MAP_MEMORY // 2**20,
+        scheduler=DEFAULTS.scheduler,
+        fixed_point_iterations=DEFAULTS.fixed_point_iterations,
+        measure_reconstruction=DEFAULTS.measure_reconstruction,
+    ) -> io.NodeOutput:
+        settings = InversionSettings(
             steps,
             seed,
-            regularization,
+            NoiseRegularization(autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls),
             method,
-            int(map_memory * 2**20),
+            int(map_memory * 2**20 / progress.run_count()),
             scheduler,
             fixed_point_iterations,
             measure_reconstruction,
         )
+        inversion = invert_latent(model, positive, latent_image, settings)
         noise = {"samples": inverted_noise(inversion, model)}
-        return inversion, noise, inversion.sigmas.flip(0), reconstruction_report(inversion)
+        return io.NodeOutput(inversion, noise, inversion.sigmas.flip(0), reconstruction_report(inversion))
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroInversion]

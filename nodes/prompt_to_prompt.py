@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.methods.prompt_to_prompt import edit_by_prompt
+from ..host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
 from .types import CATEGORY, Inversion
 
 
@@ -103,20 +103,8 @@ class Pix2PixZeroPromptToPrompt(io.ComfyNode):
         local_blend=0.0,
         blend_words="",
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *edit_by_prompt(
-                model,
-                inversion,
-                clip,
-                source,
-                target,
-                cross_until,
-                self_until,
-                reweight,
-                local_blend,
-                blend_words,
-            )
-        )
+        settings = PromptEditSettings(cross_until, self_until, reweight, local_blend, blend_words)
+        return io.NodeOutput(*edit_by_prompt(model, inversion, clip, source, target, settings))
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroPromptToPrompt]

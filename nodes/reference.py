@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.sampling.noise_levels import SCHEDULERS
-from ..host.sampling.run import generate_reference
+from ..host.sampling.levels import SCHEDULERS
+from ..host.sampling.reference import ReferenceSettings, generate_reference
 from .inputs import scheduler_input
 from .types import CATEGORY, Inversion
 
@@ -64,7 +64,8 @@ class Pix2PixZeroReference(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, steps, cfg, seed, scheduler=SCHEDULERS[0]
     ) -> io.NodeOutput:
-        inversion, samples = generate_reference(model, positive, negative, latent_image, steps, cfg, seed, scheduler)
+        settings = ReferenceSettings(steps, cfg, seed, scheduler)
+        inversion, samples = generate_reference(model, positive, negative, latent_image, settings)
         return io.NodeOutput(inversion, {"samples": samples})
 
 

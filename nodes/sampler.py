@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..editing.local_blend import LocalBlend
-from ..host.batching import run_per_picture
-from ..host.methods.presets import PRESETS
-from ..host.sampling.run import edited_area, masked, sample_edit
+from ..host.batching import per_picture
+from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
 from .types import CATEGORY, Inversion
+
+LOCAL_BLEND = 0.2
+FEATURE_UNTIL = 0.5
 
 
 class Pix2PixZeroKSampler(io.ComfyNode):
@@ -85,7 +86,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "local_blend",
-                    default=0.2,
+                    default=LOCAL_BLEND,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -102,7 +103,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "feature_until",
-                    default=0.5,
+                    default=FEATURE_UNTIL,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -125,12 +126,8 @@ class Pix2PixZeroKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **inputs) -> io.NodeOutput:
-        batches = [inversion.batch for inversion in inputs["inversion"]]
-        return io.NodeOutput(*run_per_picture(cls.sample, inputs, batches, texts=("positive", "negative")))
-
-    @classmethod
-    def sample(
+    @per_picture(pictures="inversion", texts=("positive", "negative"))
+    def execute(
         cls,
         model,
         inversion,
@@ -141,17 +138,15 @@ class Pix2PixZeroKSampler(io.ComfyNode):
         start_percent,
         end_percent,
         preset,
-        local_blend=0.0,
+        local_blend=LOCAL_BLEND,
         mask=None,
-        feature_until=0.0,
-    ) -> tuple:
-        window = (start_percent, end_percent)
-        inversion = masked(inversion, mask)
-        blend = LocalBlend(local_blend) if local_blend else None
-        samples = sample_edit(
-            model, inversion, positive, negative, cfg, guidance_strength, window, preset, blend, feature_until
+        feature_until=FEATURE_UNTIL,
+    ) -> io.NodeOutput:
+        settings = EditSettings(
+            cfg, guidance_strength, (start_percent, end_percent), preset, local_blend, feature_until, mask
         )
-        return {"samples": samples}, edited_area(model, inversion, blend)
+        samples, edited_area = sample_edit(model, inversion, positive, negative, settings)
+        return io.NodeOutput({"samples": samples}, edited_area)
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroKSampler]

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from ..editing import noise_statistics as statistics
-from ..editing.inversion import Inversion
 from ..editing.noise_statistics import NoiseStatistics, noise_statistics
+from ..editing.trajectory import Inversion
 from . import charts
 from .charts import Chart, Sheet
 

@@ -8,10 +8,9 @@ import comfy.sample
 import torch
 from diffusers.utils import logging
 
-from ...editing.guidance import GuidanceSchedule
 from ...editing.regularization import NoiseRegularization
-from ...host.methods.presets import PRESETS
-from ...host.sampling.run import invert_latent, sample_edit
+from ...host.sampling.edit import PRESETS, EditSettings, sample_edit
+from ...host.sampling.invert import InversionSettings, invert_latent
 from ..peer_pipeline import peer_pipeline
 from .unets import Shape, comfyui_model, diffusers_unet
 
@@ -122,14 +121,17 @@ class Pack:
     def invert(self, edit: Edit, steps: int):
         options = {"map_memory": 0} if self.preset == "low memory" else {}
         return invert_latent(
-            self.model, _conditioning(edit.source), _latent(edit), steps, 0, NoiseRegularization(), **options
+            self.model,
+            _conditioning(edit.source),
+            _latent(edit),
+            InversionSettings(steps, 0, NoiseRegularization(), **options),
         )
 
     def redraw(self, edit: Edit, inverted, steps: int) -> torch.Tensor:
         texts = _conditioning(edit.positive), _conditioning(edit.negative)
         each_step = replace(PRESETS[self.preset], guided_steps=None, share=1.0, holds_negative=False)
         with patch.dict(PRESETS, {self.preset: each_step}):
-            return sample_edit(self.model, inverted, *texts, CFG, self.strength, preset=self.preset)
+            return sample_edit(self.model, inverted, *texts, EditSettings(CFG, self.strength, preset=self.preset))[0]
 
 
 class Unguided(Pack):
@@ -142,7 +144,10 @@ class Unguided(Pack):
     def invert(self, edit: Edit, steps: int):
         unregularized = NoiseRegularization(steps=0)
         return invert_latent(
-            self.model, _conditioning(edit.source), _latent(edit), steps, 0, unregularized, method="ddim"
+            self.model,
+            _conditioning(edit.source),
+            _latent(edit),
+            InversionSettings(steps, 0, unregularized, method="ddim"),
         )
 
 
@@ -173,7 +178,7 @@ def usual_shares(name: str) -> tuple[float, float]:
     """Of a usual edit's steps: the part that is guided, and the part that evaluates no negative text."""
     if name not in PRESETS:
         return 1.0, 0.0
-    schedule = GuidanceSchedule(STRENGTH, **PRESETS[name].schedule(USUAL_STEPS))
+    schedule = PRESETS[name].schedule(STRENGTH, USUAL_STEPS)
     guided = sum(schedule.strength_at(1.0, step, USUAL_STEPS) > 0 for step in range(USUAL_STEPS))
     held = sum(schedule.holds_negative_at(step) for step in range(USUAL_STEPS))
     return guided / USUAL_STEPS, held / USUAL_STEPS

@@ -11,9 +11,9 @@ import comfy.sample
 import torch
 
 from ...attention_patches.sites import cross_attention_sites
-from ...editing.regularization import NoiseRegularization
+from ...host.sampling.edit import EditSettings, sample_edit
+from ...host.sampling.invert import InversionSettings, invert_latent
 from ...host.sampling.passes import UNetPasses
-from ...host.sampling.run import invert_latent, sample_edit
 from ..cost_parts.memory import Peak
 from .accounting import TOKENS, account
 from .architectures import FAMILIES, detected, file_of
@@ -138,15 +138,14 @@ def run(job: FamilyJob) -> dict:
     peak = Peak(device)
     _, plain_step = timed(plain)
     peak.reset()
-    inversion, inversion_step = timed(
-        invert_latent, model, source, picture, job.steps, 0, NoiseRegularization(), map_memory=0
-    )
+    inversion, inversion_step = timed(invert_latent, model, source, picture, InversionSettings(job.steps, map_memory=0))
     inversion_peak = peak.above_base()
     peak.reset()
     with patch.object(UNetPasses, "denoise_and_match", noting):
-        samples, guided_step = timed(sample_edit, model, inversion, edited, source, CFG, 0.001, preset=job.preset)
+        settings = EditSettings(CFG, 0.001, preset=job.preset)
+        (samples, _), guided_step = timed(sample_edit, model, inversion, edited, source, settings)
     guided_peak = peak.above_base()
-    again = sample_edit(model, inversion, source, source, CFG, 0.0)
+    again = sample_edit(model, inversion, source, source, EditSettings(CFG, 0.0))[0]
     return {
         "class": type(model.model.model_config).__name__,
         "parameters": sum(parameter.numel() for parameter in model.model.diffusion_model.parameters()),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import nodes as host_nodes
 
-from ...editing.local_blend import LocalBlend
-from ...host.sampling.run import inverted_noise, sample_edit
+from ...host.sampling.edit import EditSettings, sample_edit
+from ...host.sampling.invert import inverted_noise
 from ...nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from ...nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from ...nodes.sampler import Pix2PixZeroKSampler
@@ -48,13 +48,15 @@ def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes)
         bench.inversion(steps),
         bench.moved,
         bench.described,
-        cfg,
-        values["guidance_strength"],
-        (values["start_percent"], values["end_percent"]),
-        values["preset"],
-        LocalBlend(values["local_blend"]) if values["local_blend"] else None,
-        values["feature_until"],
-    )
+        EditSettings(
+            cfg,
+            values["guidance_strength"],
+            (values["start_percent"], values["end_percent"]),
+            values["preset"],
+            values["local_blend"],
+            values["feature_until"],
+        ),
+    )[0]
 
 
 def fast(bench: Workbench, cfg: float) -> Tensor:
@@ -78,13 +80,13 @@ def official(bench: Workbench, cfg: float) -> Tensor:
 
 def word_swap(bench: Workbench, cfg: float) -> Tensor:
     """Nothing but another caption, on the same inversion and with its residuals."""
-    return sample_edit(bench.model, bench.inversion(), bench.wanted, bench.described, cfg, 0.0)
+    return sample_edit(bench.model, bench.inversion(), bench.wanted, bench.described, EditSettings(cfg, 0.0))[0]
 
 
 def reconstruction(bench: Workbench, _: float = 0.0) -> Tensor:
     """The unedited picture by plain DDIM, without the residuals that would bring it back exactly."""
     plain = replace(bench.inversion(), residuals=None)
-    return sample_edit(bench.model, plain, bench.described, bench.described, 1.0, 0.0)
+    return sample_edit(bench.model, plain, bench.described, bench.described, EditSettings(1.0, 0.0))[0]
 
 
 def sdedit(bench: Workbench, denoise: float) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 import nodes as host_nodes
 
 from ...demo_model.loader import WEIGHTS, load_demo_model
-from ...editing.inversion import Inversion
 from ...editing.regularization import NoiseRegularization
+from ...editing.trajectory import Inversion
 from ...host.batching import stack_conditionings
 from ...host.networks.captioner import load_demo_captioner
-from ...host.sampling.run import invert_latent
+from ...host.sampling.invert import InversionSettings, invert_latent
 from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
 from ...nodes.inversion import Pix2PixZeroInversion
 from .scenes import QualityEdit, Scenes
@@ -85,7 +85,7 @@ class Workbench:
         regularization = NoiseRegularization(*(node_default(Pix2PixZeroInversion, name) for name in names))
         method = node_default(Pix2PixZeroInversion, "method")
         latent = {"samples": self.latent}
-        return invert_latent(self.model, self.described, latent, steps, 0, regularization, method)
+        return invert_latent(self.model, self.described, latent, InversionSettings(steps, 0, regularization, method))
 
     def once(self, key: object, make: Callable[[], object]):
         """What `make` returns, kept for every knob and method that asks for the same; its seconds count each time."""

@@ -19,9 +19,10 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention_patches.maps import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
-from ...editing.inversion import Inversion
-from ..sampling.model_checks import check_inversion
-from ..sampling.source_conditioning import load_with_source, processed_source
+from ...editing.trajectory import Inversion
+from ..sampling.checks import check_inversion
+from ..sampling.mask import NoiseMask
+from ..sampling.source import load_with_source, processed_source
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
 KEY = "pix2pix_zero_plug_and_play"
@@ -42,8 +43,8 @@ def with_source_features(
     unet = model.model.diffusion_model
     residual = feature_site(unet)
     sites = {
-        (residual,): lowest_level(inversion, feature_until),
-        tuple(self_attention_sites(unet, residual.number)): lowest_level(inversion, attention_until),
+        (residual,): inversion.lowest_sigma(feature_until),
+        tuple(self_attention_sites(unet, residual.number)): inversion.lowest_sigma(attention_until),
     }
     model = with_jobs(model)
     lockstep = _LockstepSampling(inversion, sites, negative_alpha)
@@ -54,37 +55,6 @@ def with_source_features(
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
     return model
-
-
-def lowest_level(inversion: Inversion, share: float) -> float:
-    """The noise level down to which the first `share` of the inversion's steps goes: inf for none, 0 for all."""
-    steps = round(share * inversion.steps)
-    if steps == 0:
-        return math.inf
-    return 0.0 if steps == inversion.steps else float(inversion.sigmas[-steps]) * (1 - 1e-4)
-
-
-def latent_at(inversion: Inversion, sigma: float) -> torch.Tensor:
-    """The source's latent at any noise level: [B, C, H, W].
-
-    Between two levels DDIM moves along a straight line in sigma (`editing.ddim.step`), so this is where its own step
-    would have come by. Beyond the noisiest level the last step goes on.
-    """
-    low, high, x_low, x_high = _step_through(inversion, sigma)
-    return torch.lerp(x_low, x_high, (sigma - low) / (high - low))
-
-
-def estimate_at(inversion: Inversion, sigma: float) -> torch.Tensor:
-    """The clean estimate with which DDIM goes down the source's trajectory from any noise level: [B, C, H, W]."""
-    low, high, x_low, x_high = _step_through(inversion, sigma)
-    return torch.lerp(x_low, x_high, -low / (high - low))
-
-
-def _step_through(inversion: Inversion, sigma: float) -> tuple[float, float, torch.Tensor, torch.Tensor]:
-    """The inversion's step that ends at a noise level or passes it: its levels and its latents."""
-    above = int(torch.searchsorted(inversion.sigmas, sigma * (1 - 1e-4)).clamp(1, inversion.steps))
-    low, high = inversion.sigmas[above - 1 : above + 1].tolist()
-    return low, high, inversion.trajectory[above - 1], inversion.trajectory[above]
 
 
 class _LockstepSampling:
@@ -99,16 +69,17 @@ class _LockstepSampling:
         """Sample with the source's conditioning at hand in the model options."""
         self._check_start(noise, latent_image)
         with processed_source(guider, self.inversion) as source:
-            extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source)}
+            mask = NoiseMask(self.inversion, guider, extra_args["model_options"], sigmas)
+            extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
-    def _options(self, model_options: dict, source: list[dict]) -> dict:
+    def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
         options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)
         if self.negative_alpha < 1:
             blend = partial(_blend_negative, source, self.negative_alpha)
             options["sampler_pre_cfg_function"] = [*options.get("sampler_pre_cfg_function", []), blend]
         if self.inversion.noise_mask is not None:
-            keep = partial(_keep_outside, self.inversion)
+            keep = partial(_keep_outside, self.inversion, mask)
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), keep]
         return options
 
@@ -140,11 +111,11 @@ def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:
     return [positive, torch.lerp(against, negative, alpha), *rest]
 
 
-def _keep_outside(inversion: Inversion, args: dict) -> torch.Tensor:
+def _keep_outside(inversion: Inversion, noise_mask: NoiseMask, args: dict) -> torch.Tensor:
     """A post-cfg function: where the inversion's noise mask is 0, euler goes down the source's own trajectory."""
-    denoised = args["denoised"]
-    mask = comfy.utils.reshape_mask(inversion.noise_mask, denoised.shape).to(denoised)
-    source = estimate_at(inversion, float(args["sigma"][0])).to(denoised)
+    denoised, sigma = args["denoised"], float(args["sigma"][0])
+    mask = noise_mask.at(sigma, denoised)
+    source = inversion.estimate_at(sigma).to(denoised)
     return mask * denoised + (1 - mask) * comfy.utils.repeat_to_batch_size(source, len(denoised))
 
 
@@ -235,7 +206,7 @@ class SourceFeatures:
             return model_options
         areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
         self._areas |= areas
-        x = latent_at(self.inversion, sigma).to(x_in)
+        x = self.inversion.latent_at(sigma).to(x_in)
         for area in set(areas.values()) - self._features.keys():
             features = read_features(model, self._entries(area), x, sigma, sites, model_options)
             # Attention's v stays the edit's own.

@@ -4,26 +4,28 @@ Hertz et al., ICLR 2023. The source branch is the inversion's stored trajectory,
 sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet call on the stored latent gives its attention.
 """
 
-import logging
-import math
 from dataclasses import dataclass
 from functools import partial
 
-import comfy.utils
 import torch
 from comfy import samplers
-from comfy.model_patcher import create_model_options_clone
+from comfy.k_diffusion.sampling import sample_euler
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
+from comfy.sd import CLIP
 
 from ...attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
 from ...attention_patches.sites import attends_to_itself, cross_attention_sites, site_halvings, size_after
-from ...editing.inversion import Inversion
 from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
+from ...editing.trajectory import Inversion
 from ...editing.word_masks import WordMask, soft_mask
+from .. import progress
 from ..batching import TEXT_LENGTHS
-from ..sampling.model_checks import check_inversion
-from ..sampling.source_conditioning import load_with_source, processed_source
-from ..text.prompt_words import blend_tokens, find_words, read_factors, tokenize
+from ..sampling.checks import check_inversion
+from ..sampling.mask import NoiseMask
+from ..sampling.source import load_with_source, processed_source
+from ..text.prompt_words import blend_tokens, require_clip, find_words, is_text_of, read_factors, tokenize
 from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 
 KEY = "pix2pix_zero_prompt_to_prompt"
@@ -52,26 +54,29 @@ class PromptEdit:
     blend_tokens: tuple[list[int], list[int]]
 
 
+@dataclass(frozen=True)
+class PromptEditSettings:
+    """`cross_until`, `self_until`: shares of the inversion's steps, 0..1 from the noisiest on, that take its attention.
+
+    `reweight`: "word: factor" in lines or between commas. `local_blend`: threshold in 0..1 of the mask outside which the
+    picture stays, 0 for none. `blend_words`: in lines or between commas; empty for the words that differ.
+    """
+
+    cross_until: float = 0.4
+    self_until: float = 0.6
+    reweight: str = ""
+    local_blend: float = 0.0
+    blend_words: str = ""
+
+
 def edit_by_prompt(
-    model,
-    inversion: Inversion,
-    clip,
-    source: str,
-    target: str,
-    cross_until: float = 0.4,
-    self_until: float = 0.6,
-    reweight: str = "",
-    local_blend: float = 0.0,
-    blend_words: str = "",
-) -> tuple:
+    model: ModelPatcher, inversion: Inversion, clip: CLIP, source: str, target: str, settings: PromptEditSettings
+) -> tuple[ModelPatcher, list]:
     """(a clone of the MODEL that samples the edit, the encoded `target` as CONDITIONING).
 
-    `cross_until`, `self_until`: shares of the inversion's steps in 0..1. `reweight`: "word: factor" in lines or between
-    commas. `local_blend`: threshold in 0..1. `blend_words`: in lines or between commas; empty for the words that differ.
     Raises ValueError, naming the socket, for texts, words or an inversion that do not fit.
     """
-    if clip is None:
-        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
+    require_clip(clip)
     check_inversion(inversion, model)
     if model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
         raise ValueError("model: it has a Prompt-to-Prompt edit already. Connect the model from before it.")
@@ -85,39 +90,44 @@ def edit_by_prompt(
     _check_source(clip, source, before, inversion)
     positive = _encode_target(clip, target, after, inversion)
     token_map = map_tokens(before, after)
-    weights = [(find_words(clip, word, "reweight", after), factor) for word, factor in read_factors(reweight)]
-    blended = blend_tokens(clip, blend_words, before, after, token_map, weights) if local_blend else ([], [])
+    weights = [(find_words(clip, word, "reweight", after), factor) for word, factor in read_factors(settings.reweight)]
+    blended = ([], [])
+    if settings.local_blend:
+        blended = blend_tokens(clip, settings.blend_words, (before, after), token_map, weights)
     edit = PromptEdit(
         inversion,
         token_map,
-        round(cross_until * inversion.steps),
-        round(self_until * inversion.steps),
+        round(settings.cross_until * inversion.steps),
+        round(settings.self_until * inversion.steps),
         column_factors(after.length, weights) if weights else None,
-        local_blend,
+        settings.local_blend,
         blended,
     )
     return _with_edit(model, edit), positive
 
 
-def _check_source(clip, source: str, prompt: Prompt, inversion: Inversion) -> None:
-    encoded = inversion.source[0][0]
+def _check_source(clip: CLIP, source: str, prompt: Prompt, inversion: Inversion) -> None:
+    encoded, options = inversion.source[0]
+    if TEXT_LENGTHS in options or encoded is not None and any((row != encoded[0]).any() for row in encoded):
+        raise ValueError(
+            "inversion: its pictures have a caption each, and Prompt-to-Prompt edits by one. Invert them as a list, one by "
+            "one, or with one caption for all."
+        )
     if encoded is None or encoded.shape[1] != prompt.length:
         raise ValueError(
             f"source: it is {prompt.length} tokens long, but the text of the inversion "
             f"{0 if encoded is None else encoded.shape[1]}. Write the caption that the picture was inverted with."
         )
-    own = clip.encode_from_tokens(clip.tokenize(source))
-    if own.shape[-1] != encoded.shape[-1]:
+    if clip.encode_from_tokens(clip.tokenize(source)).shape[-1] != encoded.shape[-1]:
         raise ValueError("clip: it does not belong to this model. Connect the CLIP that encoded the caption.")
-    own = own.to(encoded)
-    if any((row - own[0]).norm() > 0.1 * own[0].norm() for row in encoded):
-        logging.warning(
-            "Pix2Pix-Zero: the source text is not the one that the picture was inverted with, or was encoded otherwise. "
-            "Words may be matched to the wrong parts of the picture."
+    if not is_text_of(clip, source, encoded[0]):
+        progress.warn(
+            "The source text is not the one that the picture was inverted with, or was encoded otherwise. Words may be "
+            "matched to the wrong parts of the picture."
         )
 
 
-def _encode_target(clip, target: str, prompt: Prompt, inversion: Inversion) -> list:
+def _encode_target(clip: CLIP, target: str, prompt: Prompt, inversion: Inversion) -> list:
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(target))
     if any(cond.shape[1] != prompt.length for cond, _ in encoded):
         raise ValueError("clip: its encoding is not one vector for each token. Use the CLIP of an SD or SDXL model.")
@@ -125,14 +135,16 @@ def _encode_target(clip, target: str, prompt: Prompt, inversion: Inversion) -> l
     return [[cond, {**beside, **options}] for cond, options in encoded]
 
 
-def _with_edit(model, edit: PromptEdit):
+def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
     def sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
         with processed_source(guider, edit.inversion) as source:
             if source[0].get("area") is not None:
                 raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
-            options["transformer_options"][KEY] = Sampling(edit, guider, source)
+            mask = NoiseMask(edit.inversion, guider, options, sigmas)
+            kept = KeptEstimate(edit.inversion, mask, sigmas, takes_ddim_steps(executor.class_obj))
+            options["transformer_options"][KEY] = Sampling(edit, guider, source, kept)
             return executor(guider, sigmas, {**extra_args, "model_options": options}, callback, noise, *args, **kwargs)
 
     model = with_jobs(model)
@@ -173,21 +185,81 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
     return sampling.predict_noise(executor, x, timestep, model_options, seed)
 
 
+def takes_ddim_steps(sampler) -> bool | None:
+    """Whether a sampler goes from level to level along the estimate alone, as DDIM does: euler and ddim do.
+
+    None for one that is not the host's own, which is to be seen.
+    """
+    function = getattr(sampler, "sampler_function", None)
+    if function is sample_euler:
+        return not sampler.extra_options.get("s_churn", 0.0)
+    return False if function is None or function.__module__.startswith("comfy.") else None
+
+
+class KeptEstimate:
+    """What of the source stays in a sampling that a stock sampler steps through: a change of its estimates.
+
+    `sigmas`: its noise levels, descending. `ddim_steps`: see `takes_ddim_steps`.
+    """
+
+    def __init__(self, inversion: Inversion, mask: NoiseMask, sigmas: torch.Tensor, ddim_steps: bool | None):
+        self.inversion = inversion
+        self.mask = mask
+        self.sigmas = sigmas.tolist()
+        self.ddim_steps = ddim_steps
+        self.landing: tuple[float, torch.Tensor] | None = None
+
+    def restore(
+        self, denoised: torch.Tensor, x: torch.Tensor, sigma: float, blend: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The estimate, made at `x`, with the inversion's residual, and the source's estimate outside the masks.
+
+        A DDIM step from sigma to sigma' takes `x` to `r * x + (1 - r) * denoised` with `r = sigma' / sigma`: it is made to
+        land where the edit wants the latent. Other samplers extrapolate or add noise: they are given the source's own
+        clean estimate, and no residual.
+        """
+        lower = [level for level in self.sigmas if level < sigma * (1 - 1e-4)]
+        if not lower:
+            return denoised
+        source = self.inversion.estimate_at(sigma).to(x)
+        ratio = max(lower) / sigma
+        if self._takes_ddim_steps(x, sigma):
+            landing = self.inversion.place_of(max(lower))
+            if self.inversion.residuals is not None and self.inversion.place_of(sigma) == landing + 1:
+                denoised = denoised + self.inversion.residuals[int(landing)].to(x) / (1 - ratio)
+            source = (self.inversion.latent_at(max(lower)).to(x) - ratio * x) / (1 - ratio)
+        mask = self.mask.at(sigma, x)
+        if blend is not None:
+            mask = blend if mask is None else mask * blend
+        if mask is not None:
+            denoised = mask * denoised + (1 - mask) * source
+        self.landing = max(lower), ratio * x + (1 - ratio) * denoised
+        return denoised
+
+    def _takes_ddim_steps(self, x: torch.Tensor, sigma: float) -> bool:
+        """As is known of the sampler, or as its steps so far have shown."""
+        if self.ddim_steps is None and self.landing is not None:
+            level, expected = self.landing
+            if abs(level - sigma) > 1e-4 * sigma or (x - expected).abs().max() > 1e-3 * expected.std():
+                self.ddim_steps = False
+        return self.ddim_steps is not False
+
+
 class Sampling:
     """One run of a sampler: the source branch in lockstep, and the masks of local blending.
 
     `source`: the processed conditioning of the source text.
     """
 
-    def __init__(self, edit: PromptEdit, guider, source: list[dict]):
+    def __init__(self, edit: PromptEdit, guider: CFGGuider, source: list[dict], kept: KeptEstimate):
         device = guider.model_patcher.load_device
         self.edit = edit
         self.token_map = edit.token_map.to(device)
         self.factors = None if edit.factors is None else edit.factors.to(device)
         self.guider = guider
         self.source = source
+        self.kept = kept
         inversion = edit.inversion
-        self.grid = [float(sigma) for sigma in inversion.sigmas]
         unet = guider.model_patcher.model.diffusion_model
         halvings = site_halvings(unet)
         self.cross = [("attn2", site) for site in halvings]
@@ -201,15 +273,14 @@ class Sampling:
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         sigma = float(timestep[0])
-        place = self._place(sigma)
-        step = len(self.grid) - 1 - place
+        step = self.edit.inversion.steps - self.edit.inversion.place_of(sigma)
         cross, to_itself = step < self.edit.cross_steps, step < self.edit.self_steps
         taken = self.cross if cross else self.watched
         if to_itself:
             taken = taken + self.self_attention
         attention = SourceAttention(taken)
         if taken:
-            self._attend_to_source(attention, x, timestep, model_options, place)
+            self._attend_to_source(attention, x, timestep, model_options)
         seen = {}
         edit = AttentionEdit(
             attention,
@@ -226,67 +297,20 @@ class Sampling:
             for mask, part in zip(self.masks, maps):
                 if mask.tokens:
                     mask.add(part)
-        return self._land(denoised, x, sigma, place, step, model_options)
+        return self.kept.restore(denoised, x, sigma, self._blend_mask(x, step))
 
-    def _attend_to_source(self, attention, x, timestep, model_options, place) -> None:
+    def _attend_to_source(self, attention, x, timestep, model_options) -> None:
         options = only_job(model_options, attention)
-        latent = self._latent(place).to(x)
+        latent = self.edit.inversion.latent_at(float(timestep[0])).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
         if len(attention.kept) != len(attention.sites):
             raise ValueError(
                 "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
             )
 
-    def _place(self, sigma: float) -> float:
-        """The place of a noise level on the inversion's grid, a whole number if it is one of its levels."""
-        for level, there in enumerate(self.grid):
-            if abs(sigma - there) <= 1e-4 * there:
-                return float(level)
-            if sigma < there:
-                below = self.grid[level - 1]
-                return level - 1 + (sigma - below) / (there - below)
-        raise ValueError(
-            f"sigmas: sampling starts at noise level {sigma:.2f}, but the inversion ends at {self.grid[-1]:.2f}. Connect "
-            f"the sigmas of Invert Picture, or choose the scheduler ddim_uniform with {self.edit.inversion.steps} steps."
-        )
-
-    def _latent(self, place: float) -> torch.Tensor:
-        """The source picture at a place on the grid; between two levels on the line that DDIM draws."""
-        level = math.floor(place)
-        trajectory = self.edit.inversion.trajectory
-        if level == place:
-            return trajectory[level]
-        return trajectory[level].lerp(trajectory[level + 1], place - level)
-
-    def _land(self, denoised, x, sigma, place, step, model_options) -> torch.Tensor:
-        """Change the estimate so that a DDIM step along it lands where the edit wants the latent.
-
-        A step from sigma to sigma' takes `x` to `r * x + (1 - r) * denoised` with `r = sigma' / sigma`. The inversion's
-        residual is added to that, and outside the mask the source's own latent takes its place.
-        """
-        levels = model_options["transformer_options"]["sample_sigmas"].tolist()
-        lower = [level for level in levels if level < sigma * (1 - 1e-4)]
-        if not lower:
-            return denoised
-        ratio = max(lower) / sigma
-        landing = self._place(max(lower))
-        residuals = self.edit.inversion.residuals
-        if residuals is not None and place == landing + 1:
-            denoised = denoised + residuals[int(landing)].to(x) / (1 - ratio)
-        mask = self._mask(x, step)
-        if mask is None:
-            return denoised
-        there = (self._latent(landing).to(x) - ratio * x) / (1 - ratio)
-        return mask * denoised + (1 - mask) * there
-
-    def _mask(self, x, step) -> torch.Tensor | None:
-        """[B, 1, H, W] or [B, C, H, W], 1 where the picture may change; None where it may everywhere."""
-        mask = None
-        if self.edit.inversion.noise_mask is not None:
-            mask = comfy.utils.reshape_mask(self.edit.inversion.noise_mask, x.shape).to(x)
-        if self.edit.blend and step >= BLEND_FROM * self.edit.inversion.steps:
-            areas = [words.area(self.edit.blend) for words in self.masks if words.total is not None]
-            if areas:
-                blend = soft_mask(areas, x.shape[-2:]).to(x)
-                mask = blend if mask is None else mask * blend
-        return mask
+    def _blend_mask(self, x: torch.Tensor, step: float) -> torch.Tensor | None:
+        """[B, 1, H, W], 1 where the edited words are drawn; None where no local blend limits the edit."""
+        if not self.edit.blend or step < BLEND_FROM * self.edit.inversion.steps:
+            return None
+        areas = [words.area(self.edit.blend) for words in self.masks if words.total is not None]
+        return soft_mask(areas, x.shape[-2:]).to(x) if areas else None

@@ -15,7 +15,7 @@ from ..unet.checkpointing import MODES
 from ..unet.entries import Entry, compared_with, entries_of
 from ..unet.jobs import add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
-from .edit_texts import same_tensor
+from .source import same_tensor
 
 
 class _BranchEstimates:

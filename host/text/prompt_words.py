@@ -21,6 +21,17 @@ def require_clip(clip: CLIP | None) -> None:
         raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
 
 
+def is_text_of(clip: CLIP, text: str, encoded: torch.Tensor) -> bool:
+    """Whether `encoded` [tokens, dim], of the text's length or repeated, is what this CLIP makes of a text, up to rounding.
+
+    A LoRA on the CLIP may move it a little.
+    """
+    own = clip.encode_from_tokens(clip.tokenize(text))[0].to(encoded)
+    if own.shape[1] != encoded.shape[1] or len(encoded) % len(own):
+        return False
+    return bool((encoded[: len(own)] - own).norm() <= 0.1 * own.norm())
+
+
 def tokenize(clip: CLIP, text: str, socket: str) -> Prompt:
     """The words of a text as this CLIP tokenizes it.
 
@@ -76,7 +87,7 @@ def entries(text: str) -> list[str]:
     return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
 
 
-def find_words(clip, phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
+def find_words(clip: CLIP, phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
     """The words of every occurrence of a phrase in some prompts. Raises ValueError, naming `socket`, if there is none."""
     words = tokenize(clip, phrase, socket).words
     found = [word for prompt in prompts for word in prompt.find(words)]
@@ -87,17 +98,22 @@ def find_words(clip, phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
 
 
 def blend_tokens(
-    clip, phrases: str, before: Prompt, after: Prompt, token_map: TokenMap, weights: list[tuple[list[Word], float]]
+    clip: CLIP,
+    phrases: str,
+    prompts: tuple[Prompt, Prompt],
+    token_map: TokenMap,
+    weights: list[tuple[list[Word], float]],
 ) -> tuple[list[int], list[int]]:
     """Positions of the tokens, in the source and in the target, that local blending draws its mask from.
 
-    Those of `phrases`, or of the words that differ, or of those that are weighted. Raises ValueError if there are none.
+    `prompts`: (source, target). Those of `phrases`, or of the words that differ, or of those that are weighted. Raises
+    ValueError if there are none.
     """
     if entries(phrases):
         for phrase in entries(phrases):
-            find_words(clip, phrase, "blend_words", before, after)
+            find_words(clip, phrase, "blend_words", *prompts)
         named = [tokenize(clip, phrase, "blend_words").words for phrase in entries(phrases)]
-        return tuple(positions(word for words in named for word in prompt.find(words)) for prompt in (before, after))
+        return tuple(positions(word for words in named for word in prompt.find(words)) for prompt in prompts)
     removed, added = (_telling(words) for words in (token_map.removed, token_map.added))
     if not removed and not added:
         added = [word for words, _ in weights for word in words]

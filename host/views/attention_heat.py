@@ -1,22 +1,29 @@
 """Where in an inverted picture each word of its caption is read: the cross-attention maps as pictures."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import numpy as np
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from PIL import Image
 
 from ...attention_patches.sites import AttentionSite, map_shapes, site_halvings
 from ...editing.attention_heat import AttentionHeat
-from ...editing.inversion import Inversion
+from ...editing.guidance import Maps
 from ...editing.token_alignment import Prompt, positions
+from ...editing.trajectory import Inversion
 from ...pictures import charts
 from .. import progress
-from ..sampling.model_checks import check_inversion
+from ..sampling.checks import check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
-from ..text.prompt_words import entries, tokenize
+from ..sampling.run import Run, look
+from ..text.prompt_words import require_clip, entries, is_text_of, tokenize
 from ..unet.jobs import for_own_sampler
 from ..unet.model_state import attention_state
 
@@ -40,46 +47,64 @@ PALETTE = np.array(
 """The colours of "inferno", evenly spaced: equal steps of heat look equal, in grey too."""
 
 
+@dataclass(frozen=True)
+class HeatmapSettings:
+    """`words`: between commas or in lines, for all pictures, or a tuple with some for each; empty for all but little ones.
+
+    `window`: part of the sampling, as (start, end) percents in 0..1. `resolution`: one of `RESOLUTIONS`, the side of the
+    maps as part of the latent's. `image`: to lay the heat over, an IMAGE [B or 1, height, width, 3].
+    """
+
+    words: str | tuple[str, ...] = ""
+    window: tuple[float, float] = (0.0, 1.0)
+    resolution: str = RESOLUTIONS[0]
+    image: torch.Tensor | None = None
+
+
 def attention_heatmaps(
-    model,
-    inversion: Inversion,
-    clip,
-    caption: str | tuple[str, ...],
-    words: str | tuple[str, ...],
-    window: tuple[float, float] = (0.0, 1.0),
-    resolution: str = "all",
-    image: torch.Tensor | None = None,
+    model: ModelPatcher, inversion: Inversion, clip: CLIP, caption: str | tuple[str, ...], settings: HeatmapSettings
 ) -> torch.Tensor:
     """A labelled heatmap for each word of each inverted picture: IMAGE [pictures * words, height, width, 3].
 
-    `caption`, `words`: for all pictures, or a tuple with one for each. `words`: between commas or in lines; empty for all
-    but little ones. `window`: part of the sampling, as (start, end) percents in 0..1. `resolution`: one of `RESOLUTIONS`,
-    the side of the maps as part of the latent's. `image`: to lay the heat over, an IMAGE [B or 1, height, width, 3].
-
-    Raises ValueError, naming the socket, for a model, text, word, window or resolution that does not fit.
+    `caption`: for all pictures, or a tuple with one for each. Raises ValueError, naming the socket, for a model, text,
+    word, window or resolution that does not fit.
     """
     check_inversion(inversion, model)
-    if clip is None:
-        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
+    require_clip(clip)
+    image = settings.image
     if image is not None and len(image) not in (1, inversion.batch):
         raise ValueError(f"image: it holds {len(image)} pictures, the inversion {inversion.batch}.")
-    captions, phrases = (_for_each(texts, inversion.batch) for texts in (caption, words))
+    captions, phrases = (_for_each(texts, inversion.batch) for texts in (caption, settings.words))
     prompts = [tokenize(clip, text, "caption") for text in captions]
     chosen = [_choose_words(clip, text, prompt) for text, prompt in zip(phrases, prompts)]
-    heat = mean_attention(model, inversion, prompts[0].length, window, resolution)
+    _check_captions(clip, captions, prompts[0].length, inversion)
+    heat = mean_attention(model, inversion, prompts[0].length, settings.window, settings.resolution)
     pictures = []
     for number, words in enumerate(chosen):
         base = None if image is None else image[min(number, len(image) - 1)]
         for label, tokens in words:
-            pictures.append(_draw(heat[number, tokens].sum(0), label, base))
+            pictures.append(_draw(heat[number, tokens].sum(0), label, base, pixels_per_latent(model)))
     return torch.stack([charts.as_image(picture) for picture in pictures])
+
+
+def _check_captions(clip: CLIP, captions: list[str], length: int, inversion: Inversion) -> None:
+    encoded = inversion.source[0][0]
+    if encoded is None or len(inversion.source) != 1 or encoded.shape[1] % length:
+        return  # refused by `mean_attention`, in words of its own
+    for number, caption in enumerate(captions):
+        row = encoded[min(number, len(encoded) - 1)]
+        if not is_text_of(clip, caption, row):
+            raise ValueError(
+                f"caption: {caption!r} is not the text that the picture was inverted with, or was encoded by another CLIP. "
+                "Write the caption of Invert Picture, and connect its CLIP."
+            )
 
 
 def _for_each(text: str | tuple[str, ...], count: int) -> list[str]:
     return [text] * count if isinstance(text, str) else list(text) if len(text) == count else list(text) * count
 
 
-def _choose_words(clip, phrases: str, prompt: Prompt) -> list[tuple[str, list[int]]]:
+def _choose_words(clip: CLIP, phrases: str, prompt: Prompt) -> list[tuple[str, list[int]]]:
     """(what to write, positions of the tokens) of each phrase, or of each word that is not little."""
     if not entries(phrases):
         named = {}
@@ -99,7 +124,7 @@ def _choose_words(clip, phrases: str, prompt: Prompt) -> list[tuple[str, list[in
 
 @torch.inference_mode()
 def mean_attention(
-    model, inversion: Inversion, length: int, window: tuple[float, float], resolution: str
+    model: ModelPatcher, inversion: Inversion, length: int, window: tuple[float, float], resolution: str
 ) -> torch.Tensor:
     """The attention that each token of the source's text draws: [B, length, H, W] fp32 of the latent's size, on the CPU.
 
@@ -121,30 +146,33 @@ def mean_attention(
             "picture was inverted with."
         )
     shapes = _shapes_at(model, inversion, resolution)
-    levels = _levels(model, inversion, window)
-    size = tuple(inversion.trajectory.shape[-2:])
+    levels = _levels_in(model, inversion, window)
     heat = AttentionHeat(length)
-    missing = []
+    bar = comfy.utils.ProgressBar(len(levels))
+
+    def add(maps: Maps, verb: str) -> None:
+        for site, shape in shapes.items():
+            heat.add(maps[0, site], shape)
+        bar.update(1)
+        progress.show(f"{verb} maps {bar.current}/{bar.total}")
+
     kept = inversion.maps
     if kept is not None and kept.made_with != attention_state(model):
         kept = None
-    bar = comfy.utils.ProgressBar(len(levels))
+    missing = []
     for level in levels:
         comfy.model_management.throw_exception_if_processing_interrupted()
         maps = None if kept is None else kept.get(level, model.load_device)
         if maps is None:
             missing.append(level)
-            continue
-        for site, shape in shapes.items():
-            heat.add(maps[0, site], shape)
-        bar.update(1)
-        progress.show(f"Reading maps {bar.current}/{bar.total}")
+        else:
+            add(maps, "Reading")
     if missing:
-        _record(model, inversion, missing, shapes, heat, bar)
-    return heat.mean(size).cpu()
+        _record(model, inversion, missing, shapes, add)
+    return heat.mean(tuple(inversion.trajectory.shape[-2:])).cpu()
 
 
-def _shapes_at(model, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
+def _shapes_at(model: ModelPatcher, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
     """(height, width) of the maps of each site that has the resolution."""
     unet = model.model.diffusion_model
     shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
@@ -160,7 +188,7 @@ def _part(halvings: int) -> str:
     return f"1/{2**halvings}" if halvings else "1"
 
 
-def _levels(model, inversion: Inversion, window: tuple[float, float]) -> list[int]:
+def _levels_in(model: ModelPatcher, inversion: Inversion, window: tuple[float, float]) -> list[int]:
     """The levels of the inversion in a window of the sampling, from the noisiest on."""
     sampling = model.get_model_object("model_sampling")
     first, last = (float(sampling.percent_to_sigma(percent)) for percent in window)
@@ -173,31 +201,28 @@ def _levels(model, inversion: Inversion, window: tuple[float, float]) -> list[in
     return levels
 
 
-def _record(model, inversion: Inversion, levels: list[int], shapes: dict, heat: AttentionHeat, bar) -> None:
-    """Count the maps of UNet calls on the stored latents of some levels."""
+def _record(model: ModelPatcher, inversion: Inversion, levels: list[int], shapes: dict, add: Callable) -> None:
+    """Hand the maps of UNet calls on the stored latents of some levels to `add`, level by level."""
 
-    def walk(model_k, x, sigmas, extra_args, callback, disable):
-        passes = UNetPasses(model_k, extra_args, list(shapes))
+    def read(run: Run) -> None:
+        passes = UNetPasses(run.model_k, run.extra_args, list(shapes))
         for level in levels:
-            maps = passes.record_maps("positive", inversion.trajectory[level].to(x), float(inversion.sigmas[level]))
-            for site, shape in shapes.items():
-                heat.add(maps[0, site], shape)
-            bar.update(1)
-            progress.show(f"Recording maps {bar.current}/{bar.total}")
-        return x
+            x = inversion.trajectory[level].to(run.x)
+            add(passes.record_maps("positive", x, float(inversion.sigmas[level])), "Recording")
 
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
-    picture = model.model.process_latent_out(inversion.trajectory[0])
-    sigmas = inversion.sigmas.flip(0)
-    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(walk), sigmas, disable_pbar=True, seed=0)
+    look(guider, read, model.model.process_latent_out(inversion.trajectory[0]), inversion.sigmas.flip(0))
 
 
-def _draw(heat: torch.Tensor, label: str, image: torch.Tensor | None) -> Image.Image:
-    """The heat [H, W] in colours, over the picture if there is one, with the word and the largest share under it."""
-    size = [8 * side for side in heat.shape] if image is None else image.shape[:2]
-    scale = -(-SMALLEST // min(size))
-    height, width = (scale * side for side in size)
+def _draw(heat: torch.Tensor, label: str, image: torch.Tensor | None, scale: int) -> Image.Image:
+    """The heat [H, W] in colours, over the picture if there is one, with the word and the largest share under it.
+
+    `scale`: pixels of the picture to one of the heat.
+    """
+    size = [scale * side for side in heat.shape] if image is None else image.shape[:2]
+    enlarged = -(-SMALLEST // min(size))
+    height, width = (enlarged * side for side in size)
     low, high = float(heat.min()), float(heat.max())
     even = ((heat - low) / max(high - low, 1e-12))[None, None]
     even = F.interpolate(even, (height, width), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1).numpy()

@@ -3,21 +3,24 @@
 import comfy.samplers
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 
 from ...attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
-from ...editing.inversion import Inversion
 from ...editing.principal_components import as_colours, principal_components
-from ..methods.plug_and_play import latent_at, read_features
-from ..sampling.model_checks import check_inversion
+from ...editing.trajectory import Inversion
+from ..methods.plug_and_play import read_features
+from ..sampling.checks import check_inversion, pixels_per_latent
+from ..sampling.run import Run, look
 from ..unet.jobs import for_own_sampler
 
 KINDS = ("residual features", "queries", "keys", "values")
-PIXELS = 8  # of the picture, to a latent pixel
 
 
 @torch.inference_mode()
-def feature_pictures(model, inversion: Inversion, kind: str, percent: float, decoder_block: int = -1) -> torch.Tensor:
-    """The first three principal components of decoder features as colours: IMAGE [B, 8*H, 8*W, 3] in 0..1.
+def feature_pictures(
+    model: ModelPatcher, inversion: Inversion, kind: str, percent: float, decoder_block: int = -1
+) -> torch.Tensor:
+    """The first three principal components of decoder features as colours: IMAGE of the picture's size, in 0..1.
 
     `kind`: one of `KINDS`. `percent`: when, as part of the sampling in 0..1. `decoder_block`: a number of ComfyUI's
     output blocks, or -1 for the one of `feature_site`. All pictures of the inversion share their colours. Raises
@@ -33,7 +36,7 @@ def feature_pictures(model, inversion: Inversion, kind: str, percent: float, dec
         tensor = features[site][KINDS.index(kind) - 1]
     colours = as_colours(principal_components(tensor.reshape(batch * height * width, -1)))
     pictures = colours.reshape(batch, height, width, 3).movedim(-1, 1)
-    size = [PIXELS * side for side in inversion.trajectory.shape[-2:]]
+    size = [pixels_per_latent(model) * side for side in inversion.trajectory.shape[-2:]]
     return F.interpolate(pictures, size=size, mode="nearest").movedim(1, -1)
 
 
@@ -53,7 +56,7 @@ def _sites(unet, kind: str, decoder_block: int) -> tuple[Site, Site]:
 
 
 def features_of_inversion(
-    model, inversion: Inversion, sites: list[Site], percent: float
+    model: ModelPatcher, inversion: Inversion, sites: list[Site], percent: float
 ) -> dict[Site, tuple[torch.Tensor, ...]]:
     """What the UNet computes at `sites` for the inverted pictures and their text, on the CPU, see `tapped`.
 
@@ -62,17 +65,13 @@ def features_of_inversion(
     """
     lowest, highest = inversion.sigmas[[1, -1]].tolist()
     sigma = min(max(float(model.get_model_object("model_sampling").percent_to_sigma(percent)), lowest), highest)
-    found = {}
 
-    def read(model_k, x, sigmas, extra_args, callback, disable):
-        guider, options = model_k.inner_model, extra_args["model_options"]
-        entries = [{k: v for k, v in entry.items() if k != "area"} for entry in guider.conds["positive"]]
-        features = read_features(guider.inner_model, entries, latent_at(inversion, sigma).to(x), sigma, sites, options)
-        found.update({site: tuple(tensor.cpu() for tensor in tensors) for site, tensors in features.items()})
-        return x
+    def read(run: Run) -> dict[Site, tuple[torch.Tensor, ...]]:
+        entries = [{k: v for k, v in entry.items() if k != "area"} for entry in run.guider.conds["positive"]]
+        x = inversion.latent_at(sigma).to(run.x)
+        features = read_features(run.guider.inner_model, entries, x, sigma, sites, run.model_options)
+        return {site: tuple(tensor.cpu() for tensor in tensors) for site, tensors in features.items()}
 
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
-    picture = model.model.process_latent_out(inversion.trajectory[0])
-    guider.sample(torch.zeros_like(picture), picture, comfy.samplers.KSAMPLER(read), torch.tensor([sigma, 0.0]), seed=0)
-    return found
+    return look(guider, read, model.model.process_latent_out(inversion.trajectory[0]), torch.tensor([sigma, 0.0]))

@@ -9,9 +9,10 @@ from guided_pass import Distance, LastSite, sigma_of, tapped
 from patch_catalogue import IMAGE
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import run as sampling
-from pix2pix_zero.host.sampling.edit_guider import EditGuider
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.sampling.source import EditGuider
 from pix2pix_zero.host.unet.jobs import for_own_sampler
 from small_unet import conditioning, latent, small_model
 
@@ -39,13 +40,13 @@ def soft_model(weight_dtype=torch.float32):
 @torch.inference_mode()
 def invert(model, source=None, picture=None, steps=2, method="ddim", **options):
     picture = picture or latent(1, *IMAGE)
-    return sampling.invert_latent(model, source or conditioning(), picture, steps, 0, OFF, method, **options)
+    return invert_latent(model, source or conditioning(), picture, InversionSettings(steps, 0, OFF, method, **options))
 
 
 @torch.inference_mode()
 def edit(model, inversion, positive=None, negative=None, strength=0.0, cfg=2.0, **options):
     positive, negative = positive or conditioning(seed=1), negative or conditioning(seed=9)
-    return sampling.sample_edit(model, inversion, positive, negative, cfg, strength, **options)
+    return sample_edit(model, inversion, positive, negative, EditSettings(cfg, strength, **options))[0]
 
 
 def sampled(guider_class, model, conds, sampler, picture, sigmas, cfg):

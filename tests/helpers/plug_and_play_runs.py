@@ -7,7 +7,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as stock
 from pix2pix_zero.attention_patches.plug_and_play import feature_site
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from small_unet import conditioning, latent, small_model
 
@@ -18,7 +18,9 @@ SITES = [(number, 0) for number in (1, 2, 3)]  # of the small UNet's decoder att
 
 @torch.inference_mode()
 def invert(model, picture=None, positive=None, steps=STEPS):
-    return sampling.invert_latent(model, positive or conditioning(), picture or latent(), steps, 0, OFF, "ddim")
+    return invert_latent(
+        model, positive or conditioning(), picture or latent(), InversionSettings(steps, 0, OFF, "ddim")
+    )
 
 
 @torch.inference_mode()
@@ -29,7 +31,7 @@ def patch(model, inversion, feature_until=1.0, attention_until=1.0, negative_alp
 @torch.inference_mode()
 def sample(model, inversion, positive=None, negative=None, cfg=2.0, sampler="euler", noise=None, sigmas=None):
     """As a user wires it: the inversion's noise and sigmas into SamplerCustomAdvanced, with DisableNoise."""
-    noise = {"samples": sampling.inverted_noise(inversion, model) if noise is None else noise}
+    noise = {"samples": inverted_noise(inversion, model) if noise is None else noise}
     positive, negative = positive or conditioning(seed=1), negative or conditioning(seed=2)
     (guider,) = stock.CFGGuider.execute(model, positive, negative, cfg).result
     (nothing,) = stock.DisableNoise.execute().result

@@ -4,7 +4,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling.run import invert_latent, inverted_noise
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from small_unet import latent
 
@@ -24,7 +24,7 @@ def encode(clip, text):
 def invert(model, clip, text=SOURCE, picture=None, method="ddim"):
     with torch.inference_mode():
         picture = picture or latent()
-        return invert_latent(model, encode(clip, text), picture, STEPS, 0, OFF, method, map_memory=0)
+        return invert_latent(model, encode(clip, text), picture, InversionSettings(STEPS, 0, OFF, method, map_memory=0))
 
 
 def patch(model, inversion, clip, target, source=SOURCE, cross=0.5, to_itself=0.5, **options):

@@ -4,9 +4,9 @@ import comfy.samplers
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.views import attention_heat
-from pix2pix_zero.host.views.attention_heat import attention_heatmaps, mean_attention
+from pix2pix_zero.host.views.attention_heat import HeatmapSettings, attention_heatmaps, mean_attention
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.pictures import charts
 from small_unet import latent, small_model
@@ -26,7 +26,7 @@ def encode(clip, text):
 def invert(model, positive, batch=1, **options):
     picture = latent(batch, HEIGHT, WIDTH)
     off = NoiseRegularization(steps=0)
-    return sampling.invert_latent(model, positive, picture, STEPS, 0, off, "direct", **options)
+    return invert_latent(model, positive, picture, InversionSettings(STEPS, 0, off, "direct", **options))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,9 @@ def test_maps_of_a_model_patched_later_are_recorded_anew(model, inversion):
 def test_the_model_stays_as_it_was(model, clip, inversion):
     options, wrappers = repr(model.model_options), repr(model.wrappers)
     with torch.inference_mode():
-        attention_heatmaps(model, invert(model, encode(clip, CAPTION), map_memory=0), clip, CAPTION, "cat")
+        attention_heatmaps(
+            model, invert(model, encode(clip, CAPTION), map_memory=0), clip, CAPTION, HeatmapSettings("cat")
+        )
     assert (repr(model.model_options), repr(model.wrappers)) == (options, wrappers)
     assert not any(module._forward_hooks for module in model.model.diffusion_model.modules())
 
@@ -140,7 +142,7 @@ def test_the_brightest_place_is_where_the_word_is_read(model, clip, inversion, m
     heat[0, tokens["cat"], 1, 1] = 0.5
     heat[0, tokens["grass"], 6, 10] = 0.4
     monkeypatch.setattr(attention_heat, "mean_attention", lambda *args: heat)
-    pictures = attention_heatmaps(model, inversion, clip, CAPTION, "cat\ngrass, cat on grass")
+    pictures = attention_heatmaps(model, inversion, clip, CAPTION, HeatmapSettings("cat\ngrass, cat on grass"))
     assert len(pictures) == 3
     for picture, places in zip(pictures, ([(1, 1)], [(6, 10)], [(1, 1), (6, 10)])):
         bright = brightness(picture)
@@ -190,7 +192,7 @@ def test_each_picture_of_a_batch_is_shown_with_its_own_caption(model, clip, run_
     with torch.inference_mode():
         heat = mean_attention(model, batch, 77, FULL, "all")
     zebra = clip.tokenize("a zebra")["l"][0].index(clip.tokenize("zebra")["l"][0][1])
-    expected = attention_heat._draw(heat[1, [zebra]].sum(0), "zebra", image[1])
+    expected = attention_heat._draw(heat[1, [zebra]].sum(0), "zebra", image[1], 8)
     assert torch.equal(together[2], charts.as_image(expected))
 
 

@@ -11,8 +11,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from composed_run import directional_derivative, edit, guided_step, invert, same, soft_model, stock_edit
 from guided_pass import latents, sigma_of
 from patch_catalogue import MODEL_PATCHES, core_extra, patched, random
-from pix2pix_zero.host.methods.plug_and_play import latent_at, with_source_features
-from pix2pix_zero.host.methods.prompt_to_prompt import edit_by_prompt
+from pix2pix_zero.host.methods.plug_and_play import with_source_features
+from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
 from small_unet import conditioning, latent
 from tiny_clip import tiny_clip
 
@@ -39,7 +39,7 @@ def plug(model, inversion, until=1.0):
 
 def test_plug_and_play_is_in_the_estimate_and_the_gradient_of_a_guided_step(model):
     inversion, double = invert(model), soft_model(torch.float64)
-    x_source, (_, x) = latent_at(inversion, sigma_of(model)), latents(model)
+    x_source, (_, x) = inversion.latent_at(sigma_of(model)), latents(model)
     plugged = plug(model, inversion)
     stock, estimate, gradient, distance = guided_step(plugged, TEXTS, x_source, x)
     assert (estimate - stock).norm() <= 1e-4 * stock.norm()
@@ -74,7 +74,7 @@ def test_prompt_to_prompt_composes_in_either_order(model, name):
 
     def swap(model, target):
         with torch.inference_mode():
-            return edit_by_prompt(model, inversion, clip, words, target)
+            return edit_by_prompt(model, inversion, clip, words, target, PromptEditSettings())
 
     before, positive = swap(changed, others)
     after, alone = apply(name, swap(model, others)[0]), swap(model, others)[0]

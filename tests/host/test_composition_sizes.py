@@ -12,7 +12,7 @@ from patch_catalogue import combined, control_net, gligen, random, regional, une
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.unet.jobs import UNetCall
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
@@ -38,7 +38,7 @@ def double():
 def test_a_picture_of_any_size_comes_back_and_can_be_edited(model, shape):
     picture = latent(1, *shape)
     with torch.inference_mode():
-        inversion = sampling.invert_latent(model, conditioning(), picture, 2, 0, MILD)
+        inversion = invert_latent(model, conditioning(), picture, InversionSettings(2, 0, MILD))
     again = edit(model, inversion, conditioning(), conditioning())
     assert same(again, picture["samples"])
     edited, lean = (edit(model, inversion, strength=STRENGTH, preset=name) for name in ("default", "low memory"))

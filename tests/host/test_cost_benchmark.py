@@ -7,7 +7,7 @@ import pytest
 from pix2pix_zero.benchmarks.cost import main
 from pix2pix_zero.benchmarks.cost_parts import child
 from pix2pix_zero.benchmarks.cost_parts.jobs import Job
-from pix2pix_zero.host.methods.presets import PRESETS
+from pix2pix_zero.host.sampling.edit import PRESETS
 
 PEERS = {"diffusers", "authors"}
 UNGUIDED = 3  # one picture inverted, then both branches

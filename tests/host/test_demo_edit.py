@@ -8,7 +8,8 @@ from pix2pix_zero.benchmarks.quality_parts.methods import reconstruction, this_p
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench, node_default
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 
 FIRST_SEED = 400_000  # none of the benchmark's
@@ -98,5 +99,5 @@ def test_a_batch_equals_single_runs(bench):
 
 def edit_latents(bench, pictures, rows, regularization):
     source, edited = ([[text[rows], extras] for text, extras in texts] for texts in (bench.described, bench.moved))
-    inversion = invert_latent(bench.model, source, {"samples": pictures}, 3, 0, regularization)
-    return sample_edit(bench.model, inversion, edited, source, CFG, STRENGTH, feature_until=0.5)
+    inversion = invert_latent(bench.model, source, {"samples": pictures}, InversionSettings(3, 0, regularization))
+    return sample_edit(bench.model, inversion, edited, source, EditSettings(CFG, STRENGTH, feature_until=0.5))[0]

@@ -20,11 +20,11 @@ from comfy.ldm.modules.attention import attention_pytorch
 from other_device import OTHER, OtherTensor, other_device
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.directions import EditDirection
-from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.map_store import KeptMaps, decode
+from pix2pix_zero.editing.trajectory import Inversion
 from pix2pix_zero.host.networks import model_kinds
+from pix2pix_zero.host.sampling.invert import METHODS
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.sampling.run import INVERSION_METHODS
 from pix2pix_zero.nodes import sampler
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
@@ -237,7 +237,7 @@ def left_half():
     return mask
 
 
-@pytest.mark.parametrize("method", INVERSION_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_inversion(same_on_both, method):
     steps = 3 if method == "official" else STEPS  # the least it takes
     same_on_both(lambda here: invert(here, method=method, steps=steps, measure_reconstruction=method == "direct"))

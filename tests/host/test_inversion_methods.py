@@ -9,7 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 from pix2pix_zero.host import progress
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.invert import inverted_noise
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from small_edit import OFF, edit, invert
 from small_unet import conditioning, latent, small_model
@@ -58,7 +58,7 @@ def test_the_measured_reconstruction_is_that_of_a_stock_sampler(model, method):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning(), conditioning())
         guider.set_cfg(1.0)
-        noise = sampling.inverted_noise(inversion, model)
+        noise = inverted_noise(inversion, model)
         euler = comfy.samplers.sampler_object("euler")
         again = guider.sample(torch.zeros_like(noise), noise, euler, inversion.sigmas.flip(0))
     for psnr, ours, source in zip(inversion.reconstruction_psnr, again, picture["samples"], strict=True):

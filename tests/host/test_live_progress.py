@@ -5,7 +5,10 @@ import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import progress
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling import edit as edit_room
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
+from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from small_unet import conditioning, latent
 
 STEPS = 4
@@ -30,12 +33,16 @@ def seen(monkeypatch):
 
 @torch.inference_mode()
 def invert(model, method="direct"):
-    return sampling.invert_latent(model, conditioning(), latent(), STEPS, 0, NoiseRegularization(steps=0), method)
+    return invert_latent(
+        model, conditioning(), latent(), InversionSettings(STEPS, 0, NoiseRegularization(steps=0), method)
+    )
 
 
 @torch.inference_mode()
 def edit(model, inversion, strength, preset="default"):
-    return sampling.sample_edit(model, inversion, conditioning(seed=1), conditioning(), 2.0, strength, preset=preset)
+    return sample_edit(
+        model, inversion, conditioning(seed=1), conditioning(), EditSettings(2.0, strength, preset=preset)
+    )[0]
 
 
 def every_step(phase):
@@ -63,7 +70,7 @@ def test_a_generated_reference_shows_every_step(model, seen):
     texts, bar, estimates = seen
     with torch.inference_mode():
         empty = {"samples": torch.zeros(1, 4, 8, 8)}
-        sampling.generate_reference(model, conditioning(), conditioning(seed=2), empty, STEPS, 2.0, 7)
+        generate_reference(model, conditioning(), conditioning(seed=2), empty, ReferenceSettings(STEPS, 2.0, 7))
     assert texts == every_step("Generating")
     assert bar[-1] == (STEPS, STEPS)
     assert len(estimates) == STEPS
@@ -85,7 +92,7 @@ def test_guided_steps_name_the_distance_per_pixel(model, seen, monkeypatch, pres
     texts.clear()
     sums = []
 
-    class Passes(sampling.UNetPasses):
+    class Passes(edit_room.UNetPasses):
         def denoise_and_match(self, *args, **kwargs):
             found = super().denoise_and_match(*args, **kwargs)
             sums.append(float(found[2].mean()))
@@ -97,7 +104,7 @@ def test_guided_steps_name_the_distance_per_pixel(model, seen, monkeypatch, pres
                 sums.append(float(found[1].mean()))
             return found
 
-    monkeypatch.setattr(sampling, "UNetPasses", Passes)
+    monkeypatch.setattr(edit_room, "UNetPasses", Passes)
     edit(model, inversion, 6e-4, preset)
     assert [text.split(",")[0] for text in texts] == every_step("Guided step")
     shown = [float(text.split("map distance ")[1]) for text in texts]

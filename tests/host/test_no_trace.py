@@ -6,7 +6,8 @@ import pytest
 import torch
 from guided_pass import loaded_model
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from small_unet import conditioning, latent
 
 
@@ -55,12 +56,14 @@ def ordinary_sample(model):
 
 def edit(model, inversion, preset="default"):
     with torch.inference_mode():
-        return sample_edit(model, inversion, conditioning(seed=1), conditioning(), 2.0, 0.01, preset=preset)
+        return sample_edit(
+            model, inversion, conditioning(seed=1), conditioning(), EditSettings(2.0, 0.01, preset=preset)
+        )[0]
 
 
 def invert(model):
     with torch.inference_mode():
-        return invert_latent(model, conditioning(), latent(), 2, 0, NoiseRegularization(steps=0))
+        return invert_latent(model, conditioning(), latent(), InversionSettings(2, 0, NoiseRegularization(steps=0)))
 
 
 @pytest.mark.parametrize("preset", ["default", "official"])

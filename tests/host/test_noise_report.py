@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
 from pix2pix_zero.pictures import charts
 from small_unet import conditioning, latent, small_model
@@ -28,8 +28,8 @@ def test_an_inversions_noise_is_measured_on_the_scale_of_true_noise(run_node):
     with torch.inference_mode():
         model = small_model()
         off = NoiseRegularization(steps=0)
-        inversion = sampling.invert_latent(model, conditioning(), latent(height=16, width=16), 3, 0, off)
-        output = {"samples": sampling.inverted_noise(inversion, model)}
+        inversion = invert_latent(model, conditioning(), latent(height=16, width=16), InversionSettings(3, 0, off))
+        output = {"samples": inverted_noise(inversion, model)}
     _, report = run_node(Pix2PixZeroNoiseReport, noise=output, inversion=inversion)
     seen = inversion.trajectory[-1] / (1 + inversion.sigmas[-1] ** 2) ** 0.5
     assert figure(report, "variance") == pytest.approx(float(seen[0].var((1, 2), correction=0).mean()), abs=6e-4)

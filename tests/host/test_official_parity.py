@@ -9,9 +9,11 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from pix2pix_zero.benchmarks.peer_pipeline import SCHEDULE
 from pix2pix_zero.editing import ddim
 from pix2pix_zero.editing.directions import apply_direction, edit_direction
-from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.regularization import NoiseRegularization, draw_shifts
-from pix2pix_zero.host.sampling.run import ddim_grid, invert_latent, sample_edit
+from pix2pix_zero.editing.trajectory import Inversion
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
+from pix2pix_zero.host.sampling.levels import ddim_grid
 from small_unet import CONFIG, CONTEXT_DIM, TOKENS, SmallSD, conditioning, latent
 
 LATENT_SCALE = 0.18215
@@ -31,13 +33,16 @@ def variance_preserving(inversion: Inversion) -> torch.Tensor:
 
 def invert(model, text, picture, regularization=UNREGULARIZED, method="diffusers", steps=STEPS) -> Inversion:
     with torch.inference_mode():
-        return invert_latent(model, text, picture, steps, SEED, regularization, method)
+        return invert_latent(model, text, picture, InversionSettings(steps, SEED, regularization, method))
 
 
 def edit(model, inversion, positive, negative, cfg=7.5, strength=0.1) -> torch.Tensor:
     """In the UNet's space, as the pipeline returns it."""
     with torch.inference_mode():
-        return sample_edit(model, inversion, positive, negative, cfg, strength, preset="official") * LATENT_SCALE
+        return (
+            sample_edit(model, inversion, positive, negative, EditSettings(cfg, strength, preset="official"))[0]
+            * LATENT_SCALE
+        )
 
 
 def their_edit(pipe, noise, source, negative, sentences, steps, cfg=7.5, strength=0.1) -> torch.Tensor:

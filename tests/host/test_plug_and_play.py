@@ -4,8 +4,7 @@ import comfy.samplers
 import pytest
 import torch
 from pix2pix_zero.editing import ddim
-from pix2pix_zero.host.methods.plug_and_play import latent_at, lowest_level
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling.invert import inverted_noise
 from plug_and_play_runs import SITES, STEPS, distance, edited_calls, invert, patch, sample, source_features
 from small_unet import conditioning, latent, small_model
 
@@ -71,7 +70,7 @@ def test_a_batch_equals_single_runs(model):
 
 def test_a_repeated_picture_takes_one_text_each(model, inversion):
     texts = conditioning(rows=2, seed=1)
-    noise = sampling.inverted_noise(inversion, model).repeat(2, 1, 1, 1)
+    noise = inverted_noise(inversion, model).repeat(2, 1, 1, 1)
     both = sample(patch(model, inversion), inversion, texts, noise=noise)
     for i in range(2):
         alone = sample(patch(model, inversion), inversion, [[texts[0][0][i : i + 1], {}]])
@@ -80,7 +79,7 @@ def test_a_repeated_picture_takes_one_text_each(model, inversion):
 
 def test_the_ksampler_node_gives_the_same(model, inversion, run_node):
     patched = patch(model, inversion, 0.8, 0.5)
-    noise = {"samples": sampling.inverted_noise(inversion, model)}
+    noise = {"samples": inverted_noise(inversion, model)}
     with torch.inference_mode():
         texts = conditioning(seed=1), conditioning(seed=2)
         (latents,) = host_nodes.KSamplerAdvanced().sample(
@@ -93,11 +92,11 @@ def test_levels_between_those_of_the_inversion_lie_on_its_ddim_steps(inversion):
     for level in range(1, STEPS + 1):
         low, high = (inversion.sigmas[i].item() for i in (level - 1, level))
         x = inversion.trajectory[level]
-        assert distance(latent_at(inversion, high), x) < 1e-6
+        assert distance(inversion.latent_at(high), x) < 1e-6
         eps = (x - inversion.trajectory[level - 1]) / (high - low)
         between = 0.3 * low + 0.7 * high
-        assert distance(latent_at(inversion, between), ddim.step(x, eps, high, between)) < 1e-5
-    beyond = latent_at(inversion, 2 * high - low)
+        assert distance(inversion.latent_at(between), ddim.step(x, eps, high, between)) < 1e-5
+    beyond = inversion.latent_at(2 * high - low)
     assert distance(beyond, 2 * inversion.trajectory[-1] - inversion.trajectory[-2]) < 1e-5
 
 
@@ -112,7 +111,7 @@ def test_other_samplers_and_schedules_are_served(model, inversion, sampler):
 
 @pytest.mark.parametrize("share, level", [(0.0, None), (0.2, 5), (0.6, 3), (0.79, 2)])
 def test_the_lowest_level_is_that_of_the_windows_last_step(inversion, share, level):
-    lowest = lowest_level(inversion, share)
+    lowest = inversion.lowest_sigma(share)
     active = [i for i in range(1, STEPS + 1) if inversion.sigmas[i] >= lowest]
     assert active == ([] if level is None else list(range(level, STEPS + 1)))
 
@@ -151,7 +150,7 @@ def test_nothing_stays_on_the_model(model, inversion, error):
 
 def test_an_inversion_of_another_model_is_refused(inversion):
     with pytest.raises(ValueError, match="inversion: it was made with another model. Connect the same model"):
-        patch(small_model(), inversion)
+        patch(small_model(seed=5), inversion)
 
 
 def test_a_model_that_is_no_unet_is_refused(model, inversion):
@@ -172,7 +171,7 @@ def test_a_latent_of_another_size_is_refused(model, inversion):
 
 def test_noise_on_top_of_the_inversions_noise_is_refused(model, inversion):
     patched = patch(model, inversion)
-    noise = {"samples": sampling.inverted_noise(inversion, model)}
+    noise = {"samples": inverted_noise(inversion, model)}
     with torch.inference_mode(), pytest.raises(ValueError, match="noise: it would be added.*DisableNoise"):
         host_nodes.KSampler().sample(
             patched, 0, STEPS, 2.0, "euler", "ddim_uniform", conditioning(), conditioning(), noise

@@ -3,7 +3,7 @@
 import comfy.samplers
 import pytest
 import torch
-from pix2pix_zero.host.sampling.run import generate_reference
+from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from prompt_to_prompt_runs import SOURCE, STEPS, Trace, apply_maps, branch, edit, encode, invert, maps_of, patch, sample
 from small_unet import latent, small_model
 
@@ -110,7 +110,9 @@ def test_a_generated_picture_comes_back_with_its_own_text(model, clip):
     with torch.inference_mode():
         empty = {"samples": torch.zeros(1, 4, 8, 8)}
         negative = encode(clip, "ugly")
-        inversion, samples = generate_reference(model, encode(clip, SOURCE), negative, empty, STEPS, 3.0, 7)
+        inversion, samples = generate_reference(
+            model, encode(clip, SOURCE), negative, empty, ReferenceSettings(STEPS, 3.0, 7)
+        )
     again = edit(model, inversion, clip, SOURCE, cfg=3.0, negative=negative, cross=1.0, to_itself=1.0)
     assert (again - samples).abs().max() <= 1e-4 * samples.std()
     edited = edit(model, inversion, clip, "a dog on a sofa", cfg=3.0, negative=negative)

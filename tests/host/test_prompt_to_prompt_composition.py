@@ -11,7 +11,7 @@ import pytest
 import torch
 from pix2pix_zero.devtools.graphs import Graph
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
-from pix2pix_zero.host.sampling.run import invert_latent, inverted_noise
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from prompt_to_prompt_runs import (
     OFF,
     SOURCE,
@@ -73,7 +73,7 @@ def test_a_model_with_two_encoders(xl):
 def test_the_target_is_encoded_with_what_else_the_caption_carries(model, clip):
     caption = [[encode(clip, SOURCE)[0][0], {"width": 512, "strength": 0.7}]]
     with torch.inference_mode():
-        inversion = invert_latent(model, caption, latent(), STEPS, 0, OFF, map_memory=0)
+        inversion = invert_latent(model, caption, latent(), InversionSettings(STEPS, 0, OFF, map_memory=0))
     _, positive = patch(model, inversion, clip, "a dog on a sofa")
     assert positive[0][1]["width"] == 512 and positive[0][1]["strength"] == 0.7
     assert torch.equal(positive[0][0], encode(clip, "a dog on a sofa")[0][0])

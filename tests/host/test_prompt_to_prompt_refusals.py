@@ -14,12 +14,6 @@ def inversion(model, clip):
     return invert(model, clip)
 
 
-def test_a_level_above_the_inversion_is_refused(model, clip, inversion):
-    patched, positive = patch(model, inversion, clip, "a dog on a sofa")
-    with pytest.raises(ValueError, match="sigmas: .*ddim_uniform with 4 steps"):
-        sample(patched, inversion, positive, encode(clip, ""), sigmas=inversion.sigmas.flip(0) * 1.2)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,9 +5,11 @@ from dataclasses import replace
 import comfy.samplers
 import pytest
 import torch
-from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling import edit as edit_room
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import inverted_noise
+from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_edit import MILD, edit, invert
@@ -44,7 +46,7 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
         Pix2PixZeroInversion, model=[model], positive=as_list, latent_image=[pictures], **settings
     )
     assert [len(output) for output in (inversions, *others)] == [1, 1, 1, 1]
-    window = dict(start_percent=[0.0], end_percent=[1.0], preset=["default"])
+    window = dict(start_percent=[0.0], end_percent=[1.0], preset=["default"], local_blend=[0.0], feature_until=[0.0])
     latents, areas = run_node(
         Pix2PixZeroKSampler,
         model=[model],
@@ -68,7 +70,7 @@ def test_stock_sampling_from_noise_and_sigmas_equals_the_unguided_sampler(model)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning(seed=1), conditioning())
         guider.set_cfg(2.0)
-        noise = sampling.inverted_noise(inversion, model)
+        noise = inverted_noise(inversion, model)
         stock = guider.sample(
             torch.zeros_like(noise), noise, comfy.samplers.sampler_object("euler"), inversion.sigmas.flip(0)
         )
@@ -83,7 +85,7 @@ def test_features_of_the_picture_are_put_in_as_plug_and_play_does(model):
         guider = comfy.samplers.CFGGuider(with_source_features(model, inversion, 0.5, 0.0))
         guider.set_conds(conditioning(seed=1), conditioning())
         guider.set_cfg(2.0)
-        noise = sampling.inverted_noise(inversion, model)
+        noise = inverted_noise(inversion, model)
         stock = guider.sample(
             torch.zeros_like(noise), noise, comfy.samplers.sampler_object("euler"), inversion.sigmas.flip(0)
         )
@@ -132,14 +134,14 @@ def test_guidance_pulls_the_maps_towards_the_source(model):
     inversion = invert(model)
     distances = []
 
-    class Passes(sampling.UNetPasses):
+    class Passes(edit_room.UNetPasses):
         def denoise_and_match(self, *args):
             denoised, gradient, distance = super().denoise_and_match(*args)
             distances[-1].append(distance.item())
             return denoised, gradient, distance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "UNetPasses", Passes)
+        patch.setattr(edit_room, "UNetPasses", Passes)
         for strength in (1e-9, 1.2e-3):
             distances.append([])
             edit(model, inversion, strength=strength)
@@ -158,7 +160,9 @@ def test_the_guidance_window_is_respected(model):
 def test_generated_reference_is_the_picture_its_trajectory_ends_on(model):
     with torch.inference_mode():
         empty = {"samples": torch.zeros(2, 4, 8, 8)}
-        inversion, samples = sampling.generate_reference(model, conditioning(), conditioning(seed=2), empty, 3, 2.0, 7)
+        inversion, samples = generate_reference(
+            model, conditioning(), conditioning(seed=2), empty, ReferenceSettings(3, 2.0, 7)
+        )
         again = edit(model, inversion, conditioning(), conditioning(seed=2), strength=0.0)
     assert (again - samples).abs().max() <= 1e-4 * samples.std()
     assert not torch.equal(samples[0], samples[1])
@@ -169,9 +173,9 @@ def test_generated_reference_is_the_picture_its_trajectory_ends_on(model):
 @pytest.mark.parametrize("strength", [0.0, 6e-4])
 def test_contrast_is_that_of_edited_and_source_text(model, negative_seed, cfg, strength):
     """Whatever branches the sampler needs for itself. Checked against two evaluations of their own at each latent."""
-    inversion, blend, seen = invert(model), LocalBlend(0.3), []
+    inversion, seen = invert(model), []
 
-    class Passes(sampling.UNetPasses):
+    class Passes(edit_room.UNetPasses):
         def contrast(self, x, sigma):
             contrast = super().contrast(x, sigma)
             edited, source = (self.denoise_branch(branch, x, sigma) for branch in ("positive", "source"))
@@ -179,15 +183,14 @@ def test_contrast_is_that_of_edited_and_source_text(model, negative_seed, cfg, s
             return contrast
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(sampling, "UNetPasses", Passes)
-        sampling.sample_edit(
-            model, inversion, conditioning(seed=1), conditioning(seed=negative_seed), cfg, strength, blend=blend
-        )
+        patch.setattr(edit_room, "UNetPasses", Passes)
+        settings = EditSettings(cfg, strength, local_blend=0.3)
+        _, area = sample_edit(model, inversion, conditioning(seed=1), conditioning(seed=negative_seed), settings)
     assert len(seen) == inversion.steps
     for ours, expected in seen:
         assert expected.max() > 0
         assert (ours - expected).abs().max() <= 1e-4 * expected.max()
-    assert blend.mask.shape == (1, 1, 8, 8)
+    assert area.shape == (1, 64, 64)
 
 
 def sampled(model, run_node, inversion, **settings):
@@ -207,17 +210,17 @@ def sampled(model, run_node, inversion, **settings):
 
 
 def test_the_sampler_shows_where_it_let_the_picture_change(model, run_node, monkeypatch):
-    class LeftHalf(sampling.UNetPasses):
+    class LeftHalf(edit_room.UNetPasses):
         def contrast(self, x, sigma):
             contrast = super().contrast(x, sigma)
             contrast[..., 8:] = 0.0
             return contrast
 
-    monkeypatch.setattr(sampling, "UNetPasses", LeftHalf)
+    monkeypatch.setattr(edit_room, "UNetPasses", LeftHalf)
     inversion = invert(model, picture=latent(1, 16, 16))
-    (free,), (everywhere,) = sampled(model, run_node, inversion)
+    (free,), (everywhere,) = sampled(model, run_node, inversion, local_blend=0.0, feature_until=0.0)
     assert torch.equal(everywhere, torch.ones(1, 128, 128))
-    (blended,), (area,) = sampled(model, run_node, inversion, local_blend=0.5)
+    (blended,), (area,) = sampled(model, run_node, inversion, local_blend=0.5, feature_until=0.0)
     assert area.shape == (1, 128, 128)
     assert area[..., :64].max() > 0.9
     assert area[..., 80:].max() == 0

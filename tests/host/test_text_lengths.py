@@ -8,10 +8,9 @@ from composed_run import edit, invert, same, soft_model
 from guided_pass import latents
 from patch_catalogue import appended_tokens
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.host.batching import stack_conditionings
-from pix2pix_zero.host.methods.presets import PRESETS
-from pix2pix_zero.host.sampling import run as sampling
+from pix2pix_zero.host.sampling import edit as edit_room
+from pix2pix_zero.host.sampling.edit import PRESETS
 from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
 from small_unet import conditioning, latent
 
@@ -87,11 +86,11 @@ def test_every_preset_makes_the_edit_of_a_text_from_its_repetition(model, preset
     texts = {"source": conditioning(), "positive": conditioning(seed=1)}
 
     def run(strength=10 * STRENGTH if preset == "official" else STRENGTH):
-        blend = LocalBlend(0.9)
         inversion = invert(model, texts["source"], latent(1, 8, 8), method="direct")
         positive = texts["positive"]
-        edited = edit(model, inversion, positive, strength=strength, preset=preset, blend=blend, feature_until=0.5)
-        return edited, blend.mask
+        settings = edit_room.EditSettings(2.0, strength, preset=preset, local_blend=0.9, feature_until=0.5)
+        with torch.inference_mode():
+            return edit_room.sample_edit(model, inversion, positive, conditioning(seed=9), settings)
 
     expected, expected_mask = run()
     texts[longer] = repeated(texts[longer])
@@ -113,7 +112,7 @@ def test_maps_kept_and_recorded_anew_and_matched_one_picture_at_a_time_give_one_
     anew = edit(model, invert(model, source, picture, method="direct", map_memory=0), positive, strength=STRENGTH)
     assert same(anew, kept)
     assert not same(edit(model, inversion, positive), kept, 1e-2), "guidance must matter"
-    monkeypatch.setattr(sampling, "affordable_rows", lambda *args, **needs: 1)
+    monkeypatch.setattr(edit_room, "affordable_rows", lambda *args, **needs: 1)
     assert same(edit(model, inversion, positive, strength=STRENGTH), kept)
 
 
@@ -131,13 +130,13 @@ def test_texts_of_a_batch_are_guided_as_if_each_came_alone(model, monkeypatch, l
         alone = edit(model, one, edits[i], strength=STRENGTH)
         assert same(together[i : i + 1], alone)
         assert not same(edit(model, one, edits[i]), alone, 1e-2), "guidance must matter"
-    monkeypatch.setattr(sampling, "affordable_rows", lambda *args, **needs: 1)
+    monkeypatch.setattr(edit_room, "affordable_rows", lambda *args, **needs: 1)
     assert same(edit(model, inversion, positive, strength=STRENGTH), together)
 
 
 def test_memory_is_estimated_for_the_longer_text(model, monkeypatch):
     announced = []
-    monkeypatch.setattr(sampling, "affordable_mode", lambda *args, tokens, **_: announced.append(tokens) or "none")
+    monkeypatch.setattr(edit_room, "affordable_mode", lambda *args, tokens, **_: announced.append(tokens) or "none")
     edit(model, invert(model, conditioning(tokens=14)), conditioning(seed=1), strength=STRENGTH)
     edit(model, invert(model), conditioning(seed=1, tokens=21), strength=STRENGTH)
     assert announced == [14, 21]

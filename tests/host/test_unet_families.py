@@ -13,8 +13,9 @@ from pix2pix_zero.attention_patches.sites import attends_to_itself, cross_attent
 from pix2pix_zero.benchmarks.families_parts.architectures import COMMON, FAMILIES, detected, file_of
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
 from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.sampling.run import invert_latent, sample_edit
 from pix2pix_zero.host.unet.jobs import for_own_sampler
 from pix2pix_zero.host.unet.map_jobs import MatchMaps
 from pix2pix_zero.host.unet.memory import guided_pass_memory
@@ -37,12 +38,14 @@ def last_model_is_released():
 
 @torch.inference_mode()
 def invert(model, source, steps=2, method="direct", **options):
-    return invert_latent(model, source, picture(model), steps, 5, REGULARIZATION, method, **options)
+    return invert_latent(model, source, picture(model), InversionSettings(steps, 5, REGULARIZATION, method, **options))
 
 
 @torch.inference_mode()
 def edit(model, inversion, positive, negative=None, cfg=2.0, strength=0.01, **options):
-    return sample_edit(model, inversion, positive, negative or inversion.source, cfg, strength, **options)
+    return sample_edit(
+        model, inversion, positive, negative or inversion.source, EditSettings(cfg, strength, **options)
+    )[0]
 
 
 @torch.inference_mode()

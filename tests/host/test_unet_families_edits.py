@@ -4,14 +4,14 @@ import comfy_extras.nodes_custom_sampler as stock
 import pytest
 import torch
 from families import WIDTH, further_channels, picture, small_family, texts
-from pix2pix_zero.editing.local_blend import LocalBlend
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.methods import prompt_to_prompt
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
-from pix2pix_zero.host.methods.prompt_to_prompt import edit_by_prompt
-from pix2pix_zero.host.sampling.edit_texts import beside_the_source
+from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.sampling.run import invert_latent, inverted_noise, sample_edit
+from pix2pix_zero.host.sampling.source import beside_the_source
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from tiny_clip import WIDTH_G, WIDTH_L, tiny_clip
 
@@ -23,12 +23,12 @@ SIDES = ("source_sentences", "target_sentences")
 
 @torch.inference_mode()
 def invert(model, source, steps=2, **options):
-    return invert_latent(model, source, picture(model), steps, 5, OFF, **options)
+    return invert_latent(model, source, picture(model), InversionSettings(steps, 5, OFF, **options))
 
 
 @torch.inference_mode()
 def edit(model, inversion, positive, negative, strength=0.01, **options):
-    return sample_edit(model, inversion, positive, negative, 2.0, strength, **options)
+    return sample_edit(model, inversion, positive, negative, EditSettings(2.0, strength, **options))[0]
 
 
 @torch.inference_mode()
@@ -141,7 +141,7 @@ def test_where_the_edit_acts_is_told_from_the_negative_only_if_it_is_the_source(
         "denoise_branch",
         lambda self, branch, *args: evaluated.append(branch) or evaluate(self, branch, *args),
     )
-    edit(model, inversion, encode(clip, "a photo of a dog"), negative, blend=LocalBlend(0.2))
+    edit(model, inversion, encode(clip, "a photo of a dog"), negative, local_blend=0.2)
     assert (evaluated == []) == same
 
 
@@ -171,7 +171,7 @@ def test_an_inpainting_mask_keeps_the_picture_outside_it():
     mask = further_channels("sd15-inpaint")["concat_mask"]
     latent = {**picture(model), "noise_mask": mask}
     with torch.inference_mode():
-        inversion = invert_latent(model, source, latent, 2, 5, OFF)
+        inversion = invert_latent(model, source, latent, InversionSettings(2, 5, OFF))
     change = (edit(model, inversion, positive, source) - latent["samples"]).abs().amax(1)
     assert change[mask == 0].max() <= 1e-4
     assert change[mask == 1].max() > 0.1
@@ -208,10 +208,14 @@ def test_prompt_to_prompt_edits_by_words(family, kind):
         model = small_family(family, width, pooled)
         caption = [[cond, {**options, **further_channels(family)}] for cond, options in encode(clip, "a cat on a sofa")]
         inversion = invert(model, caption)
-        patched, positive = edit_by_prompt(model, inversion, clip, "a cat on a sofa", "a dog on a sofa", 0.5, 1.0)
+        patched, positive = edit_by_prompt(
+            model, inversion, clip, "a cat on a sofa", "a dog on a sofa", PromptEditSettings(0.5, 1.0)
+        )
         unpatched = sample(model, inversion, positive, caption)
         edited = sample(patched, inversion, positive, caption)
-        same, unedited = edit_by_prompt(model, inversion, clip, "a cat on a sofa", "a cat on a sofa", 0.5, 1.0)
+        same, unedited = edit_by_prompt(
+            model, inversion, clip, "a cat on a sofa", "a cat on a sofa", PromptEditSettings(0.5, 1.0)
+        )
         again = sample(same, inversion, unedited, caption)
     assert edited.isfinite().all()
     assert (edited - unpatched).std() > 1e-4 * unpatched.std()
@@ -233,7 +237,7 @@ def test_prompt_to_prompt_takes_self_attention_only_where_there_is_some(monkeypa
         model = small_family("sdxs-09", WIDTH_L, disable_self_attentions=[True, True, False])
         caption = encode(clip, "a cat")
         inversion = invert(model, caption)
-        patched, positive = edit_by_prompt(model, inversion, clip, "a cat", "a dog", 0.0, 1.0)
+        patched, positive = edit_by_prompt(model, inversion, clip, "a cat", "a dog", PromptEditSettings(0.0, 1.0))
         sample(patched, inversion, positive, caption)
     assert {site.block for _, site in taken} == {"input", "output"}
     for kind, site in taken:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete, ModelSamplingSD3
-from pix2pix_zero.host.methods.prompt_to_prompt import edit_by_prompt
-from pix2pix_zero.host.sampling.noise_levels import SCHEDULERS, ddim_grid
-from pix2pix_zero.host.sampling.run import sample_edit
+from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.levels import SCHEDULERS, ddim_grid
 from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
@@ -57,7 +57,7 @@ def invert(run_node, model, steps, scheduler, method="direct"):
 
 @torch.inference_mode()
 def edit(model, inversion, positive, strength=1e-4, cfg=1.5, **options):
-    return sample_edit(model, inversion, positive, conditioning(), cfg, strength, **options)
+    return sample_edit(model, inversion, positive, conditioning(), EditSettings(cfg, strength, **options))[0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -119,7 +119,7 @@ def test_a_reference_of_few_steps_starts_at_pure_noise_and_is_redrawn(models, ru
     assert inversion.steps == 4
     assert inversion.sigmas[-1] == model.get_model_object("model_sampling").sigma_max
     with torch.inference_mode():
-        again = sample_edit(model, inversion, conditioning(), conditioning(seed=2), 1.5, 0.0)
+        again = sample_edit(model, inversion, conditioning(), conditioning(seed=2), EditSettings(1.5, 0.0))[0]
     assert (again - drawn["samples"]).abs().max() <= 1e-3 * drawn["samples"].std()
 
 
@@ -176,7 +176,7 @@ def calls(model, inversion, run_node):
             feature_until=0.8,
             attention_until=0.5,
         ),
-        "prompt to prompt": lambda: edit_by_prompt(model, inversion, object(), "a cat", "a dog"),
+        "prompt to prompt": lambda: edit_by_prompt(model, inversion, object(), "a cat", "a dog", PromptEditSettings()),
         "feature pictures": lambda: feature_pictures(model, inversion, "queries", 0.5),
     }
 

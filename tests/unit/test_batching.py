@@ -1,8 +1,11 @@
 """Lists of texts and batches of pictures."""
 
+import functools
+
 import pytest
 import torch
-from pix2pix_zero.host.batching import TEXT_LENGTHS, run_per_picture, stack_conditionings
+from comfy_api.latest import io
+from pix2pix_zero.host.batching import TEXT_LENGTHS, per_picture, stack_conditionings
 
 
 def text(value, tokens=4, width=3, pooled=None):
@@ -10,27 +13,98 @@ def text(value, tokens=4, width=3, pooled=None):
     return [[torch.full((1, tokens, width), float(value)), extras]]
 
 
-def record(**inputs):
-    return (inputs,)
+@pytest.fixture
+def calls():
+    return []
 
 
-def test_one_text_per_picture_becomes_one_run_with_a_row_each():
-    ((call,),) = run_per_picture(record, {"text": [text(1, pooled=5), text(2, pooled=6)], "cfg": [3]}, [2], ("text",))
-    ((rows, extras),) = call["text"]
-    assert rows[:, 0, 0].tolist() == [1, 2]
+@pytest.fixture
+def node(calls):
+    """A node's `execute` that writes down what it is called with."""
+
+    def execute(cls, **inputs):
+        calls.append(inputs)
+        return io.NodeOutput(len(calls))
+
+    return functools.partial(per_picture("picture", ("text",))(execute), None)
+
+
+def picture(pictures=1):
+    return {"samples": torch.zeros(pictures, 4, 8, 8)}
+
+
+def values(call):
+    return call["text"][0][0][:, 0, 0].tolist()
+
+
+def test_one_text_per_picture_becomes_one_run_with_a_row_each(node, calls):
+    node(picture=[picture(2)], text=[text(1, pooled=5), text(2, pooled=6)], cfg=[3])
+    ((_, extras),) = calls[0]["text"]
+    assert [values(call) for call in calls] == [[1, 2]]
     assert extras["pooled_output"][:, 0].tolist() == [5, 6]
-    assert call["cfg"] == 3
+    assert calls[0]["cfg"] == 3
 
 
-def test_several_texts_for_one_picture_are_one_run_each():
-    (calls,) = run_per_picture(record, {"text": [text(1), text(2), text(3)], "cfg": [3, 4]}, [1], ("text",))
-    assert [call["text"][0][0][0, 0, 0].item() for call in calls] == [1, 2, 3]
+def test_several_texts_for_one_picture_are_one_run_each(node, calls):
+    outputs = node(picture=[picture()], text=[text(1), text(2), text(3)], cfg=[3, 4])
+    assert outputs.result == ([1, 2, 3],)
+    assert [values(call) for call in calls] == [[1], [2], [3]]
     assert [call["cfg"] for call in calls] == [3, 4, 4]  # the host repeats the last item of a shorter list
 
 
-def test_a_list_of_pictures_keeps_its_texts_apart():
-    (calls,) = run_per_picture(record, {"text": [text(1), text(2)], "picture": ["a", "b"]}, [1, 1], ("text",))
-    assert [(call["picture"], call["text"][0][0][0, 0, 0].item()) for call in calls] == [("a", 1), ("b", 2)]
+@pytest.mark.parametrize(
+    ("batches", "texts", "expected"),
+    [
+        ([1, 1], [1, 2], [[1], [2]]),
+        ([2, 2], [1, 2, 3, 4], [[1, 2], [3, 4]]),
+        ([2, 1], [1, 2, 3], [[1, 2], [3]]),
+        ([2, 2], [1, 2], [[1], [2]]),  # one for each batch
+        ([2, 1], [1], [[1], [1]]),
+    ],
+)
+def test_the_texts_of_a_list_of_batches_go_to_their_pictures(node, calls, batches, texts, expected):
+    node(picture=[picture(size) for size in batches], text=[text(value) for value in texts])
+    assert [values(call) for call in calls] == expected
+
+
+@pytest.mark.parametrize(("batches", "texts"), [([2], 3), ([3], 2), ([2, 2], 3), ([1, 1], 3), ([2, 1], 4)])
+def test_texts_that_fit_no_picture_are_refused_with_both_numbers(node, batches, texts):
+    with pytest.raises(ValueError, match=f"text: it brings {texts} texts for {sum(batches)} pictures"):
+        node(picture=[picture(size) for size in batches], text=[text(value) for value in range(texts)])
+
+
+def test_an_empty_list_is_named(node):
+    with pytest.raises(ValueError, match="cfg: the list is empty"):
+        node(picture=[picture()], text=[text(1)], cfg=[])
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        ({"mask": torch.zeros(1, 8, 8)}, {"mask": torch.ones(1, 8, 8)}),
+        ({"area": (4, 4, 0, 0)}, {"area": (4, 4, 0, 4)}),
+        ({"start_percent": 0.0}, {"start_percent": 0.5}),
+        ({"control": object()}, {"control": object()}),
+        ({}, {"mask": torch.ones(1, 8, 8)}),
+        ({"pooled_output": torch.ones(1, 2)}, {}),
+    ],
+)
+def test_texts_that_are_limited_differently_are_refused(limits):
+    texts = [[[torch.zeros(1, 4, 3), options]] for options in limits]
+    with pytest.raises(ValueError, match="positive.*limited alike"):
+        stack_conditionings(texts, "positive")
+
+
+def test_a_common_limit_is_kept():
+    limit = {"mask": torch.ones(1, 8, 8), "area": (4, 4, 0, 0), "control": object()}
+    ((_, options),) = stack_conditionings([[[torch.zeros(1, 4, 3), dict(limit)]] for _ in range(2)], "positive")
+    assert options.keys() == limit.keys()
+    assert all(options[name] is limit[name] for name in limit)
+
+
+def test_an_entry_without_text_is_named():
+    with pytest.raises(ValueError, match="positive.*no text"):
+        stack_conditionings([text(1), [[None, {}]]], "positive")
 
 
 def test_texts_of_unequal_length_are_repeated_so_that_attention_does_not_change():

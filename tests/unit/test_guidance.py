@@ -2,19 +2,19 @@
 
 import weakref
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from pix2pix_zero.editing.attention_distance import attention_distance
 from pix2pix_zero.editing.guidance import (
     GuidanceSchedule,
+    KeptSource,
     guidance_shift,
     sample_guided,
     sample_official,
 )
-from pix2pix_zero.editing.inversion import Inversion
 from pix2pix_zero.editing.local_blend import LocalBlend
+from pix2pix_zero.editing.trajectory import Inversion
 from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, sigmas, timestep_of, timesteps, vp_scale
 
 STEPS = 5
@@ -85,10 +85,13 @@ def inversion(batch=1, steps=STEPS):
     return Inversion(trajectory, levels, [], weakref.ref(ToyPasses))
 
 
-def run(loop, source, passes, strength=2.0, keep=lambda x, level: x, on_step=lambda *step: None, **schedule):
-    if loop is sample_official:
-        loop = partial(loop, final_sigma=float(SIGMA[0]))
-    return loop(source, passes, source.trajectory[-1], GuidanceSchedule(strength, **schedule), on_step, keep)
+def run(loop, source, passes, strength=2.0, kept=None, on_step=lambda *step: None, **schedule):
+    guidance = GuidanceSchedule(strength, final_sigma=float(SIGMA[0]), **schedule)
+    return loop(source, passes, source.trajectory[-1], guidance, kept or KeptSource(source), on_step)
+
+
+def blended(source, passes, blend=None, **options):
+    return run(sample_guided, source, passes, kept=KeptSource(source, blend=blend or LocalBlend(0.5)), **options)
 
 
 def their_distance(maps, reference):
@@ -300,11 +303,11 @@ def test_guidance_lowers_the_distance_to_the_source():
 def test_what_is_kept_outside_the_mask_is_written_back_at_every_level(loop):
     source, levels = inversion(), []
 
-    def keep(x, level):
+    def nowhere(level):
         levels.append(level)
-        return source.trajectory[level]
+        return torch.zeros(1, 1, 4, 5, dtype=torch.float64)
 
-    final = run(loop, source, ToyPasses(), keep=keep)
+    final = run(loop, source, ToyPasses(), kept=KeptSource(source, nowhere))
     assert levels == list(range(STEPS - 1, -1, -1))
     torch.testing.assert_close(final, source.trajectory[0])
 
@@ -346,7 +349,7 @@ def test_the_source_is_kept_where_the_edit_does_not_act():
             return contrast
 
     source, blend = inversion(), LocalBlend(0.5)
-    final = run(partial(sample_guided, blend=blend), source, LeftOnly())
+    final = blended(source, LeftOnly(), blend)
     mask = blend.mask.expand_as(final)
     assert (mask == 0).any(), "or there is nothing to see"
     assert (mask == 1).any()
@@ -361,10 +364,10 @@ def test_an_edit_that_acts_everywhere_is_neither_blended_nor_guided():
             return torch.ones_like(x[:, :1])
 
     passes = Everywhere()
-    blended = run(partial(sample_guided, blend=LocalBlend(0.5)), inversion(), passes)
+    ours = blended(inversion(), passes)
     # The first evaluation, which tells, has computed the gradient already.
     assert [evaluation for evaluation, *_ in passes.calls].count("gradient") == 1
-    torch.testing.assert_close(blended, run(sample_guided, inversion(), Everywhere(), share=0.0))
+    torch.testing.assert_close(ours, run(sample_guided, inversion(), Everywhere(), share=0.0))
 
 
 def test_pictures_that_are_edited_in_part_are_guided_beside_one_that_is_edited_as_a_whole():
@@ -385,8 +388,8 @@ def test_pictures_that_are_edited_in_part_are_guided_beside_one_that_is_edited_a
             return contrast
 
     source = inversion(batch=2)
-    together = run(partial(sample_guided, blend=LocalBlend(0.5)), source, Mixed())
+    together = blended(source, Mixed())
     for row, passes in enumerate((Whole(), Part())):
         alone = replace(source, trajectory=source.trajectory[:, row : row + 1])
-        expected = run(partial(sample_guided, blend=LocalBlend(0.5)), alone, passes)
+        expected = blended(alone, passes)
         torch.testing.assert_close(together[row : row + 1], expected)

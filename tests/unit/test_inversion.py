@@ -12,7 +12,7 @@ def picture():
 
 
 def walk(latent, transitions, denoise, regularize=lambda eps: eps):
-    return invert(latent, transitions, denoise, regularize, lambda *step: None)
+    return invert(latent, transitions, lambda x, sigma, _: denoise(x, sigma), regularize, lambda *step: None)[0]
 
 
 def sample(x, levels, denoise):
@@ -117,7 +117,11 @@ def test_the_noise_map_that_is_stepped_along_is_the_regularized_one():
 
 def test_each_step_is_reported_with_the_estimate_and_the_latent_it_leads_to():
     latent, transitions, reports = picture(), transitions_of("ddim", 3), []
-    visited = invert(latent, transitions, denoiser(), lambda eps: eps, lambda *step: reports.append(step))
+    denoise = denoiser()
+    visited, estimates = invert(
+        latent, transitions, lambda x, sigma, _: denoise(x, sigma), lambda eps: eps, lambda *step: reports.append(step)
+    )
+    assert [denoised for _, denoised, _ in reports] == estimates
     assert [index for index, _, _ in reports] == [0, 1, 2]
     for (_, denoised, x), before, after, (_, sigma, _) in zip(reports, visited, visited[1:], transitions):
         assert x is after
@@ -134,16 +138,9 @@ def test_a_batch_inverts_as_its_pictures_alone():
 
 def fixed_point_walk(latent, levels, denoise, iterations, regularize=lambda eps: eps):
     """(latents, estimates at all but the first) of a fixed-point inversion."""
-    estimates = []
-    visited = invert_fixed_point(
-        latent,
-        levels,
-        lambda x, sigma, level: denoise(x, sigma),
-        regularize,
-        iterations,
-        lambda index, denoised, x: estimates.append(denoised),
+    return invert_fixed_point(
+        latent, levels, lambda x, sigma, _: denoise(x, sigma), regularize, lambda *step: None, iterations
     )
-    return visited, estimates
 
 
 def test_fixed_point_inversion_solves_the_step_down_in_closed_form_and_sampling_undoes_it():
@@ -231,7 +228,7 @@ def test_fixed_point_inversion_tells_which_evaluations_are_at_latents_that_stay(
         calls.append((level, x))
         return denoiser()(x, sigma)
 
-    visited = invert_fixed_point(latent, levels, denoise, lambda eps: eps, 2, lambda *step: None)
+    visited, _ = invert_fixed_point(latent, levels, denoise, lambda eps: eps, lambda *step: None, 2)
     assert [level for level, _ in calls] == [0, 0, 0, 1, 0, 0, 2, 0, 0, 3]
     for level, x in calls:
         if level:

@@ -2,13 +2,14 @@
 
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 
-from .model_checks import check_diffusion
+from .checks import check_diffusion
 
 SCHEDULERS = ("ddim_uniform", "simple")
 
 
-def ddim_grid(model, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
+def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
     """Noise levels descending to 0, [steps + 1]. Those above 0 are entries of the model's table of noise levels.
 
     `scheduler`: "ddim_uniform" counts from the cleanest level, as DDIM does (Song et al. 2021), and has more levels where

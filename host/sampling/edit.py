@@ -1,0 +1,208 @@
+"""Redraw an inverted picture along an edit (pix2pix-zero section 3.3, Algorithm 1), by ComfyUI's guider."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...attention_patches.sites import cross_attention_sites, map_shapes
+from ...editing.guidance import GuidanceSchedule, KeptSource, sample_guided, sample_official
+from ...editing.local_blend import LocalBlend
+from ...editing.map_store import MapStore
+from ...editing.trajectory import Inversion
+from .. import progress
+from ..methods.plug_and_play import with_source_features
+from ..unet.checkpointing import MODES
+from ..unet.entries import areas_of
+from ..unet.jobs import for_own_sampler
+from ..unet.map_jobs import Checkpointing
+from ..unet.memory import affordable_mode, affordable_rows, announce_memory, guided_pass_memory
+from ..unet.model_state import attention_state
+from .checks import check_conditioning, check_inversion, check_numbers
+from .mask import NoiseMask, edited_area, masked
+from .passes import UNetPasses
+from .run import Run, sample
+from .source import EditGuider, beside_the_source
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much of the guidance is computed, and what is kept meanwhile.
+
+    `guided_steps`: about how many steps guidance would act on over the whole edit; all of them if None. `share`,
+    `holds_negative`: see `editing.guidance.GuidanceSchedule`. `checkpointing`: the least that the backward pass computes
+    again, see `checkpointing.checkpointed`. `authors_update`: `sample_official` in place of `sample_guided`, which knows
+    neither kept maps nor the source's features nor a local blend.
+    """
+
+    guided_steps: int | None = None
+    share: float = 1.0
+    holds_negative: bool = False
+    checkpointing: str = "none"
+    authors_update: bool = False
+
+    def schedule(self, guidance_strength: float, steps: int) -> GuidanceSchedule:
+        """Of an edit of so many steps, all of which may be guided."""
+        every = 1 if self.guided_steps is None else max(1, round(steps / self.guided_steps))
+        return GuidanceSchedule(guidance_strength, every=every, share=self.share, holds_negative=self.holds_negative)
+
+
+PRESETS = {
+    "default": Preset(),
+    # Spread steps hold the layout as well as all do, up to about three times the strength each.
+    "fast": Preset(guided_steps=16, share=0.8, holds_negative=True, checkpointing="feed-forward"),
+    "low memory": Preset(checkpointing="blocks"),
+    "official": Preset(authors_update=True),
+}
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How an edit is drawn.
+
+    `guidance_strength`: size of a gradient step. `window`: part of the sampling, as (start, end) percents in 0..1, in which
+    guidance acts. `preset`: a name in `PRESETS`. `local_blend`: part of its strongest, 0..1, that the edit must act with
+    where the source does not stay; 0 lets everything change. `feature_until`: part of the steps, 0..1 from the noisiest
+    on, that are drawn with the source's own decoder features (Plug-and-Play, Tumanyan et al., CVPR 2023, section 4.1).
+    """
+
+    cfg: float = 1.5
+    guidance_strength: float = 0.1
+    window: tuple[float, float] = (0.0, 1.0)
+    preset: str = "default"
+    local_blend: float = 0.0
+    feature_until: float = 0.0
+    mask: torch.Tensor | None = None
+
+    def left_out(self) -> list[str]:
+        """What is set and the preset does without."""
+        set_ones = [name for name in ("local_blend", "feature_until") if getattr(self, name)]
+        return set_ones if PRESETS[self.preset].authors_update else []
+
+
+def sample_edit(
+    model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Redraw an inverted picture along the edited CONDITIONING `positive`.
+
+    Returns LATENT samples [B, C, H, W], and where the picture could change as a MASK [B, height, width].
+
+    Raises ValueError if the inversion was made with another model, a conditioning does not fit the batch, or a number is
+    none.
+    """
+    _check(model, inversion, positive, negative, settings)
+    if left_out := settings.left_out():
+        settings = replace(settings, **dict.fromkeys(left_out, 0.0))
+    if settings.feature_until:
+        model = with_source_features(model, inversion, settings.feature_until, attention_until=0.0)
+    texts = {
+        "positive": beside_the_source(positive, inversion.source, "positive"),
+        "negative": beside_the_source(negative, inversion.source, "negative"),
+        "source": inversion.source,
+    }
+    edit = _Edit(model, _with_valid_maps(masked(inversion, settings.mask), model, settings), settings, texts)
+    guider = EditGuider(edit.patched_model())
+    guider.inner_set_conds(texts)
+    guider.set_cfg(settings.cfg)
+    picture = model.model.process_latent_out(inversion.trajectory[0])
+    samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
+    if left_out:
+        progress.warn(f"preset {settings.preset} leaves out {' and '.join(left_out)}.")
+    return samples, edited_area(model, edit.inversion, blend_mask)
+
+
+def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
+    check_inversion(inversion, model)
+    start, end = settings.window
+    check_numbers(cfg=settings.cfg, guidance_strength=settings.guidance_strength, start_percent=start, end_percent=end)
+    check_numbers(local_blend=settings.local_blend, feature_until=settings.feature_until)
+    for conditioning, socket in ((positive, "positive"), (negative, "negative")):
+        check_conditioning(conditioning, inversion.batch, socket)
+    if len(positive) != len(inversion.source):
+        raise ValueError(
+            f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
+            "Make it from the same conditioning, with Apply Direction."
+        )
+
+
+def _with_valid_maps(inversion: Inversion, model: ModelPatcher, settings: EditSettings) -> Inversion:
+    """The inversion with the maps that it has kept, if they are used and the MODEL draws the same ones."""
+    kept = inversion.maps
+    usable = kept is not None and not PRESETS[settings.preset].authors_update
+    return inversion if usable and kept.made_with == attention_state(model) else replace(inversion, maps=None)
+
+
+class _Edit:
+    """One edit on a running guider. `texts`: the CONDITIONINGs "positive", "negative" and "source"."""
+
+    def __init__(self, model: ModelPatcher, inversion: Inversion, settings: EditSettings, texts: dict[str, list]):
+        self.model = model
+        self.inversion = inversion
+        self.settings = settings
+        self.preset = PRESETS[settings.preset]
+        self.entries = len(texts["positive"])
+        self.needs = _needs([*texts["positive"], *texts["source"]], inversion.maps, inversion.steps)
+
+    def patched_model(self) -> ModelPatcher:
+        """The MODEL that carries out jobs in its UNet calls, with room for the least that guidance can do with.
+
+        So weights stay where they are; more memory is used where it is free.
+        """
+        guided = for_own_sampler(self.model)
+        if not self.settings.guidance_strength:
+            return guided
+        least = guided_pass_memory(self.model, self.inversion.trajectory.shape[1:], MODES[-1], **self.needs)
+        return announce_memory(guided, least)
+
+    def walk_down(self, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the edited latent, the mask of the local blend)."""
+        run.guider.add_source()
+        _check_areas(run.guider.conds["positive"], run.guider.conds["source"])
+        inversion, unet = self.inversion, self.model.model.diffusion_model
+        x = inversion.trajectory[-1].to(run.x)
+        passes = UNetPasses(run.model_k, run.extra_args, cross_attention_sites(unet), self._checkpointing(run))
+        blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
+        noise_mask = NoiseMask(inversion, run.guider, run.model_options, run.sigmas)
+        # The stock sampler masks with a step's noise level before the step and after it.
+        kept = KeptSource(inversion, lambda level: noise_mask.at(float(inversion.sigmas[max(level, 1)]), x), blend)
+        shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
+        attending = self.entries * sum(height * width for height, width in shapes.values())
+
+        def on_step(step: int, denoised: torch.Tensor, x: torch.Tensor, distance: torch.Tensor | None) -> None:
+            if distance is None:
+                run.report("Sampling", step, denoised, x)
+            else:
+                note = f", map distance {float(distance.mean()) / attending:.3f}"
+                run.report("Guided step", step, denoised, x, note)
+
+        loop = sample_official if self.preset.authors_update else sample_guided
+        return loop(inversion, passes, x, self._schedule(), kept, on_step), None if blend is None else blend.mask
+
+    def _schedule(self) -> GuidanceSchedule:
+        sampling = self.model.get_model_object("model_sampling")
+        first, last = (sampling.percent_to_sigma(percent) for percent in self.settings.window)
+        schedule = self.preset.schedule(self.settings.guidance_strength, self.inversion.steps)
+        return replace(schedule, first=first, last=last, final_sigma=float(sampling.sigmas[0]))
+
+    def _checkpointing(self, run: Run) -> Checkpointing:
+        mode = affordable_mode(self.model, run.x, self.preset.checkpointing, **self.needs)
+        return Checkpointing(mode, affordable_rows(self.model, run.x, mode, entries=self.entries, **self.needs))
+
+
+def _needs(texts: list, maps: MapStore | None, steps: int) -> dict:
+    """What beside the latent's size decides the memory of a guided pass, see `guided_pass_memory`.
+
+    `texts`: the entries of both CONDITIONINGs, the edit's and the source's.
+    """
+    lengths = [text.shape[1] for text, _ in texts if text is not None]
+    kept = maps is not None and all(maps.get(level, torch.device("cpu")) is not None for level in range(1, steps + 1))
+    return {"records": not kept, **({"tokens": max(lengths)} if lengths else {})}
+
+
+def _check_areas(positive: list[dict], source: list[dict]) -> None:
+    # An area of the negative's that no other text has comes after them.
+    if areas_of(positive)[: len(source)] != areas_of(source):
+        raise ValueError(
+            "positive: its parts are limited to other areas than those of the inversion's caption. Make it from the same "
+            "conditioning, with Apply Direction."
+        )

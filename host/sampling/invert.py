@@ -1,0 +1,201 @@
+"""Inversion: a picture walked up the noise levels by ComfyUI's guider (pix2pix-zero section 3.1)."""
+
+import weakref
+from dataclasses import dataclass, field
+from functools import partial
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...attention_patches.sites import cross_attention_sites, is_unet
+from ...editing import ddim
+from ...editing.inversion import direct_residuals, invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
+from ...editing.map_store import MapStore
+from ...editing.regularization import NoiseRegularization, regularize_noise
+from ...editing.trajectory import Inversion
+from .. import progress
+from ..unet.jobs import for_own_sampler
+from ..unet.model_state import attention_state
+from .checks import (
+    check_conditioning,
+    check_finite,
+    check_numbers,
+    check_whole_sampling,
+    clean_latent,
+    model_fingerprint,
+)
+from .hook_schedule import HookSchedule
+from .levels import SCHEDULERS, ddim_grid, places_on_table
+from .passes import UNetPasses
+from .run import Run, sample
+
+METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
+ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels
+CORRECTED = ("direct", "fixed-point")  # they keep what each step of the sampler misses the trajectory by
+MAP_MEMORY = 2048 * 2**20
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How a picture is inverted.
+
+    `steps`, `scheduler`: see `ddim_grid`. `seed`: of the regularization's shifts. `method`: one of `METHODS`.
+    `map_memory`: bytes for the cross-attention maps of its UNet calls, which are kept for edits with the methods
+    `ON_THE_GRID`. `fixed_point_iterations`: those of each step with the method "fixed-point", see
+    `editing.inversion.invert_fixed_point`. `measure_reconstruction`: also redraw the picture plainly, in as many UNet
+    calls as there are steps, to tell how well that works.
+    """
+
+    steps: int = 50
+    seed: int = 0
+    regularization: NoiseRegularization = field(default_factory=NoiseRegularization)
+    method: str = METHODS[0]
+    map_memory: int = MAP_MEMORY
+    scheduler: str = SCHEDULERS[0]
+    fixed_point_iterations: int = 1
+    measure_reconstruction: bool = False
+
+
+def invert_latent(
+    model: ModelPatcher, positive: list, latent_image: dict, settings: InversionSettings | None = None
+) -> Inversion:
+    """Invert a LATENT described by the CONDITIONING `positive`.
+
+    Raises ValueError for a model, latent, text or number that does not fit, and if the result is not finite.
+    """
+    settings = settings or InversionSettings()
+    regularization = settings.regularization
+    check_numbers(autocorrelation_weight=regularization.autocorrelation_weight, kl_weight=regularization.kl_weight)
+    sigmas = ddim_grid(model, settings.steps, settings.scheduler).flip(0)
+    samples = clean_latent(model, latent_image)
+    mask = latent_image.get("noise_mask")
+    if mask is not None:
+        check_finite(mask, "latent_image", "Draw its noise mask again.")
+    check_conditioning(positive, len(samples), "positive")
+    transitions = _transitions(model, sigmas, settings.method)
+    told = torch.tensor([transition.sigma_model for transition in transitions])
+    check_whole_sampling(positive, model, torch.cat([told, sigmas[-1:]]), "positive")
+    guider = comfy.samplers.CFGGuider(for_own_sampler(model))
+    # The negative is evaluated only where a patch of another pack asks for one.
+    guider.set_conds(positive, positive)
+    _, found = sample(guider, partial(_walk_up, model, settings, transitions), samples, sigmas)
+    for tensor in (found["trajectory"], found["residuals"]):
+        if tensor is not None:
+            check_finite(tensor, "model", "The inversion ended in them. Load it in bf16 or fp32.")
+    made_with = {"model": weakref.ref(model.model), "fingerprint": model_fingerprint(model)}
+    return Inversion(sigmas=sigmas, source=positive, noise_mask=mask, **made_with, **found)
+
+
+def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:
+    sampling = model.get_model_object("model_sampling")
+    if method == "official":
+        return ddim.official_transitions(places_on_table(sampling, sigmas[1:]), sampling.sigmas)
+    if method == "diffusers":
+        return ddim.diffusers_transitions(sigmas, sampling.sigmas)
+    return ddim.inversion_transitions(sigmas)
+
+
+def inverted_noise(inversion: Inversion, model: ModelPatcher) -> torch.Tensor:
+    """The noise end of an inversion as LATENT samples: sample it with noise disabled on the inversion's own sigmas."""
+    return model.model.process_latent_out(inversion.trajectory[-1]).to(comfy.model_management.intermediate_device())
+
+
+def _walk_up(
+    model: ModelPatcher, settings: InversionSettings, transitions: list[ddim.Transition], run: Run
+) -> tuple[torch.Tensor, dict]:
+    """(the latent as it came, the fields of an `Inversion` that the way up gives)."""
+    sigmas, method = run.sigmas, settings.method
+    maps = _map_store(model, settings)
+    sites = [] if maps is None else cross_attention_sites(model.model.diffusion_model)
+    evaluations = _Evaluations(
+        UNetPasses(run.model_k, run.extra_args, sites),
+        HookSchedule(run.guider.model_patcher, list(run.guider.conds.values()), sigmas),
+        maps,
+        last=len(sigmas) - (2 if method == "ddim" else 1),
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    regularize = partial(regularize_noise, settings=settings.regularization, generator=generator)
+    skipped = len(sigmas) - 1 - len(transitions)  # the authors' inversion leaves out the first levels
+
+    def on_step(index: int, denoised: torch.Tensor, x: torch.Tensor) -> None:
+        evaluations.keep_maps_of(x, level=index + 1)
+        run.report("Inverting", index + skipped, denoised, x)
+
+    if method == "fixed-point":
+        visited, estimates = invert_fixed_point(
+            run.x, sigmas, evaluations.denoise, regularize, on_step, settings.fixed_point_iterations
+        )
+        trajectory = torch.stack([x.cpu() for x in visited])
+    else:
+        visited, estimates = invert(run.x, transitions, evaluations.denoise, regularize, on_step)
+        trajectory = on_grid(visited, transitions, run.x, sigmas)
+    if method == "direct":
+        # The walk up has visited every level but the last one with just these estimates.
+        estimates = [*estimates[1:], evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1)]
+    return run.x, {
+        "trajectory": trajectory,
+        "residuals": direct_residuals(trajectory, sigmas, estimates) if method in CORRECTED else None,
+        "maps": maps,
+        "reconstruction_psnr": _plain_psnr(trajectory, sigmas, evaluations)
+        if settings.measure_reconstruction
+        else None,
+    }
+
+
+def _map_store(model: ModelPatcher, settings: InversionSettings) -> MapStore | None:
+    keeps = settings.map_memory > 0 and settings.method in ON_THE_GRID and is_unet(model.model.diffusion_model)
+    return MapStore(settings.map_memory, attention_state(model)) if keeps else None
+
+
+class _Evaluations:
+    """The UNet on the way up. What it draws on the trajectory is kept in `maps`. `last`: the last level it visits."""
+
+    def __init__(self, passes: UNetPasses, hooks: HookSchedule, maps: MapStore | None, last: int):
+        self.passes = passes
+        self.hooks = hooks
+        self.maps = maps
+        self.last = last
+        self.recorded: tuple[int, torch.Tensor] | None = None
+
+    def denoise(self, x: torch.Tensor, sigma: float, level: int = 0) -> torch.Tensor:
+        """See `editing.inversion.Denoise`."""
+        self.hooks.go_to(sigma)
+        if self.maps is None or level == 0 or not self.maps.will_keep(level, self.last):
+            return self.passes.denoise(x, sigma)
+        self.recorded = level, x
+        denoised = self.passes.denoise_and_record(x, sigma, partial(self.maps.add, level))
+        self.maps.trim()
+        return denoised
+
+    def keep_maps_of(self, x: torch.Tensor, level: int) -> None:
+        """Forget what was drawn at a level elsewhere than at `x`, which the trajectory goes on from."""
+        if self.recorded is not None and self.recorded[0] == level and not torch.equal(self.recorded[1], x):
+            self.maps.drop(level)
+
+
+def _plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, evaluations: _Evaluations) -> torch.Tensor:
+    """How well plain DDIM redraws the pictures from the end of their trajectory, see `latent_psnr`: [B].
+
+    It takes N UNet calls with the source text as the positive, and no guidance.
+    """
+    levels = sigmas.tolist()
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        progress.show(f"Redrawing {len(levels) - levels.index(sigma)}/{len(levels) - 1}")
+        return evaluations.denoise(x, sigma)
+
+    return latent_psnr(reconstruct(trajectory[-1].to(sigmas.device), sigmas, denoise).cpu(), trajectory[0])
+
+
+def reconstruction_report(inversion: Inversion) -> str:
+    """One line: the PSNR of each picture if it was measured, and whether the sampler corrects what is lost."""
+    corrected = inversion.residuals is not None
+    if inversion.reconstruction_psnr is None:
+        if corrected:
+            return "Reconstruction: exact, as every step is corrected. Without correction: not measured."
+        return "Reconstruction: not measured. This method does not correct what is lost."
+    figures = ", ".join(f"{psnr:.1f}" for psnr in inversion.reconstruction_psnr.tolist())
+    ending = "corrected at every step, so that it is exact" if corrected else "this method does not correct it"
+    return f"Reconstruction without correction: {figures} dB PSNR in the latent; {ending}."

@@ -1,0 +1,60 @@
+"""Generate a picture and keep its trajectory: the synthetic-image case of pix2pix-zero."""
+
+import weakref
+from dataclasses import dataclass
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...editing import ddim
+from ...editing.trajectory import Inversion
+from .checks import check_conditioning, check_numbers, check_whole_sampling, clean_latent, model_fingerprint
+from .levels import SCHEDULERS, ddim_grid
+from .run import Run, sample
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """`steps`, `scheduler`: see `ddim_grid`. `cfg`: of classifier-free guidance. `seed`: of the noise."""
+
+    steps: int = 50
+    cfg: float = 5.0
+    seed: int = 0
+    scheduler: str = SCHEDULERS[0]
+
+
+def generate_reference(
+    model: ModelPatcher, positive: list, negative: list, latent_image: dict, settings: ReferenceSettings
+) -> tuple[Inversion, torch.Tensor]:
+    """Generate a picture by DDIM from seeded noise and keep its trajectory: (inversion, LATENT samples).
+
+    Raises ValueError for a model, latent, text or number that does not fit.
+    """
+    check_numbers(cfg=settings.cfg)
+    sigmas = ddim_grid(model, settings.steps, settings.scheduler)
+    empty = clean_latent(model, latent_image)
+    for conditioning, socket in ((positive, "positive"), (negative, "negative")):
+        check_conditioning(conditioning, len(empty), socket)
+    check_whole_sampling(positive, model, sigmas, "positive")
+    noise = comfy.sample.prepare_noise(empty, settings.seed, latent_image.get("batch_index"))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(settings.cfg)
+    latent, trajectory = sample(guider, _walk_down, model.model.process_latent_out(noise), sigmas)
+    made_with = {"model": weakref.ref(model.model), "fingerprint": model_fingerprint(model)}
+    return Inversion(trajectory, sigmas.flip(0), positive, **made_with), latent
+
+
+def _walk_down(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the picture, its trajectory [N+1, B, C, H, W] ascending, on the CPU)."""
+    levels = run.sigmas.tolist()
+    x = ddim.rescale(run.x, 0.0, levels[0])
+    visited = [x.cpu()]
+    for index, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
+        denoised = run.model_k(x, x.new_full((len(x),), sigma), **run.extra_args)
+        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
+        visited.append(x.cpu())
+        run.report("Generating", index, denoised, x)
+    return x, torch.stack(visited[::-1])
