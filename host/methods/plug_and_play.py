@@ -15,6 +15,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ...attention_patches.maps import LastSiteReached
@@ -29,7 +30,7 @@ KEY = "pix2pix_zero_plug_and_play"
 
 
 def with_source_features(
-    model, inversion: Inversion, feature_until: float, attention_until: float, negative_alpha: float = 1.0
+    model: ModelPatcher, inversion: Inversion, feature_until: float, attention_until: float, negative_alpha: float = 1.0
 ):
     """A clone of the MODEL that draws with the layout of an inverted picture, in whatever sampler it is put.
 
@@ -40,12 +41,7 @@ def with_source_features(
     Raises ValueError if the inversion was made with another model, or the model is no UNet.
     """
     check_inversion(inversion, model)
-    unet = model.model.diffusion_model
-    residual = feature_site(unet)
-    sites = {
-        (residual,): inversion.lowest_sigma(feature_until),
-        tuple(self_attention_sites(unet, residual.number)): inversion.lowest_sigma(attention_until),
-    }
+    sites = sites_until(model.model.diffusion_model, inversion, feature_until, attention_until)
     model = with_jobs(model)
     lockstep = _LockstepSampling(inversion, sites, negative_alpha)
     for kind, wrapper in (
@@ -55,6 +51,18 @@ def with_source_features(
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
     return model
+
+
+def sites_until(
+    unet: torch.nn.Module, inversion: Inversion, feature_until: float, attention_until: float
+) -> dict[tuple[Site, ...], float]:
+    """The sites of the source's features and of its self-attention, each with the noise level that it ends at."""
+    residual = feature_site(unet)
+    attention = tuple(self_attention_sites(unet, residual.number))
+    return {
+        (residual,): inversion.lowest_sigma(feature_until),
+        attention: inversion.lowest_sigma(attention_until),
+    }
 
 
 class _LockstepSampling:
@@ -174,7 +182,13 @@ def _resized(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     sizes = [[math.ceil(side / 2**i) for side in weight.shape[2:]] for i in range(8)]
     size = next((size for size in sizes if math.prod(size) == features.shape[1]), None)
     if size is None:
-        return weight.mean((2, 3)).unsqueeze(-1).repeat(len(features) // len(weight), 1, 1).to(features)
+        even = weight.mean((2, 3), keepdim=True)
+        if (weight - even).abs().max() > 1e-6:
+            raise ValueError(
+                "model: another patch changes the size of its self-attention, so that the masks of the caption's parts do not "
+                "fit there. Take it out (HyperTile, ToMe?), or invert the picture with a text without masks."
+            )
+        return even.squeeze(-1).repeat(len(features) // len(weight), 1, 1).to(features)
     return F.adaptive_avg_pool2d(weight, size).flatten(2).transpose(1, 2).to(features)
 
 

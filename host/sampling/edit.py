@@ -11,10 +11,10 @@ from ...editing.local_blend import LocalBlend
 from ...editing.map_store import MapStore
 from ...editing.trajectory import Inversion
 from .. import progress
-from ..methods.plug_and_play import with_source_features
+from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..unet.checkpointing import MODES
 from ..unet.entries import areas_of
-from ..unet.jobs import for_own_sampler
+from ..unet.jobs import for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import affordable_mode, affordable_rows, announce_memory, guided_pass_memory
 from ..unet.model_state import attention_state
@@ -93,8 +93,6 @@ def sample_edit(
     _check(model, inversion, positive, negative, settings)
     if left_out := settings.left_out():
         settings = replace(settings, **dict.fromkeys(left_out, 0.0))
-    if settings.feature_until:
-        model = with_source_features(model, inversion, settings.feature_until, attention_until=0.0)
     texts = {
         "positive": beside_the_source(positive, inversion.source, "positive"),
         "negative": beside_the_source(negative, inversion.source, "negative"),
@@ -160,7 +158,8 @@ class _Edit:
         _check_areas(run.guider.conds["positive"], run.guider.conds["source"])
         inversion, unet = self.inversion, self.model.model.diffusion_model
         x = inversion.trajectory[-1].to(run.x)
-        passes = UNetPasses(run.model_k, run.extra_args, cross_attention_sites(unet), self._checkpointing(run))
+        arguments = {**run.extra_args, "model_options": self._with_source_features(run)}
+        passes = UNetPasses(run.model_k, arguments, cross_attention_sites(unet), self._checkpointing(run))
         blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
         noise_mask = NoiseMask(inversion, run.guider, run.model_options, run.sigmas)
         # The stock sampler masks with a step's noise level before the step and after it.
@@ -177,6 +176,15 @@ class _Edit:
 
         loop = sample_official if self.preset.authors_update else sample_guided
         return loop(inversion, passes, x, self._schedule(), kept, on_step), None if blend is None else blend.mask
+
+    def _with_source_features(self, run: Run) -> dict:
+        """Model options of the edit's evaluations."""
+        until = self.settings.feature_until
+        if not until:
+            return run.model_options
+        sites = sites_until(self.model.model.diffusion_model, self.inversion, until, attention_until=0.0)
+        features = SourceFeatures(self.inversion, run.guider.conds["source"], sites)
+        return prepare_with(run.model_options, features.put_into)
 
     def _schedule(self) -> GuidanceSchedule:
         sampling = self.model.get_model_object("model_sampling")
