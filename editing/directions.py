@@ -134,9 +134,7 @@ def aligned_direction(
     target_encodings: Iterable[NumberedEncoding],
     partners: Sequence[Partners],
     chunk_length: int,
-    encoder: str = "",
-    source: str = "",
-    target: str = "",
+    names: tuple[str, str, str] = ("", "", ""),
 ) -> EditDirection:
     """As `edit_direction`, but word by word: from every row of a source sentence to its partner in the target sentence.
 
@@ -144,7 +142,8 @@ def aligned_direction(
     words. Both arguments yield (numbers of the pairs, their encodings); `partners`: of each pair, `editing.token_alignment.
     partner_rows`. The mean over pairs stays at the source's position. Words that at least half of the target sentences
     add have no such position: their mean encoding is kept in `added`, to take the place of padding; cross-attention does
-    not mind where in a text a word stands. Without words that shift this is `edit_direction`, to the last bit.
+    not mind where in a text a word stands. `names`: of encoder, source and target. Without words that
+    shift this is `edit_direction`, to the last bit.
     """
     before, after, added = (_MeanEncoding(chunk_length) for _ in range(3))
     for numbers, batch in source_encodings:
@@ -156,7 +155,7 @@ def aligned_direction(
         if longest:
             places = torch.tensor([[*partners[i].added, *[-1] * (longest - len(partners[i].added))] for i in numbers])
             added.add({"cond": _take_rows(batch["cond"], places)}, places >= 0)
-    direction = _difference(before, after, encoder, source, target)
+    direction = _difference(before, after, *names)
     words = int((2 * added.counts["cond"] >= len(partners)).sum()) if longest else 0
     if not words:
         return direction

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import ReferenceType
 
 import torch
@@ -19,7 +20,8 @@ class Inversion(list):
     the picture may change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM.
     `maps`: the source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
     `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
-    `fingerprint`: the model's identity when `model` is gone, "" if it has none.
+    `fingerprint`: the model's identity when `model` is gone, "" if it has none. `latent_format`: the host's object that
+    tells how its latents are scaled.
 
     As a list it is that of the tensors it holds: ComfyUI's cache counts those that it finds in lists, and nothing else.
     """
@@ -33,6 +35,7 @@ class Inversion(list):
     maps: MapStore | None = None
     reconstruction_psnr: torch.Tensor | None = None
     fingerprint: str = ""
+    latent_format: Any = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         held = (self.trajectory, self.sigmas, self.noise_mask, self.residuals, self.reconstruction_psnr)

@@ -87,12 +87,11 @@ def per_picture(
         @functools.wraps(execute)
         def execute_lists(cls, **inputs: list) -> io.NodeOutput:
             items = dict(_each_with_its_texts(inputs, pictures, texts, join))
-            count = max(map(len, items.values()))
-            # The host repeats the last item of a shorter list.
-            results = [
-                execute(cls, **{name: values[min(run, len(values) - 1)] for name, values in items.items()}).result
-                for run in runs(count)
-            ]
+            results = []
+            for run in runs(max(map(len, items.values()))):
+                # The host repeats the last item of a shorter list.
+                one = {name: values[min(run, len(values) - 1)] for name, values in items.items()}
+                results.append(execute(cls, **one).result)
             outputs = [list(column) for column in zip(*results)]
             if finish is not None:
                 finish(*outputs)

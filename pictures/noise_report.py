@@ -22,7 +22,7 @@ def report_noise(
 
     `inversion`: what the noise belongs to, for its scale; without it each noise is divided by its standard deviation.
     `compare_with`: another noise LATENT, of as many maps or of one. Raises ValueError, naming the socket, for latents
-    that are none, and if the inversion's model is gone.
+    that are none.
     """
     maps = _noise_maps(noise, inversion, "noise")
     others = [None] * len(maps)
@@ -65,16 +65,13 @@ def _noise_maps(latent: dict, inversion: Inversion | None, socket: str) -> torch
         )
     if inversion is None:
         return samples / samples.std((1, 2, 3), keepdim=True, correction=0).clamp(min=1e-12)
-    model = inversion.model()
-    if model is None:
-        raise ValueError("inversion: its model is no longer loaded. Run Invert Picture again.")
-    channels = model.latent_format.latent_channels
+    channels = inversion.latent_format.latent_channels
     if samples.shape[1] != channels:
         raise ValueError(
             f"{socket}: it has {samples.shape[1]} channels, but the model of the inversion {channels}. Connect the noise of "
             "an inversion with the same model."
         )
-    return model.process_latent_in(samples) / (1 + float(inversion.sigmas[-1]) ** 2) ** 0.5
+    return inversion.latent_format.process_in(samples) / (1 + float(inversion.sigmas[-1]) ** 2) ** 0.5
 
 
 def _figures(measured: NoiseStatistics, shape: torch.Size) -> str:

@@ -73,13 +73,13 @@ class _LockstepSampling:
         self.sites = sites
         self.negative_alpha = negative_alpha
 
-    def sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
+    def sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         """Sample with the source's conditioning at hand in the model options."""
-        self._check_start(noise, latent_image)
+        self._check_start(noise, args[0] if args else kwargs.get("latent_image"))
         with processed_source(guider, self.inversion) as source:
             mask = NoiseMask(self.inversion, guider, extra_args["model_options"], sigmas)
             extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
     def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
         options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)

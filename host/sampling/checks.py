@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import weakref
+from typing import Any
 
 import comfy.sample
 import torch
@@ -52,6 +54,15 @@ def model_fingerprint(model: ModelPatcher) -> str:
             sample = flat[:: max(1, flat.numel() // 512)].to("cpu", torch.float16)
             digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return f"{type(model.model).__name__}-{digest.hexdigest()[:16]}"
+
+
+def made_with(model: ModelPatcher) -> dict[str, Any]:
+    """The fields of an `Inversion` that say which MODEL it is of. Nothing of the model is kept alive."""
+    return {
+        "model": weakref.ref(model.model),
+        "fingerprint": model_fingerprint(model),
+        "latent_format": model.get_model_object("latent_format"),
+    }
 
 
 def pixels_per_latent(model: ModelPatcher) -> int:

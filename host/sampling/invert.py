@@ -1,6 +1,5 @@
 """Inversion: a picture walked up the noise levels by ComfyUI's guider (pix2pix-zero section 3.1)."""
 
-import weakref
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +23,7 @@ from .checks import (
     check_numbers,
     check_whole_sampling,
     clean_latent,
-    model_fingerprint,
+    made_with,
 )
 from .hook_schedule import HookSchedule
 from .levels import SCHEDULERS, ddim_grid, places_on_table
@@ -84,8 +83,7 @@ def invert_latent(
     for tensor in (found["trajectory"], found["residuals"]):
         if tensor is not None:
             check_finite(tensor, "model", "The inversion ended in them. Load it in bf16 or fp32.")
-    made_with = {"model": weakref.ref(model.model), "fingerprint": model_fingerprint(model)}
-    return Inversion(sigmas=sigmas, source=positive, noise_mask=mask, **made_with, **found)
+    return Inversion(sigmas=sigmas, source=positive, noise_mask=mask, **made_with(model), **found)
 
 
 def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:

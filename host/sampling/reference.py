@@ -1,6 +1,5 @@
 """Generate a picture and keep its trajectory: the synthetic-image case of pix2pix-zero."""
 
-import weakref
 from dataclasses import dataclass
 
 import comfy.sample
@@ -10,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...editing import ddim
 from ...editing.trajectory import Inversion
-from .checks import check_conditioning, check_numbers, check_whole_sampling, clean_latent, model_fingerprint
+from .checks import check_conditioning, check_numbers, check_whole_sampling, clean_latent, made_with
 from .levels import SCHEDULERS, ddim_grid
 from .run import Run, sample
 
@@ -43,8 +42,7 @@ def generate_reference(
     guider.set_conds(positive, negative)
     guider.set_cfg(settings.cfg)
     latent, trajectory = sample(guider, _walk_down, model.model.process_latent_out(noise), sigmas)
-    made_with = {"model": weakref.ref(model.model), "fingerprint": model_fingerprint(model)}
-    return Inversion(trajectory, sigmas.flip(0), positive, **made_with), latent
+    return Inversion(trajectory, sigmas.flip(0), positive, **made_with(model)), latent
 
 
 def _walk_down(run: Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ def find_direction(
     if alignment == "words":
         partners = _partners(clip, source_sentences, target_sentences, length)
         sides = (_encode_numbered(clip, side, progress) for side in (source_sentences, target_sentences))
-        return aligned_direction(*sides, partners, length, *names)
+        return aligned_direction(*sides, partners, length, tuple(names))
     sides = (encode_sentences(clip, side, progress) for side in (source_sentences, target_sentences))
     return edit_direction(*sides, length, *names)
 
@@ -166,7 +166,11 @@ def move_conditioning(conditioning: list, direction: EditDirection, strength: fl
     if not math.isfinite(strength):
         raise ValueError(f"strength: {strength} is not a number. Give one between -10 and 10.")
     moved = []
+    if not conditioning:
+        raise ValueError("conditioning: it is empty. Connect an encoded text.")
     for cond, options in conditioning:
+        if cond is None:
+            raise ValueError("conditioning: one of its entries has no text to move. Encode each with CLIP Text Encode.")
         new_cond = apply_direction(cond, direction.tensors["cond"], strength, direction.added)
         if not same_encoder(cond, direction):
             raise ValueError(

@@ -218,6 +218,7 @@ def test_the_picture_shows_through(model, clip, inversion, run_node):
         ({"words": ("dog",)}, "words: 'dog' is not in the caption.*fluffy, cat"),
         ({"words": ("cat fluffy",)}, "words: 'cat fluffy'"),
         ({"caption": ("",)}, "caption: it is empty"),
+        ({"caption": ("a photo of a fluffy dog on grass",), "words": ("dog",)}, "caption: .*dog.* is not the text"),
         ({"caption": ("a cat " * 60,)}, "caption: it is 154 tokens long.*77"),
         ({"resolution": "1/8"}, "resolution: .*It has it at 1, 1/2"),
         ({"window": (0.6, 0.2)}, "start_percent, end_percent"),

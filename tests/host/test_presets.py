@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pix2pix_zero.host import progress
 from small_edit import counted_edits, edit, invert
 
 
@@ -65,3 +66,20 @@ def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
         torch.testing.assert_close(*distances, rtol=1e-3, atol=1e-4)
     fresh = [positive - negative for _, _, positive, negative in estimates[::2]]
     assert (fresh[1] - fresh[0]).abs().max() > 1e-2 * fresh[0].abs().max(), "even steps evaluate it"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(local_blend=0.3, feature_until=0.5), "local_blend and feature_until"),
+        (dict(feature_until=0.5), "feature_until"),
+        ({}, None),
+    ],
+)
+def test_official_says_on_the_node_what_it_leaves_out(model, options, named, monkeypatch):
+    inversion, shown = invert(model), []
+    monkeypatch.setattr(progress, "show", shown.append)
+    edited = edit(model, inversion, preset="official", **options)
+    assert torch.equal(edited, edit(model, inversion, preset="official"))
+    told = [text for text in shown if "leaves out" in text]
+    assert told == ([] if named is None else [f"preset official leaves out {named}."])

@@ -1,0 +1,109 @@
+"""What lies outside a noise mask stays the source in every method, with every sampler."""
+
+from dataclasses import replace
+
+import comfy.samplers
+import plug_and_play_runs as plugged
+import prompt_to_prompt_runs as prompted
+import pytest
+import torch
+from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from small_unet import latent
+
+SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "dpmpp_3m_sde", "res_multistep_ancestral", "euler_ancestral", "uni_pc"]
+
+
+def half(height=8, width=8):
+    mask = torch.zeros(1, 8 * height, 8 * width)
+    mask[..., : 4 * width] = 1.0
+    return mask
+
+
+def ramp():
+    return torch.linspace(0, 1, 8).expand(1, 8, 8)
+
+
+def prompt_edit(model, clip, inversion, sampler="euler", **options):
+    patched, positive = prompted.patch(model, inversion, clip, "a dog on a sofa", **options)
+    return prompted.sample(patched, inversion, positive, prompted.encode(clip, ""), sampler=sampler)
+
+
+def feature_edit(model, clip, inversion, sampler="euler", until=0.5):
+    return plugged.sample(plugged.patch(model, inversion, until, until), inversion, sampler=sampler)
+
+
+@pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_outside_the_mask_every_sampler_ends_on_the_source(model, clip, sampler, edited):
+    inversion = prompted.invert(model, clip, picture={**latent(), "noise_mask": half()}, method="direct")
+    picture = edited(model, clip, inversion, sampler)
+    source = latent()["samples"]
+    assert (picture - source)[..., 5:].abs().max() <= 1e-3 * source.std()
+    assert (picture - source)[..., :3].abs().mean() > 1e-2 * source.std()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS[3:])
+def test_residuals_are_for_steps_of_ddim_alone(model, clip, sampler):
+    """A sampler that extrapolates would make noise of them: it draws what it draws of a plain inversion."""
+    direct, plain = (prompted.invert(model, clip, method=method) for method in ("direct", "ddim"))
+    assert torch.equal(direct.trajectory, plain.trajectory)
+    torch.manual_seed(0)
+    ours = prompt_edit(model, clip, direct, sampler)
+    torch.manual_seed(0)
+    assert torch.equal(ours, prompt_edit(model, clip, plain, sampler))
+    assert not torch.equal(prompt_edit(model, clip, direct), prompt_edit(model, clip, plain))
+
+
+def test_a_sampler_of_another_pack_is_known_by_its_steps(model, clip, monkeypatch):
+    inversion = prompted.invert(model, clip, method="direct")
+
+    def euler(model_k, x, sigmas, extra_args, callback, disable):
+        for sigma, sigma_next in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+            x = x + (x - model_k(x, x.new_full((len(x),), sigma), **extra_args)) / sigma * (sigma_next - sigma)
+        return x
+
+    expected = prompt_edit(model, clip, inversion)
+    theirs = comfy.samplers.KSAMPLER(euler)
+    monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: theirs)
+    assert (prompt_edit(model, clip, inversion) - expected).abs().max() <= 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
+def test_differential_diffusion_acts_in_every_method(model, clip, edited):
+    """A place is free from the share of the sampling on that its mask leaves; before, it goes along the source."""
+    (patched,) = DifferentialDiffusion.execute(model).result
+    whole = prompted.invert(model, clip)
+    inversion = replace(whole, noise_mask=ramp())
+    table = model.model.model_sampling
+    lowest, first = (float(table.timestep(sigma)) for sigma in (table.sigma_min, inversion.sigmas[-1]))
+
+    def blended(args):
+        sigma = float(args["sigma"][0])
+        level = int((inversion.sigmas - sigma).abs().argmin())
+        low, x_low, x_high = inversion.sigmas[level - 1], *inversion.trajectory[level - 1 : level + 1]
+        estimate = x_high - (x_high - x_low) / (sigma - low) * sigma
+        share = (float(table.timestep(args["sigma"][0])) - lowest) / (first - lowest)
+        return torch.where(ramp() >= share, args["denoised"], estimate)
+
+    reference = model.clone()
+    reference.set_model_sampler_post_cfg_function(blended)
+    expected = edited(reference, clip, whole)
+    assert (edited(patched, clip, inversion) - expected).abs().max() <= 1e-4 * expected.std()
+    assert (edited(model, clip, inversion) - expected).abs().max() > 1e-2 * expected.std(), "the patch must matter"
+
+
+def test_above_the_inversions_noise_prompt_to_prompt_goes_on_as_plug_and_play_does(model, clip):
+    inversion = prompted.invert(model, clip)
+    patched, positive = prompted.patch(model, inversion, clip, "a dog on a sofa")
+    higher = inversion.sigmas.flip(0) * 1.1
+    higher[-1] = 0.0
+    picture = prompted.sample(patched, inversion, positive, prompted.encode(clip, ""), sigmas=higher)
+    assert picture.isfinite().all()
+
+
+def test_pictures_with_a_caption_each_are_refused_by_prompt_to_prompt(model, clip):
+    rows = torch.cat([prompted.encode(clip, text)[0][0] for text in (prompted.SOURCE, "a red house")])
+    with torch.inference_mode():
+        inversion = plugged.invert(model, latent(batch=2), [[rows, {}]])
+    with pytest.raises(ValueError, match="inversion: its pictures have a caption each"):
+        prompted.patch(model, inversion, clip, "a dog on a sofa")

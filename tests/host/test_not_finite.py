@@ -1,0 +1,86 @@
+"""NaN is refused where it comes in, and never leaves as a picture."""
+
+import math
+
+import pytest
+import torch
+from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
+from small_edit import edit, invert
+from small_unet import conditioning, latent
+
+
+def with_nan(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = math.nan
+    return tensor
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+@pytest.mark.parametrize("weight", [20.0, 1000.0])
+def test_no_size_and_no_weight_end_in_nan(model, size, weight):
+    inversion = invert(
+        model, picture=latent(1, size, size), regularization=NoiseRegularization(weight, weight, steps=50)
+    )
+    assert inversion.trajectory.isfinite().all()
+
+
+def test_a_text_with_nan_is_named(model):
+    broken = [[with_nan(conditioning()[0][0]), {}]]
+    with pytest.raises(ValueError, match="positive: it contains NaN"):
+        invert(model, broken)
+    inversion = invert(model)
+    with pytest.raises(ValueError, match="positive: it contains NaN"):
+        edit(model, inversion, broken)
+    with pytest.raises(ValueError, match="negative: it contains NaN"):
+        edit(model, inversion, negative=broken)
+
+
+def test_a_mask_with_nan_is_named(model):
+    with pytest.raises(ValueError, match="latent_image: it contains NaN"):
+        invert(model, picture={**latent(), "noise_mask": with_nan(torch.ones(1, 64, 64))})
+    with pytest.raises(ValueError, match="mask: it contains NaN"):
+        edit(model, invert(model), mask=with_nan(torch.ones(1, 64, 64)))
+
+
+@pytest.mark.parametrize("knob", ["autocorrelation_weight", "kl_weight"])
+def test_a_weight_that_is_no_number_is_named(model, knob):
+    with pytest.raises(ValueError, match=f"{knob}: nan is not a number"):
+        invert(model, regularization=NoiseRegularization(**{knob: math.nan}))
+
+
+@pytest.mark.parametrize("knob", ["cfg", "local_blend", "feature_until"])
+def test_a_knob_of_the_edit_that_is_no_number_is_named(model, knob):
+    with pytest.raises(ValueError, match=f"{knob}: nan is not a number"):
+        edit(model, invert(model), **{knob: math.nan})
+
+
+def test_what_a_patch_of_the_model_breaks_is_no_success(model):
+    broken = model.clone()
+    broken.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * math.nan)
+    with pytest.raises(ValueError, match="model: .*NaN"):
+        invert(broken)
+    with pytest.raises(ValueError, match="model: .*NaN"):
+        edit(broken, invert(model))
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0)])
+def test_a_caption_that_is_silent_for_a_part_of_the_sampling_is_refused(model, window):
+    limited = [[conditioning()[0][0], {"start_percent": window[0], "end_percent": window[1]}]]
+    with pytest.raises(ValueError, match="positive: it is limited to a part of the sampling"):
+        invert(model, limited)
+
+
+def test_captions_that_cover_the_sampling_together_are_taken(model):
+    halves = [
+        [conditioning(seed=seed)[0][0], {"start_percent": start, "end_percent": start + 0.5}]
+        for seed, start in ((1, 0.0), (2, 0.5))
+    ]
+    assert invert(model, halves).trajectory.isfinite().all()
+
+
+def test_a_direction_needs_a_text_to_move():
+    with pytest.raises(ValueError, match="conditioning: .*no text"):
+        Pix2PixZeroApplyDirection.execute([[None, {}]], object(), 1.0)
+    with pytest.raises(ValueError, match="conditioning: it is empty"):
+        Pix2PixZeroApplyDirection.execute([], object(), 1.0)
