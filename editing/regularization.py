@@ -35,10 +35,6 @@ def pyramid_sizes(height: int, width: int) -> list[tuple[int, int]]:
     return sizes
 
 
-# (down, right), in shifts, of the four pixels that a pixel is compared with.
-DIRECTIONS = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])
-
-
 def draw_shifts(rolls: int, channels: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
     """Shifts uniform in [1, S/2], S the smaller side of a level of the pyramid: int64 [rolls, channels, levels].
 
@@ -61,7 +57,9 @@ def neighbour_indices(shifts: torch.Tensor, size: tuple[int, int]) -> list[tuple
     channels = torch.arange(shifts.shape[1], device=device)[:, None, None, None]
     levels = []
     for shift, (height, width) in zip(shifts.unbind(2), pyramid_sizes(*size)):
-        down, right = ((shift[..., None] * steps)[..., None, None] for steps in DIRECTIONS.to(device).unbind(1))
+        stay = torch.zeros_like(shift)
+        down = torch.stack([shift, -shift, stay, stay], -1)[..., None, None]
+        right = torch.stack([stay, stay, shift, -shift], -1)[..., None, None]
         rows = (torch.arange(height, device=device)[:, None] + down) % height
         columns = (torch.arange(width, device=device) + right) % width
         levels.append([(slice(None), channels, *place) for place in zip(rows, columns)])

@@ -154,7 +154,7 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
     return model
 
 
-def _check_sampling(options: dict, guider, noise: torch.Tensor, edit: PromptEdit) -> None:
+def _check_sampling(options: dict, guider: CFGGuider, noise: torch.Tensor, edit: PromptEdit) -> None:
     if is_for_own_sampler(options):
         raise ValueError(
             "model: a Prompt-to-Prompt edit is sampled with the stock KSampler or SamplerCustomAdvanced. Connect the model "

@@ -111,6 +111,7 @@ def sample_edit(
 
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
     check_inversion(inversion, model)
+    cross_attention_sites(model.model.diffusion_model)  # refuses models without any
     start, end = settings.window
     check_numbers(cfg=settings.cfg, guidance_strength=settings.guidance_strength, start_percent=start, end_percent=end)
     check_numbers(local_blend=settings.local_blend, feature_until=settings.feature_until)

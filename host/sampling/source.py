@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.model_base import BaseModel
 
 from ...editing.trajectory import Inversion
 
@@ -53,7 +54,7 @@ def processed_source(guider: comfy.samplers.CFGGuider, inversion: Inversion) -> 
         comfy.sampler_helpers.cleanup_models({SOURCE: entries}, [])
 
 
-def _process(model, source: list[dict], picture: torch.Tensor, device: torch.device) -> list[dict]:
+def _process(model: BaseModel, source: list[dict], picture: torch.Tensor, device: torch.device) -> list[dict]:
     noise = torch.zeros_like(picture)
     return comfy.samplers.process_conds(model, noise, {SOURCE: source}, device, picture, seed=0)[SOURCE]
 

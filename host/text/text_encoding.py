@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.sd import CLIP
 from comfy.sd1_clip import ClipTokenWeightEncoder
 
 from ...editing.directions import (
@@ -30,7 +31,7 @@ Numbered = tuple[int, Tokens]  # the sentence's place in its list
 
 
 def find_direction(
-    clip,
+    clip: CLIP,
     source_sentences: Sequence[str],
     target_sentences: Sequence[str],
     source: str,
@@ -54,7 +55,7 @@ def find_direction(
     return edit_direction(*sides, length, *names)
 
 
-def _partners(clip, sources: Sequence[str], targets: Sequence[str], length: int | None) -> list[Partners]:
+def _partners(clip: CLIP, sources: Sequence[str], targets: Sequence[str], length: int | None) -> list[Partners]:
     if len(sources) != len(targets):
         raise ValueError(
             f"alignment: words are compared line by line, but there are {len(sources)} source_sentences and "
@@ -123,7 +124,7 @@ def _advance(progress: comfy.utils.ProgressBar | None, sentences: int) -> None:
         show(f"Encoding sentences {progress.current}/{progress.total}")
 
 
-def chunk_length(clip) -> int | None:
+def chunk_length(clip: CLIP) -> int | None:
     """Tokens per chunk (77 for CLIP), or None for an encoder whose length follows the text."""
     lengths = set()
     for text in ("", "a photo"):
@@ -134,7 +135,7 @@ def chunk_length(clip) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def encoder_fingerprint(clip) -> str:
+def encoder_fingerprint(clip: CLIP) -> str:
     """Identity of a text encoder, the same in every session: classes, shapes, a sample of the weights, CLIP skip.
 
     LoRA patches are left out: the encoder below them counts. The sample is hashed in half precision, in which ComfyUI
@@ -203,7 +204,7 @@ def _sub_encoders(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in model.modules() if isinstance(m, ClipTokenWeightEncoder)]
 
 
-def _layers(clip) -> str:
+def _layers(clip: CLIP) -> str:
     """The layer each encoder's output is taken from, counted from the end, whichever way it was asked for."""
     model = clip.cond_stage_model
     model.reset_clip_options()
@@ -214,7 +215,7 @@ def _layers(clip) -> str:
     return ",".join(str(layer) for layer in layers)
 
 
-def _refuse_scheduled_hooks(clip) -> None:
+def _refuse_scheduled_hooks(clip: CLIP) -> None:
     if clip.patcher.forced_hooks is not None and clip.use_clip_schedule:
         raise ValueError(
             "clip: its hooks change with the sampling step, so it has no single edit direction. "
@@ -245,12 +246,12 @@ def _group_by_layout(tokens: Iterable[Tokens]) -> tuple[dict[tuple, list[Numbere
     return batched, alone
 
 
-def _encode_alone(clip, tokens: Tokens) -> Encoding:
+def _encode_alone(clip: CLIP, tokens: Tokens) -> Encoding:
     encoded = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
     return {k: v for k, v in encoded.items() if torch.is_tensor(v) and v.is_floating_point()}
 
 
-def _encode_together(clip, batch: Sequence[Tokens]) -> Encoding | None:
+def _encode_together(clip: CLIP, batch: Sequence[Tokens]) -> Encoding | None:
     """Encode sentences as the chunks of one long prompt, which ComfyUI runs through the encoder as a batch.
 
     The long prompt's cond is the sentences' conds end to end. Only its first pooled vector is returned by ComfyUI, so

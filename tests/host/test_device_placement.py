@@ -23,9 +23,9 @@ from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.map_store import KeptMaps, decode
 from pix2pix_zero.editing.trajectory import Inversion
 from pix2pix_zero.host.networks import model_kinds
+from pix2pix_zero.host.sampling import edit as edit_room
 from pix2pix_zero.host.sampling.invert import METHODS
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.nodes import sampler
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
 from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel, Pix2PixZeroDemoScene
@@ -521,7 +521,7 @@ def area_on_the_device(model, inversion, blend):
 MISTAKES = {
     "kept maps": ((KeptMaps, "__getitem__", lambda self, key: decode(self._codes[key])), "two devices", 6e-4),
     "contrast": ((UNetPasses, "contrast", contrast_in_ram), "two devices", 0.0),
-    "edited area": ((sampler, "edited_area", area_on_the_device), "left on the other device", 0.0),
+    "edited area": ((edit_room, "edited_area", area_on_the_device), "left on the other device", 0.0),
 }
 
 

@@ -6,6 +6,7 @@ import comfy.samplers
 import plug_and_play_runs as plugged
 import prompt_to_prompt_runs as prompted
 import pytest
+import small_edit as guided
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from small_unet import latent
@@ -72,8 +73,8 @@ def test_a_sampler_of_another_pack_is_known_by_its_steps(model, clip, monkeypatc
 def test_differential_diffusion_acts_in_every_method(model, clip, edited):
     """A place is free from the share of the sampling on that its mask leaves; before, it goes along the source."""
     (patched,) = DifferentialDiffusion.execute(model).result
-    whole = prompted.invert(model, clip)
-    inversion = replace(whole, noise_mask=ramp())
+    plain = prompted.invert(model, clip)
+    inversion = replace(plain, noise_mask=ramp())
     table = model.model.model_sampling
     lowest, first = (float(table.timestep(sigma)) for sigma in (table.sigma_min, inversion.sigmas[-1]))
 
@@ -87,7 +88,7 @@ def test_differential_diffusion_acts_in_every_method(model, clip, edited):
 
     reference = model.clone()
     reference.set_model_sampler_post_cfg_function(blended)
-    expected = edited(reference, clip, whole)
+    expected = edited(reference, clip, plain)
     assert (edited(patched, clip, inversion) - expected).abs().max() <= 1e-4 * expected.std()
     assert (edited(model, clip, inversion) - expected).abs().max() > 1e-2 * expected.std(), "the patch must matter"
 
@@ -107,3 +108,9 @@ def test_pictures_with_a_caption_each_are_refused_by_prompt_to_prompt(model, cli
         inversion = plugged.invert(model, latent(batch=2), [[rows, {}]])
     with pytest.raises(ValueError, match="inversion: its pictures have a caption each"):
         prompted.patch(model, inversion, clip, "a dog on a sofa")
+
+
+def test_a_mask_of_true_and_false_is_a_mask(model):
+    inversion = guided.invert(model)
+    ours, expected = (guided.edit(model, inversion, mask=mask) for mask in (half().bool(), half()))
+    assert torch.equal(ours, expected)

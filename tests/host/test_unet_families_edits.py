@@ -180,12 +180,23 @@ def test_an_inpainting_mask_keeps_the_picture_outside_it():
 def test_what_the_edit_says_itself_is_left_as_it_is():
     source = [[torch.zeros(1, 2, 3), {"concat_latent_image": "source's", "concat_mask": "source's", "width": 8}]]
     other = [[torch.ones(1, 2, 3), {"concat_latent_image": "own"}]]
-    assert beside_the_source(other, source) == other
-    (_, options), *_ = beside_the_source([[torch.ones(1, 2, 3), {}]], source)
+    assert beside_the_source(other, source, "positive") == other
+    (_, options), *_ = beside_the_source([[torch.ones(1, 2, 3), {}]], source, "positive")
     assert options == {"concat_latent_image": "source's", "concat_mask": "source's"}
-    (_, options), *_ = beside_the_source([[torch.zeros(1, 2, 3), {}]], [[torch.zeros(1, 2, 3), {}]])
+    (_, options), *_ = beside_the_source([[torch.zeros(1, 2, 3), {}]], [[torch.zeros(1, 2, 3), {}]], "negative")
     assert options == {"prompt_type": "positive"}
     assert source[0][1].keys() == {"concat_latent_image", "concat_mask", "width"}
+
+
+def test_a_negative_of_another_number_of_parts_takes_what_all_parts_of_the_source_share():
+    def part(value):
+        return [torch.zeros(1, 2, 3), {"concat_mask": torch.full((1, 8, 8), value)}]
+
+    negative = [[torch.ones(1, 2, 3), {}]]
+    ((_, options),) = beside_the_source(negative, [part(0.5), part(0.5)], "negative")
+    assert torch.equal(options["concat_mask"], part(0.5)[1]["concat_mask"])
+    with pytest.raises(ValueError, match="negative: .*different pictures to inpaint"):
+        beside_the_source(negative, [part(0.5), part(1.0)], "negative")
 
 
 @pytest.mark.parametrize("family", ["koala-700m", "sdxs-09", "sd15-inpaint", "unclip-h"])
