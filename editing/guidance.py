@@ -112,10 +112,12 @@ class KeptSource:
 
     def restore(self, x: torch.Tensor, level: int) -> torch.Tensor:
         """`x` [B, C, H, W] of a level with the source's own latent in the places that stay."""
+        mask = self.mask_at(level)
+        if mask is None and self.blend is None:
+            return x
         source = self.inversion.trajectory[level].to(x)
         if self.blend is not None:
             x = self.blend.keep_source(x, source)
-        mask = self.mask_at(level)
         return x if mask is None else mask * x + (1 - mask) * source
 
     @property
