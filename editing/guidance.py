@@ -148,7 +148,9 @@ def sample_guided(
     """
     for step, level in enumerate(range(inversion.steps, 0, -1)):
         sigma, sigma_next = (float(inversion.sigmas[i]) for i in (level, level - 1))
-        strength = guidance.strength_at(sigma, step, inversion.steps) if kept.lets_guide else 0.0
+        strength = guidance.strength_at(sigma, step, inversion.steps)
+        if strength and not kept.lets_guide:
+            strength = 0.0
         hold = guidance.holds_negative_at(step)
         gradient = distance = None
         if strength:

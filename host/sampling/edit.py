@@ -139,7 +139,7 @@ class _Edit:
         self.inversion = inversion
         self.settings = settings
         self.preset = PRESETS[settings.preset]
-        self.entries = len(texts["positive"])
+        self.entries = {name: len(texts[name]) for name in ("positive", "negative")}
         self.needs = _needs([*texts["positive"], *texts["source"]], inversion.maps, inversion.steps)
 
     def patched_model(self) -> ModelPatcher:
@@ -166,7 +166,7 @@ class _Edit:
         # The stock sampler masks with a step's noise level before the step and after it.
         kept = KeptSource(inversion, lambda level: noise_mask.at(float(inversion.sigmas[max(level, 1)]), x), blend)
         shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
-        attending = self.entries * sum(height * width for height, width in shapes.values())
+        attending = self.entries["positive"] * sum(height * width for height, width in shapes.values())
 
         def on_step(step: int, denoised: torch.Tensor, x: torch.Tensor, distance: torch.Tensor | None) -> None:
             if distance is None:
@@ -195,7 +195,9 @@ class _Edit:
 
     def _checkpointing(self, run: Run) -> Checkpointing:
         mode = affordable_mode(self.model, run.x, self.preset.checkpointing, **self.needs)
-        return Checkpointing(mode, affordable_rows(self.model, run.x, mode, entries=self.entries, **self.needs))
+        return Checkpointing(
+            mode, affordable_rows(self.model, run.x, mode, entries=sum(self.entries.values()), **self.needs)
+        )
 
 
 def _needs(texts: list, maps: MapStore | None, steps: int) -> dict:

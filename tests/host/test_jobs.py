@@ -8,8 +8,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache as caches
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.sampling.edit_guider import EditGuider
 from pix2pix_zero.host.sampling.passes import UNetPasses
+from pix2pix_zero.host.sampling.source import EditGuider
 from pix2pix_zero.host.unet.jobs import for_own_sampler
 from pix2pix_zero.host.unet.map_jobs import Checkpointing
 from small_edit import edit, invert
@@ -53,7 +53,7 @@ def test_a_node_that_leaves_out_unet_calls_is_named(model, action):
             edit(lazy, inversion)
         elif action == "match":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("pix2pix_zero.host.sampling.run.attention_state", lambda model: inversion.maps.made_with)
+                patch.setattr("pix2pix_zero.host.sampling.edit.attention_state", lambda model: inversion.maps.made_with)
                 edit(lazy, inversion)
         else:
             edit(lazy, inversion, preset="official")
