@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..editing.inversion import Inversion as InvertedPicture
+from ..editing.trajectory import Inversion as InvertedPicture
 from ..pictures.noise_report import report_noise
 from .sockets import require
 from .types import CATEGORY, Inversion

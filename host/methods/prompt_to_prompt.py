@@ -25,7 +25,7 @@ from ..batching import TEXT_LENGTHS
 from ..sampling.checks import check_inversion
 from ..sampling.mask import NoiseMask
 from ..sampling.source import load_with_source, processed_source
-from ..text.prompt_words import blend_tokens, require_clip, find_words, is_text_of, read_factors, tokenize
+from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, require_clip, tokenize
 from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 
 KEY = "pix2pix_zero_prompt_to_prompt"

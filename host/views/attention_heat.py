@@ -23,7 +23,7 @@ from .. import progress
 from ..sampling.checks import check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
 from ..sampling.run import Run, look
-from ..text.prompt_words import require_clip, entries, is_text_of, tokenize
+from ..text.prompt_words import entries, is_text_of, require_clip, tokenize
 from ..unet.jobs import for_own_sampler
 from ..unet.model_state import attention_state
 
