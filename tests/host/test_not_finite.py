@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
 from small_edit import edit, invert
@@ -80,7 +81,8 @@ def test_captions_that_cover_the_sampling_together_are_taken(model):
 
 
 def test_a_direction_needs_a_text_to_move():
+    direction = EditDirection({"cond": torch.ones(1, 4, 3)}, "encoder", "cat", "dog", 1)
     with pytest.raises(ValueError, match="conditioning: .*no text"):
-        Pix2PixZeroApplyDirection.execute([[None, {}]], object(), 1.0)
+        Pix2PixZeroApplyDirection.execute([[None, {}]], direction, 1.0)
     with pytest.raises(ValueError, match="conditioning: it is empty"):
-        Pix2PixZeroApplyDirection.execute([], object(), 1.0)
+        Pix2PixZeroApplyDirection.execute([], direction, 1.0)
