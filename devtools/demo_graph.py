@@ -69,6 +69,10 @@ class Demo(Graph):
         """The picture that the guided sampler draws."""
         return self.decode(self.sample(*where, **knobs)[0])
 
+    def batch(self, first: list, second: list) -> list:
+        """Two pictures or batches as one batch."""
+        return self.add("ImageBatch", image1=first, image2=second)[0]
+
     def stock(self, model: list, positive: list, cfg: float) -> list:
         """The picture that the stock sampler draws from the inversion's noise."""
         guider = self.add("CFGGuider", model=model, positive=positive, negative=self.source[0], cfg=cfg)

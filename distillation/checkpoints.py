@@ -15,6 +15,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .learning import Training
 
+FIXED = ("batch", "crop", "learning_rate", "seed")  # settings that a run keeps when it is resumed
+
+
+def checkpoint_settings(path: Path) -> dict[str, object]:
+    """What a saved run was made with: those of `FIXED`, and whether it has `features`."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"]).get("settings", {})
+
 
 def write_checkpoint(path: Path, run: Training) -> None:
     """Write everything that the next step depends on, by renaming."""
@@ -27,6 +35,7 @@ def write_checkpoint(path: Path, run: Training) -> None:
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     numbers = {"step": run.step, "seconds": run.seconds, "loss": run.loss, "losses": run.losses}
     numbers["scaler"] = run._scaler.state_dict()
+    numbers["settings"] = {name: getattr(run.settings, name) for name in FIXED} | {"features": run.features is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

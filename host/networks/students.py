@@ -10,17 +10,19 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 NOISE_LEVEL = 15 / 255  # the fourth channel that spandrel gives a DRUNet
 SMALL_WIDTHS = (16, 32, 56, 96)  # 0.71 million weights, 1.4 MB in half precision
 SMALL_BLOCKS = 2  # spandrel recognizes no fewer
+SIDE = 8  # the network halves a picture three times
 FORMAT = "pix2pix_zero.student"  # of the metadata
 
 
 class DrunetStudent(nn.Module):
-    """DRUNet (Zhang et al., TPAMI 2021) as spandrel calls it: pictures [B, 3, H, W] in 0..1 of a size divisible by 8.
+    """DRUNet (Zhang et al., TPAMI 2021) as spandrel calls it: pictures [B, 3, H, W] in 0..1, of 8 pixels a side and more.
 
     It begins as the identity, exactly. Nothing in it pools over the picture, so tiles of a picture come out alike.
     """
@@ -33,7 +35,12 @@ class DrunetStudent(nn.Module):
         self._become_identity()
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.network(torch.cat([pictures, torch.full_like(pictures[:, :1], NOISE_LEVEL)], 1))
+        height, width = pictures.shape[-2:]
+        padded = pictures
+        if height % SIDE or width % SIDE:
+            padded = F.pad(pictures, (0, -width % SIDE, 0, -height % SIDE), "reflect")
+        edited = self.network(torch.cat([padded, torch.full_like(padded[:, :1], NOISE_LEVEL)], 1))
+        return edited[..., :height, :width]
 
     @torch.no_grad()
     def _become_identity(self) -> None:
@@ -94,3 +101,18 @@ def load_student(path: Path):
     from spandrel import ModelLoader
 
     return ModelLoader().load_from_state_dict(comfy.utils.load_torch_file(str(path), safe_load=True)).eval()
+
+
+def upscale_model(path: Path):
+    """The UPSCALE_MODEL of a student's file, as *Load Upscale Model* gives it."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    student = load_student(path)
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    student.patcher = patcher(
+        student.model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return student

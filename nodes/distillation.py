@@ -1,0 +1,113 @@
+"""Distil an edit into a small network that runs in stock nodes."""
+
+from comfy_api.latest import io
+
+from .types import CATEGORY
+
+SIZES = ["small"]
+
+
+class Pix2PixZeroDistill(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroDistill",
+            display_name="Distill Edit",
+            category=CATEGORY,
+            description="Trains a small network to make one edit in a single pass, from pairs of Save Edit Pair. It is "
+            "written to models/upscale_models/pix2pix_zero, for Load Upscale Model and Upscale Image (using Model).",
+            is_output_node=True,
+            search_aliases=["train", "student", "pix2pix", "conditional gan", "fast edit", "real-time"],
+            inputs=[
+                io.String.Input(
+                    "dataset", default="my_edit", tooltip="The name of a data set that Save Edit Pair made."
+                ),
+                io.String.Input(
+                    "name",
+                    default="my_edit",
+                    tooltip="The file's name without its number. Earlier files are never overwritten.",
+                ),
+                io.Combo.Input(
+                    "size",
+                    options=SIZES,
+                    default="small",
+                    tooltip="small: a DRUNet of 1.4 MB, which does not care about the size of pictures.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=3000,
+                    min=20,
+                    max=1000000,
+                    tooltip="Training steps. Raise while the error on held-out pairs in the report still falls; 300 are "
+                    "enough to see whether anything is learnt.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=8,
+                    min=1,
+                    max=256,
+                    tooltip="Pairs in a step. Raise on a GPU with room, to 16 or more; lower if memory runs out.",
+                ),
+                io.Int.Input(
+                    "crop",
+                    default=256,
+                    min=32,
+                    max=2048,
+                    step=8,
+                    tooltip="Side of the squares that are cut out of the pairs, in pixels; smaller pictures are taken "
+                    "whole. Raise if the student must see a whole subject, lower if memory runs out.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.002,
+                    min=0.00001,
+                    max=0.1,
+                    step=0.00001,
+                    round=False,
+                    tooltip="How far each step goes. Lower it if the loss jumps or the training stops with NaN.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="The random start and order of the training. Another seed gives a similar student.",
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=True,
+                    tooltip="On: goes on with a training of this name that was cancelled. Off: begins anew and drops it.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The VAE of the model that made the edits: then its features of the picture count too, which "
+                    "makes edges and textures better and training slower. Leave it open to count pixels only.",
+                ),
+            ],
+            outputs=[
+                io.UpscaleModel.Output(
+                    display_name="upscale_model",
+                    tooltip="The edit, for Upscale Image (using Model). It enlarges nothing.",
+                ),
+                io.Image.Output(
+                    display_name="strip",
+                    tooltip="Pairs that were not trained on: source, edit, student; the worst framed.",
+                ),
+                io.String.Output(display_name="report", tooltip="The error on those pairs, and what was trained."),
+                io.Custom("LOSS_MAP").Output(display_name="loss", tooltip="For Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, dataset, name, size, steps, batch, crop, learning_rate, seed, resume, vae=None) -> io.NodeOutput:
+        from ..distillation.learning import Settings
+        from ..host.distilled.run import Wish, distill
+
+        settings = Settings(steps=steps, batch=batch, crop=crop, learning_rate=learning_rate, seed=seed)
+        made = distill(Wish(dataset, name, size, settings, resume), vae)
+        return io.NodeOutput(made.model, made.strip, made.report, {"loss": made.losses}, ui={"text": [made.report]})
+
+
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDistill]
