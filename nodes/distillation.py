@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..host.distilled.demo_students import demo_student, demo_student_names
 from .types import CATEGORY
 
 SIZES = ["small"]
@@ -110,4 +111,35 @@ class Pix2PixZeroDistill(io.ComfyNode):
         return io.NodeOutput(made.model, made.strip, made.report, {"loss": made.losses}, ui={"text": [made.report]})
 
 
+class Pix2PixZeroDemoDistilled(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Pix2PixZeroDemoDistilled",
+            display_name="Load Demo Distilled Edit",
+            category=CATEGORY,
+            description="A student that ships with this pack: it makes one edit of the demo scenes in a single pass, about a "
+            "hundred times faster than the edit it learnt.",
+            search_aliases=["student", "distilled", "fast edit", "demo upscale model"],
+            inputs=[
+                io.Combo.Input(
+                    "edit",
+                    options=demo_student_names(),
+                    tooltip="cat2dog changes the animal, day2night the whole picture. They know demo scenes only.",
+                )
+            ],
+            outputs=[
+                io.UpscaleModel.Output(
+                    display_name="upscale_model",
+                    tooltip="The edit, for Upscale Image (using Model). It enlarges nothing.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, edit: str) -> io.NodeOutput:
+        return io.NodeOutput(demo_student(edit))
+
+
+# Pix2PixZeroDemoDistilled joins when demo_model/distilled/ holds its files.
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDistill]

@@ -12,10 +12,10 @@ import torch
 from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel, UpscaleModelLoader
 from PIL import Image
 from pix2pix_zero.distillation.learning import Settings
-from pix2pix_zero.host.distilled import pair_sets
+from pix2pix_zero.host.distilled import demo_students, pair_sets
 from pix2pix_zero.host.distilled import run as training_run
-from pix2pix_zero.host.networks.students import load_student
-from pix2pix_zero.nodes.distillation import Pix2PixZeroDistill
+from pix2pix_zero.host.networks.students import load_student, make_student, save_student
+from pix2pix_zero.nodes.distillation import Pix2PixZeroDemoDistilled, Pix2PixZeroDistill
 from pix2pix_zero.nodes.pairs import Pix2PixZeroFolderPicture, Pix2PixZeroSavePair
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -356,6 +356,17 @@ class TestDistillEdit:
         assert not list((folders / "upscale").rglob("*.safetensors"))
         run_node(Pix2PixZeroDistill, **{**WISH, "steps": 20})
         assert [path.name for path in (folders / "upscale").rglob("*.safetensors")] == ["swap_00001.safetensors"]
+
+
+def test_a_student_that_ships_is_loaded_by_its_edit(tmp_path, monkeypatch, run_node):
+    save_student(make_student(), tmp_path / "cat2dog.safetensors", {})
+    monkeypatch.setattr(demo_students, "FOLDER", tmp_path)
+    (model,) = run_node(Pix2PixZeroDemoDistilled, edit="cat2dog")
+    with torch.inference_mode():
+        (same,) = ImageUpscaleWithModel.execute(model, picture(0)).result
+    torch.testing.assert_close(same, picture(0), atol=2e-3, rtol=0)  # it was not trained
+    with pytest.raises(ValueError, match="^edit: there is no '../x'. Choose one of cat2dog"):
+        run_node(Pix2PixZeroDemoDistilled, edit="../x")
 
 
 def test_the_defaults_of_the_node_are_those_that_a_student_needs():

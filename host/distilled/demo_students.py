@@ -1,0 +1,19 @@
+"""The students that ship with the demo model."""
+
+from pathlib import Path
+
+from ..networks.students import upscale_model
+
+FOLDER = Path(__file__).parents[2] / "demo_model" / "distilled"
+
+
+def demo_student_names() -> list[str]:
+    """The edits that were distilled, such as cat2dog."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def demo_student(edit: str):
+    """The UPSCALE_MODEL of an edit. Raises ValueError if none of that name ships."""
+    if edit not in demo_student_names():
+        raise ValueError(f"edit: there is no {edit!r}. Choose one of {', '.join(demo_student_names())}.")
+    return upscale_model(FOLDER / f"{edit}.safetensors")
