@@ -41,9 +41,6 @@ def agreement(edit: QualityEdit, scenes: Scenes, compared: Compared, judge: Judg
     question, wanted = edit.asked
     inside = torch.ones_like(scenes.outside) if edit.whole_picture else 1 - scenes.outside
 
-    def error(a: Tensor, b: Tensor, where: Tensor) -> float:
-        return float(255 * ((a - b).abs() * where).sum() / (3 * where.sum()).clamp_min(1))
-
     def hit(pictures: Tensor) -> float:
         return float(np.mean([answer == wanted for answer in judge.answers(pictures)[question]]))
 
@@ -51,16 +48,38 @@ def agreement(edit: QualityEdit, scenes: Scenes, compared: Compared, judge: Judg
     figures = {
         "hit": hit(student),
         "teacher_hit": hit(teacher),
-        "whole": error(student, teacher, torch.ones_like(inside)),
-        "inside": error(student, teacher, inside),
-        "source_inside": error(scenes.sources, teacher, inside),
-        "truth_inside": error(student, scenes.truths, inside),
-        "teacher_truth_inside": error(teacher, scenes.truths, inside),
+        "whole": _error(student, teacher, torch.ones_like(inside)),
+        "inside": _error(student, teacher, inside),
+        "source_inside": _error(scenes.sources, teacher, inside),
+        "truth_inside": _error(student, scenes.truths, inside),
+        "teacher_truth_inside": _error(teacher, scenes.truths, inside),
     }
     if not edit.whole_picture:
-        figures["background"] = error(student, scenes.sources, scenes.outside)
-        figures["teacher_background"] = error(teacher, scenes.sources, scenes.outside)
+        figures["background"] = _error(student, scenes.sources, scenes.outside)
+        figures["teacher_background"] = _error(teacher, scenes.sources, scenes.outside)
     return figures
+
+
+def errors(edit: QualityEdit, scenes: Scenes, teacher: Tensor, pictures: Tensor, judge: Judge) -> dict[str, float]:
+    """Means over the scenes of pictures [B, H, W, 3] in 0..1, however they were made; errors in 0..255.
+
+    hit: where the judge sees the edit. whole, inside: to the teacher's pictures. truth_whole, truth_inside: to the ground truth.
+    background: to the source where nothing may change; left out where the whole picture is edited.
+    """
+    question, wanted = edit.asked
+    everywhere = torch.ones_like(scenes.outside)
+    inside = everywhere if edit.whole_picture else 1 - scenes.outside
+    figures = {"hit": float(np.mean([answer == wanted for answer in judge.answers(pictures)[question]]))}
+    for name, other in (("", teacher), ("truth_", scenes.truths)):
+        figures[f"{name}whole"] = _error(pictures, other, everywhere)
+        figures[f"{name}inside"] = _error(pictures, other, inside)
+    if not edit.whole_picture:
+        figures["background"] = _error(pictures, scenes.sources, scenes.outside)
+    return figures
+
+
+def _error(a: Tensor, b: Tensor, where: Tensor) -> float:
+    return float(255 * ((a - b).abs() * where).sum() / (3 * where.sum()).clamp_min(1))
 
 
 @torch.inference_mode()
