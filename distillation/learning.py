@@ -5,6 +5,7 @@ Runs in one process, or in several that torchrun has started (they average their
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -63,7 +64,7 @@ class Report:
 class Training:
     """One run. `features`: maps of pictures [B, 3, H, W] in 0..1 that the feature error is taken of, or None.
 
-    `checkpoint`: file to resume from if it is there, and to save to.
+    `pairs` may lie on another device than the student. `checkpoint`: file to resume from if it is there, and to save to.
     """
 
     def __init__(
@@ -82,9 +83,8 @@ class Training:
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.losses: list[float] = []
         self._last: Tensor | None = None
-        device = pairs.sources.device.type
-        self._autocast = torch.autocast(device, torch.float16, enabled=settings.half)
-        self._scaler = torch.amp.GradScaler(device, enabled=settings.half)
+        self.device = next(student.parameters()).device
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.half)
         if checkpoint is not None and checkpoint.is_file():
             read_checkpoint(checkpoint, self)
 
@@ -126,7 +126,7 @@ class Training:
     def _one_step(self) -> None:
         source, target, area = self._draw()
         counted = pixel_weights(source, target, area, self.settings.weights)
-        with self._autocast:
+        with torch.autocast(self.device.type, torch.float16) if self.settings.half else contextlib.nullcontext():
             output = self.student(source)
         loss = pixel_loss(output.float(), target, counted)
         if self.features is not None and self.settings.weights.features:
@@ -151,8 +151,8 @@ class Training:
         """A batch, each pair flipped or not. Convolutions are faster on channels that lie together."""
         chosen = torch.randint(len(self.pairs), (self.settings.batch,), generator=self.generator)
         flipped = torch.rand(self.settings.batch, generator=self.generator) < 0.5
-        source, target, area = self._cut(*self.pairs.take(chosen))
-        flipped = flipped.to(source.device).view(-1, 1, 1, 1)
+        source, target, area = (data.to(self.device) for data in self._cut(*self.pairs.take(chosen)))
+        flipped = flipped.to(self.device).view(-1, 1, 1, 1)
         source, target, area = (torch.where(flipped, data.flip(-1), data) for data in (source, target, area))
         return source.contiguous(memory_format=torch.channels_last), target, area
 
@@ -203,7 +203,8 @@ class Training:
         count, found = min(len(self.held_out), most), []
         together = max(1, TOGETHER // self.held_out.sources[0, 0].numel())
         for first in range(0, count, together):
-            source, target, where = self.held_out.take(list(range(first, min(first + together, count))))
+            data = self.held_out.take(list(range(first, min(first + together, count))))
+            source, target, where = (part.to(self.device) for part in data)
             difference = (self.average(source).clamp(0, 1) - target).abs().mean(1, keepdim=True)
             found.append(torch.stack([(difference * where).sum((1, 2, 3)), where.sum((1, 2, 3))], 1).cpu())
         return torch.cat(found)

@@ -24,7 +24,7 @@ RED = (0.85, 0.1, 0.1)
 def triple(run: Training, index: int) -> list[torch.Tensor]:
     """(source, edited, the student's picture) of a held-out pair, IMAGEs [1, H, W, 3] on the CPU."""
     source, edited, _ = run.held_out.take([index])
-    pictures = (source, edited, run.average(source).clamp(0, 1))
+    pictures = (source, edited, run.average(source.to(run.device)).clamp(0, 1))
     return [picture.movedim(1, -1).float().cpu() for picture in pictures]
 
 

@@ -22,6 +22,8 @@ from pix2pix_zero.attention_patches.sites import cross_attention_sites
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.map_store import KeptMaps, decode
 from pix2pix_zero.editing.trajectory import Inversion
+from pix2pix_zero.host.distilled import run as distilled_run
+from pix2pix_zero.host.distilled.pair_sets import pair_up, save_pairs
 from pix2pix_zero.host.networks import model_kinds
 from pix2pix_zero.host.sampling import edit as edit_room
 from pix2pix_zero.host.sampling.invert import METHODS
@@ -30,6 +32,7 @@ from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.caption import Pix2PixZeroCaption, Pix2PixZeroLoadCaptioner
 from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel, Pix2PixZeroDemoScene
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
+from pix2pix_zero.nodes.distillation import Pix2PixZeroDistill
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
@@ -473,6 +476,26 @@ def test_where_everything_stays_on_the_device_between_nodes(same_on_both):
         return inversion, latents, Pix2PixZeroNoiseReport.execute(noise, inversion).result
 
     same_on_both(run, between=OTHER)
+
+
+@pytest.mark.parametrize("room", ["on the device", "in RAM"])
+def test_distilling_an_edit(room, same_on_both, tmp_path, monkeypatch):
+    """Pairs lie on the device where they fit."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    folders = ([str(tmp_path / "upscale")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "upscale_models", folders)
+    if room == "in RAM":
+        monkeypatch.setattr(distilled_run, "PART_OF_MEMORY", 0.0)
+    pictures = torch.rand(50, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    save_pairs("swap", pair_up([pictures], [pictures.flip(-1)]), True)
+    node = Pix2PixZeroDistill
+    settings = {"dataset": "swap", "name": "swap", "size": "small", "steps": 20, "batch": 2, "crop": 32}
+
+    def run(here):
+        made = node.execute(**settings, learning_rate=0.002, seed=0, resume=False).result
+        return made[1], made[3]["loss"]
+
+    same_on_both(run, 1e-2)
 
 
 def waits_per_step(run):
