@@ -96,10 +96,38 @@ def test_the_packages_icon_and_banner_are_what_the_registry_takes():
     assert sum(path.stat().st_size for path in tracked("assets/*")) < 100_000
 
 
+def workflow(name: str) -> dict:
+    import yaml  # the host requires it
+
+    # the base loader leaves `on` a word; to the others it is a truth value
+    return yaml.load(read(ROOT / ".github" / "workflows" / name), yaml.BaseLoader)
+
+
+def test_the_tests_run_on_every_push_and_pull_request():
+    tests = workflow("tests.yml")
+    assert {"push", "pull_request", "workflow_call"} <= tests["on"].keys()
+    assert not any(tests["on"].values()), "they run for every branch and every file"
+    (job,) = tests["jobs"].values()
+    (step,) = [step for step in job["steps"] if "run" in step]
+    assert step["run"] == "bash .ci/run"
+    assert not {"if", "continue-on-error"} & {*job, *step}
+
+
+def test_a_release_is_published_only_after_the_tests_have_passed_on_its_commit():
+    jobs = workflow("publish.yml")["jobs"]
+    publishing = [name for name, job in jobs.items() if "publish-node-action" in str(job)]
+    assert publishing == ["publish"]
+    assert jobs["tests"]["uses"] == "./.github/workflows/tests.yml"
+    assert jobs["publish"]["needs"] == "tests" and "if" not in jobs["publish"]
+    checkouts = [step for step in jobs["publish"]["steps"] if "checkout" in step["uses"]]
+    assert [step.get("with", {}).get("ref") for step in checkouts] == [None], "it publishes the commit that was tested"
+
+
 def test_a_release_is_published_only_when_the_version_has_changed():
-    workflow = read(ROOT / ".github" / "workflows" / "publish.yml")
-    assert "paths: [pyproject.toml]" in workflow and "Comfy-Org/publish-node-action" in workflow
-    assert "steps.version.outputs.changed == 'true'" in workflow
+    publish = workflow("publish.yml")
+    assert publish["on"]["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}
+    assert publish["jobs"]["tests"]["if"] == "needs.version.outputs.changed == 'true'"
+    assert publish["jobs"]["tests"]["needs"] == "version"
     # the line that the workflow reads the version from
     assert re.search(r'^version = "\d+\.\d+\.\d+"$', read(ROOT / "pyproject.toml"), re.MULTILINE)
 
