@@ -198,57 +198,75 @@ def page_path(node_id: str, language: str) -> Path:
     return PAGES / f"{node_id}.md" if language == "en" else PAGES / node_id / f"{language}.md"
 
 
+def with_english(texts: dict, model: dict) -> dict:
+    """`texts`, and the text of `model` (the English one) wherever they lack one, as the frontend shows them."""
+    shown = {key: texts.get(key, value) for key, value in model.items()}
+    return {
+        key: with_english(shown[key], value) if isinstance(value, dict) else shown[key] for key, value in model.items()
+    }
+
+
 def written(infos: list[dict]) -> dict[Path, str]:
-    """The content that each generated file should have, for the pages and translations that exist and are complete.
+    """The content that each generated file should have, for the pages and translations that exist.
 
     `infos`: all nodes of the pack as `/object_info` describes them.
     """
     files = {}
     models = {info["name"]: expected(info) for info in infos}
-    for language in LANGUAGES:
-        texts = {name: english(info) for name, info in zip(models, infos, strict=True)}
+    for language, words in LANGUAGES.items():
+        texts = {info["name"]: english(info) for info in infos}
         if language != "en":
             texts = in_order(read_texts(language), models)
-            for name, model in models.items():
-                if CONTROL in model["inputs"] and name in texts:
-                    texts[name].setdefault("inputs", {})[CONTROL] = {"name": LANGUAGES[language].control}
+            for name in texts.keys() & models.keys():
+                if CONTROL in models[name]["inputs"]:
+                    texts[name].setdefault("inputs", {})[CONTROL] = {"name": words.control}
             texts = in_order(texts, models)
         if texts:
             files[LOCALES / language / "nodeDefs.json"] = json.dumps(texts, ensure_ascii=False, indent=2) + "\n"
+        shown = with_english(texts, models)
         for info in infos:
             path = page_path(info["name"], language)
-            own = texts.get(info["name"], {})
-            if path.is_file() and paths(own).keys() >= paths(models[info["name"]]).keys() - _control(
-                models[info["name"]]
-            ):
-                files[path] = rewrite(path.read_text(encoding="utf-8"), info, own, language)
+            if path.is_file():
+                files[path] = rewrite(path.read_text(encoding="utf-8"), info, shown[info["name"]], language)
     return files
 
 
-def _control(model: dict) -> set[tuple[str, ...]]:
-    return {path for path in paths(model) if CONTROL in path}
+def _named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def gaps(infos: list[dict]) -> list[str]:
-    """What is missing or superfluous, in words: a page, a translation of a text, a text of nothing that exists."""
-    found = []
+def faults(infos: list[dict]) -> list[str]:
+    """What is wrong, in words: a node without an English page, a page of no node, a translation of no text."""
     models = {info["name"]: expected(info) for info in infos}
+    found = [f"{_named(path)} is missing" for name in models if not (path := page_path(name, "en")).is_file()]
     for language in LANGUAGES:
         pages = {page_path(name, language) for name in models}
-        present = set(PAGES.glob("*.md") if language == "en" else PAGES.glob(f"*/{language}.md"))
-        found += [f"{path.relative_to(ROOT).as_posix()} is missing" for path in sorted(pages - present)]
-        found += [f"{path.relative_to(ROOT).as_posix()} is of no node" for path in sorted(present - pages)]
-        if language == "en":
-            continue
-        wanted, translated = paths(models), paths(read_texts(language))
-        file = (LOCALES / language / "nodeDefs.json").relative_to(ROOT).as_posix()
-        found += [f"{file} lacks {'.'.join(path)}: {text}" for path, text in wanted.items() if path not in translated]
-        found += [f"{file} has {'.'.join(path)}, which does not exist" for path in translated if path not in wanted]
+        present = PAGES.glob("*.md" if language == "en" else f"*/{language}.md")
+        found += [f"{_named(path)} is of no node" for path in sorted(set(present) - pages)]
+    for language in TRANSLATIONS:
+        file, wanted = _named(LOCALES / language / "nodeDefs.json"), paths(models)
+        superfluous = paths(read_texts(language)).keys() - wanted.keys()
+        found += [f"{file} has {'.'.join(path)}, which does not exist" for path in sorted(superfluous)]
+    return found
+
+
+def untranslated(infos: list[dict]) -> list[str]:
+    """The texts and pages that a language lacks, in words. The frontend shows the English ones in their place."""
+    found = []
+    models = {info["name"]: expected(info) for info in infos}
+    for language in TRANSLATIONS:
+        file, translated = _named(LOCALES / language / "nodeDefs.json"), paths(read_texts(language))
+        lacking = {path: text for path, text in paths(models).items() if path not in translated}
+        found += [f"{file} lacks {'.'.join(path)}: {text}" for path, text in lacking.items()]
+        found += [f"{_named(path)} is missing" for name in models if not (path := page_path(name, language)).is_file()]
     return found
 
 
 def main(arguments: list[str]) -> int:
-    """`python dev.py docs`: write what is generated, then say what is missing; exit status 1 if anything is."""
+    """`python dev.py docs`: write what is generated, list what is not translated, then what is wrong.
+
+    Returns 1 if anything is wrong; a missing translation is not.
+    """
     from comfy.cli_args import args
 
     args.cpu = True
@@ -267,10 +285,15 @@ def main(arguments: list[str]) -> int:
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
-            print(f"wrote {path.relative_to(ROOT).as_posix()}")
-    missing = gaps(infos)
-    print("\n".join(missing) or "All pages and translations are complete.")
-    return int(bool(missing))
+            print(f"wrote {_named(path)}")
+    lacking, wrong = untranslated(infos), faults(infos)
+    if lacking:
+        print("Not translated, shown in English:", *lacking, sep="\n  ")
+    if wrong:
+        print("To mend:", *wrong, sep="\n  ")
+    elif not lacking:
+        print("All pages and translations are complete.")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

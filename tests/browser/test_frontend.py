@@ -122,7 +122,12 @@ def test_nodes_inputs_and_help_are_shown_in_the_language_of_the_frontend(languag
     speak(frontend, language)
     page.evaluate("() => app.graph.clear()")
     open_help(frontend, TRANSLATED)
-    expected = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[TRANSLATED]
+    texts = {
+        name: json.loads((ROOT / "locales" / name / "nodeDefs.json").read_text(encoding="utf-8"))[TRANSLATED]
+        for name in ("en", language)
+    }
+    expected = {**texts["en"], **texts[language]}
+    expected["inputs"] = {**texts["en"]["inputs"], **texts[language]["inputs"]}
     assert page.evaluate("() => app.graph.nodes[0].title") == expected["display_name"]
     shown = dict(
         page.evaluate("() => app.graph.nodes[0].inputs.map(slot => [slot.name, slot.label ?? slot.localized_name])")

@@ -94,9 +94,9 @@ def test_the_pages_name_only_inputs_and_outputs_that_exist():
 
 
 def names_in(language: str) -> set[str]:
-    """What the pack's nodes are called in a language, also without the part in brackets."""
+    """What the pack's nodes are called in a language (in English where it has no name), also without the brackets."""
     texts = help_pages.read_texts(language)
-    names = {entry["display_name"] for entry in texts.values()}
+    names = {texts.get(name, {}).get("display_name", info["display_name"]) for name, info in INFOS.items()}
     return names | {re.sub(r"\s*[(（].*[)）]$", "", name) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""The translations: complete, of nothing that does not exist, and saying what the English text says."""
+"""The translations: of nothing that does not exist, and saying what the English text says; what they lack is English."""
 
 import json
 import re
@@ -22,25 +22,65 @@ def numbers(text: str) -> set[str]:
     return set(re.findall(r"(?<![A-Za-z0-9_.-])\d+(?:\.\d+)?(?![\d.]*[A-Za-z_])", re.sub(r"(?<=\d)x(?=\d)", " ", text)))
 
 
-def test_every_text_is_translated_and_every_page_is_there():
-    assert help_pages.gaps(INFOS) == [], "add what is missing in locales/ and web/docs/; python dev.py docs lists it"
+def test_every_page_and_every_translation_is_of_something_that_exists():
+    assert help_pages.faults(INFOS) == [], "python dev.py docs lists it too"
 
 
-def test_a_missing_text_a_missing_page_and_a_text_of_nothing_are_found(tmp_path, monkeypatch):
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """`locales` and `docs` in a folder of their own: complete translations (the English texts) and no page."""
     texts = {info["name"]: expected(info) for info in INFOS}
-    del texts["Pix2PixZeroKSampler"]["inputs"]["cfg"]["tooltip"]
-    texts["Pix2PixZeroKSampler"]["inputs"]["cgf"] = {"name": "cgf"}
     for language in TRANSLATIONS:
-        path = tmp_path / "locales" / language / "nodeDefs.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(texts), encoding="utf-8")
+        write_texts(tmp_path, language, texts)
     monkeypatch.setattr(help_pages, "LOCALES", tmp_path / "locales")
     monkeypatch.setattr(help_pages, "PAGES", tmp_path / "docs")
     monkeypatch.setattr(help_pages, "ROOT", tmp_path)
-    found = "\n".join(help_pages.gaps(INFOS))
-    assert "locales/ja/nodeDefs.json lacks Pix2PixZeroKSampler.inputs.cfg.tooltip" in found
+    return tmp_path
+
+
+def write_texts(folder, language: str, texts: dict) -> None:
+    path = folder / "locales" / language / "nodeDefs.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(texts), encoding="utf-8")
+
+
+def test_a_missing_translation_is_listed_and_is_no_fault(scratch):
+    texts = {info["name"]: expected(info) for info in INFOS}
+    del texts["Pix2PixZeroKSampler"]["inputs"]["cfg"]["tooltip"]
+    write_texts(scratch, "ja", texts)
+    listed = help_pages.untranslated(INFOS)
+    tooltip = ENGLISH["Pix2PixZeroKSampler", "inputs", "cfg", "tooltip"]
+    assert [line for line in listed if "nodeDefs" in line] == [
+        f"locales/ja/nodeDefs.json lacks Pix2PixZeroKSampler.inputs.cfg.tooltip: {tooltip}"
+    ]
+    assert "docs/Pix2PixZeroKSampler/ko.md is missing" in listed
+    assert help_pages.faults(INFOS) == [f"docs/{info['name']}.md is missing" for info in INFOS]
+
+
+def test_a_text_of_nothing_and_a_page_of_nothing_are_faults(scratch):
+    texts = {info["name"]: expected(info) for info in INFOS}
+    texts["Pix2PixZeroKSampler"]["inputs"]["cgf"] = {"name": "cgf"}
+    write_texts(scratch, "zh", texts)
+    for name in ("NoNode.md", "NoNode/ko.md"):
+        (scratch / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / "docs" / name).write_text("# No node\n", encoding="utf-8")
+    found = help_pages.faults(INFOS)
     assert "locales/zh/nodeDefs.json has Pix2PixZeroKSampler.inputs.cgf.name, which does not exist" in found
-    assert "docs/Pix2PixZeroKSampler/ko.md is missing" in found and "docs/Pix2PixZeroKSampler.md is missing" in found
+    assert {"docs/NoNode.md is of no node", "docs/NoNode/ko.md is of no node"} <= set(found)
+
+
+def test_the_page_of_a_node_with_a_new_input_has_its_row_in_english_until_it_is_translated(scratch):
+    info = next(info for info in INFOS if info["name"] == "Pix2PixZeroKSampler")
+    texts = {"Pix2PixZeroKSampler": expected(info)}
+    texts["Pix2PixZeroKSampler"]["inputs"]["preset"] = {"name": "프리셋", "tooltip": "설정을 고릅니다."}
+    del texts["Pix2PixZeroKSampler"]["inputs"]["cfg"]
+    write_texts(scratch, "ko", texts)
+    page = help_pages.page_path("Pix2PixZeroKSampler", "ko")
+    page.parent.mkdir(parents=True)
+    page.write_text("# 이름\n<!-- inputs --><!-- /inputs --><!-- outputs --><!-- /outputs -->", encoding="utf-8")
+    table = help_pages.written(INFOS)[page]
+    assert "| **프리셋**<br>`preset`" in table and "설정을 고릅니다." in table
+    assert f"| `cfg`<br>FLOAT<br>1.5 (0~100) | {ENGLISH['Pix2PixZeroKSampler', 'inputs', 'cfg', 'tooltip']} |" in table
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
@@ -71,7 +111,7 @@ def test_a_translation_names_the_choices_that_the_english_text_names(language):
         for name, socket in help_pages.inputs_of(info).items():
             path = (info["name"], "inputs", name, "tooltip")
             for choice in map(str, socket.settings.get("options") or ()):
-                if f"{choice}: " in ENGLISH[path]:
+                if path in texts and f"{choice}: " in ENGLISH[path]:
                     assert re.search(re.escape(choice) + "[:：]", texts[path]), (path, choice)
 
 
@@ -93,7 +133,8 @@ def test_an_input_is_called_the_same_in_every_node(language):
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
 def test_no_two_nodes_have_one_name(language):
-    names = [text for path, text in translated(language).items() if path[-1] == "display_name"]
+    texts = translated(language)
+    names = [texts.get(path, text) for path, text in ENGLISH.items() if path[-1] == "display_name"]
     assert len(names) == len(set(names)) == len(INFOS)
 
 
