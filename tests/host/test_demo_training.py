@@ -16,9 +16,9 @@ from pix2pix_zero.demo_model.training.optimizer import orthogonalize
 SMALL = Recipe(
     renders=240,
     ranks=1,
-    autoencoder_minutes=0.2,
+    autoencoder_minutes=0.07,
     autoencoder_batch=6,
-    diffusion_minutes=0.35,
+    diffusion_minutes=0.15,
     diffusion_batch=6,
     warmup=5,
     captioner_renders=64,
