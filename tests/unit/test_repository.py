@@ -87,6 +87,12 @@ def test_the_continuous_integration_runs_the_command_of_the_readme():
     assert f"python {command}" in read(ROOT / "README.md")
 
 
+def test_the_developers_page_lists_every_benchmark():
+    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in read(path)}
+    listed = re.findall(r"^\| `python dev.py bench (\w+)`", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(programs)
+
+
 def test_the_packages_icon_and_banner_are_what_the_registry_takes():
     from PIL import Image
 
