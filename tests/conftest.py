@@ -1,5 +1,6 @@
 """What every test shares: where ComfyUI and the pack are, the device, how the executor calls a node, and a server."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -87,6 +88,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays, and is 400,000 objects that every garbage collection would look at again.
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> str:

@@ -17,3 +17,16 @@ def clip():
     from tiny_clip import tiny_clip
 
     return tiny_clip()
+
+
+@pytest.fixture(autouse=True)
+def without_dead_models():
+    """ComfyUI forgets the models of a test that has ended.
+
+    It collects garbage whenever it loads a model while another one has no ModelPatcher any more, for seconds in all.
+    """
+    yield
+    import comfy.model_management
+
+    loaded = comfy.model_management.current_loaded_models
+    loaded[:] = [model for model in loaded if not model.is_dead()]
