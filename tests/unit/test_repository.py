@@ -93,6 +93,37 @@ def test_the_developers_page_lists_every_benchmark():
     assert sorted(listed) == sorted(programs)
 
 
+def test_the_developers_page_says_what_is_in_every_file_of_the_core():
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("host", "editing", "attention_patches")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    rows = re.findall(r"^\| `([a-z_/]+\.py)` \|", read(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == files, "add a row to the table 'Where what is', or take one out"
+
+
+def test_every_file_that_the_developers_page_names_is_there():
+    named = set(re.findall(r"`([\w./]+/[\w.]+\.(?:py|md|json|yml|toml))`", read(ROOT / "CONTRIBUTING.md")))
+    examples = {"web/docs/NODE.md", "web/docs/NODE/ko.md", "locales/LANGUAGE/nodeDefs.json"}
+    assert len(named) > 70
+    assert [name for name in sorted(named - examples) if not (ROOT / name).is_file()] == []
+
+
+def test_every_call_that_the_developers_page_names_is_in_its_file():
+    pairs = re.findall(r"`([A-Za-z_.]+)`\s+(?:in\s+|\()`([\w/]+\.py)`", read(ROOT / "CONTRIBUTING.md"))
+    assert len(pairs) >= 15
+    lacking = [
+        (name, file)
+        for name, file in pairs
+        for part in name.split(".")
+        if not re.search(rf"^\s*(def|class) {part}\b", read(ROOT / file), re.MULTILINE)
+    ]
+    assert lacking == []
+
+
 def test_the_packages_icon_and_banner_are_what_the_registry_takes():
     from PIL import Image
 
