@@ -32,7 +32,7 @@ class Pix2PixZeroDistill(io.ComfyNode):
                     "size",
                     options=SIZES,
                     default="small",
-                    tooltip="small: a DRUNet of 1.4 MB, which does not care about the size of pictures.",
+                    tooltip="small: a DRUNet of 1.4 MB, for pictures of any size.",
                 ),
                 io.Int.Input(
                     "steps",

@@ -24,7 +24,8 @@ FORMAT = "pix2pix_zero.student"  # of the metadata
 class DrunetStudent(nn.Module):
     """DRUNet (Zhang et al., TPAMI 2021) as spandrel calls it: pictures [B, 3, H, W] in 0..1, of 8 pixels a side and more.
 
-    It begins as the identity, exactly. Nothing in it pools over the picture, so tiles of a picture come out alike.
+    It begins as the identity, exactly. Nothing in it pools over the picture: a tile comes out as in the whole picture, but for
+    its margin.
     """
 
     def __init__(self, widths: tuple[int, ...] = SMALL_WIDTHS, blocks: int = SMALL_BLOCKS):
