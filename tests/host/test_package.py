@@ -68,7 +68,11 @@ def test_the_package_holds_what_users_need_and_nothing_else(files):
     assert [name for name in files if "train" in name.lower() or "test" in name.lower()] == []
     kinds = {Path(name).suffix for name in files}
     assert kinds <= {".py", ".json", ".txt", ".md", ".jpg", ".toml", ".safetensors", ""}
-    assert [name for name in files if name.endswith(".safetensors")] == ["demo_model/weights.safetensors"]
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert [name for name in weights if not name.startswith("demo_model/distilled/")] == [
+        "demo_model/weights.safetensors"
+    ]
+    assert all((ROOT / name).stat().st_size < 1_500_000 for name in weights if name.startswith("demo_model/distilled/"))
 
 
 def test_the_package_is_small(package):
