@@ -106,7 +106,7 @@ class Pix2PixZeroSavePair(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, source, edited, dataset, edited_area=(), caption=(), keep=(True,), keep_background=(True,)
+        cls, source, edited, dataset, edited_area=(), caption=("",), keep=(True,), keep_background=(True,)
     ) -> io.NodeOutput:
         pairs = pair_up(source, edited, edited_area, caption)
         if len(keep) not in (1, len(pairs)):

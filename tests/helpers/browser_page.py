@@ -51,7 +51,7 @@ class Frontend:
     `page`: a page of playwright's. `url`: the server. `folder`: where `screenshot` leaves its files.
     """
 
-    def __init__(self, page: Page, url: str, folder: Path) -> None:
+    def __init__(self, page: "Page", url: str, folder: Path) -> None:
         self.page, self.url, self.folder = page, url, folder
         self.failures: list[str] = []
         page.on("pageerror", lambda error: self.failures.append(str(error)))

@@ -6,30 +6,38 @@ from pix2pix_zero.host import progress
 from small_edit import counted_edits, edit, invert
 
 
-@pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official"])
-def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, caplog):
-    """Another pack's patch fails as the allocator would, in the first guided pass."""
-    inversion = invert(model)
-    expected = edit(model, inversion, preset=preset)
-    failures = 0
+def short_of_memory(model, times):
+    """A clone in which another pack's patch fails as the allocator would, so many times in guided passes; and the failures."""
+    failures = []
 
     def allocate(q, k, v, options):
-        nonlocal failures
-        if torch.is_grad_enabled() and failures < 1 and options["block"] == ("middle", 0):
-            failures += 1
+        if torch.is_grad_enabled() and len(failures) < times and options["block"] == ("middle", 0):
+            failures.append(options["block"])
             raise torch.OutOfMemoryError("CUDA out of memory. (test)")
         return q, k, v
 
     short = model.clone()
     short.set_model_attn1_patch(allocate)
-    if preset == "low memory":  # which has nothing left to give up
-        with pytest.raises(torch.OutOfMemoryError):
-            edit(short, inversion, preset=preset)
-        return
-    edited = edit(short, inversion, preset=preset)
-    assert failures == 1
+    return short, failures
+
+
+@pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official"])
+def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, caplog):
+    inversion = invert(model)
+    enough, _ = short_of_memory(model, times=0)
+    short, failures = short_of_memory(model, times=1)
+    expected, edited = (edit(patched, inversion, preset=preset) for patched in (enough, short))
+    assert len(failures) == 1
     assert (edited - expected).abs().max() <= 1e-4 * expected.std()
-    assert [record.levelname for record in caplog.records if "out of memory" in record.message] == ["WARNING"]
+    warnings = [record for record in caplog.records if "out of memory" in record.message]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+
+
+def test_a_guided_step_for_which_memory_never_suffices_says_so(model):
+    short, failures = short_of_memory(model, times=100)
+    with pytest.raises(torch.OutOfMemoryError):
+        edit(short, invert(model), preset="low memory")
+    assert 1 <= len(failures) < 10
 
 
 def test_low_memory_gives_the_edit_of_the_default(model):
