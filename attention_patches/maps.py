@@ -3,6 +3,7 @@
 What is installed is on the call's own transformer options, not on the model: nothing stays behind.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -64,16 +65,33 @@ def maps_of_first(maps: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 class GradientScale:
-    """A factor on the distance that keeps gradients inside fp16's range; `value` may be set until the backward pass."""
+    """A factor on the distance that keeps gradients inside fp16's range; `value` may be set until the backward pass.
+
+    `largest`: of the gradients that will be injected; None in other precisions, which need no factor.
+    """
 
     def __init__(self):
         self.value = 1.0
         self.largest = None
+        self.overflows = 0
 
     def note(self, gradient: torch.Tensor) -> None:
         """Remember the largest magnitude of the gradients that will be injected."""
         largest = gradient.abs().max()
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+    def settle(self) -> None:
+        """Set `value` to the power of two that puts the largest gradient near 16, and less after each overflow."""
+        if self.largest is not None:
+            exponent = math.frexp(float(self.largest))[1]  # not every device has torch.frexp
+            self.value = 2.0 ** (4 - exponent - 6 * self.overflows)
+
+    def holds(self, gradient: torch.Tensor) -> bool:
+        """Whether a gradient taken at this scale has kept inside the range; if not, the next scale is a smaller one."""
+        if self.largest is None or bool(gradient.isfinite().all()):
+            return True
+        self.overflows += 1
+        return False
 
 
 class MatchedAttention(torch.autograd.Function):

@@ -24,6 +24,11 @@ from .gradients import clone_inference, clone_skips, differentiable_attention, i
 from .jobs import LEFT_OUT, UNetCall
 from .memory import is_out_of_memory
 
+SCALES = 4  # that are tried of a gradient in fp16, see `GradientScale`
+OVERFLOW = (
+    "model: the gradient of its attention maps overflows in fp16. Load the model in bf16 or fp32 for guided sampling."
+)
+
 
 class Checkpointing:
     """What an edit's guided passes do for memory; it is tightened when memory runs out, and stays so.
@@ -141,18 +146,19 @@ class MatchMaps:
 
     def _match(self, call: UNetCall) -> torch.Tensor | None:
         """The output of a part, whose gradient and distance are added up; None if memory ran out."""
-        matching = _Matching(self, call)
+        scale = GradientScale()
+        matching = _Matching(self, call, scale)
         if not matching.has_reference:
             return torch.zeros_like(call.x) if self.stops else call(call.x, call.transformer_options)
-        x = call.x
         try:
-            with (
-                input_gradients(call.model),
-                checkpointed(call.model.diffusion_model, self.checkpointing.mode, self.sites[-1]),
-            ):
-                x = x.clone().requires_grad_(True)
-                output = call(x, matching.installed(call.transformer_options), clone_inference).detach()
-                gradient, distances = matching.gradient(x)
+            for _ in range(SCALES):
+                output, gradient, distances = matching.run()
+                if scale.holds(gradient):
+                    break
+                # The whole call again: a graph that is kept for a second backward pass is never freed with checkpointing.
+                matching = _Matching(self, call, scale)
+            else:
+                raise ValueError(OVERFLOW)
         except Exception as error:
             if not (is_out_of_memory(error) and self.checkpointing.tighten(len(call.x))):
                 raise
@@ -177,12 +183,12 @@ class _Matching:
     `distances`: of each entry in it, by site. `last_q`: what the backward pass starts from.
     """
 
-    def __init__(self, job: MatchMaps, call: UNetCall):
+    def __init__(self, job: MatchMaps, call: UNetCall, scale: GradientScale):
         self.job = job
         self.call = call
         self.pictures = slice(call.first, call.first + call.pictures)
         self.entries, self.numbers = _in_call(call, job.entries)
-        self.scale = GradientScale()
+        self.scale = scale
         self.distances = [{} for _ in self.numbers]
         self.last_q = None
 
@@ -234,12 +240,25 @@ class _Matching:
         rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
         return [(n, *row, maps_of_first(maps, n)) for n, *row, maps in rows]
 
-    def gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the backward pass: (the gradient with respect to x, each entry's distance)."""
-        if self.last_q is None:
-            raise ValueError(LEFT_OUT)
-        gradient = _gradient(self.last_q, x, self.scale)
-        return gradient, [sum(of_entry.values(), x.new_zeros(())) for of_entry in self.distances]
+    def run(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """(output of the call, gradient with respect to its input, each entry's distance)."""
+        model, checkpointing = self.call.model, self.job.checkpointing
+        with (
+            input_gradients(model),
+            checkpointed(model.diffusion_model, checkpointing.mode, self.job.sites[-1]),
+        ):
+            x = self.call.x.clone().requires_grad_(True)
+            output = self.call(x, self.installed(self.call.transformer_options), clone_inference).detach()
+            if self.last_q is None:
+                raise ValueError(LEFT_OUT)
+            self.scale.settle()
+            # The distance enters the backward pass at every site, so that it starts from nothing.
+            (gradient,) = torch.autograd.grad(self.last_q, x, torch.zeros_like(self.last_q))
+            return (
+                output,
+                gradient / self.scale.value,
+                [sum(of_entry.values(), x.new_zeros(())) for of_entry in self.distances],
+            )
 
 
 def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
@@ -260,22 +279,3 @@ def _check_maps(q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, token
             "model: another node gives the edit's attention another shape than that of the inverted picture, so that the "
             "two cannot be matched. Take out that node, or set guidance_strength to 0."
         )
-
-
-def _gradient(last_q: torch.Tensor, x: torch.Tensor, scale: GradientScale) -> torch.Tensor:
-    """Run the backward pass from the last site; the distance enters it at every site.
-
-    In fp16 the scale is the power of two that puts the largest injected gradient near 16, lowered while that overflows.
-    """
-    if scale.largest is None:
-        return torch.autograd.grad(last_q, x, torch.zeros_like(last_q))[0]
-    exponent = 4 - math.frexp(float(scale.largest))[1]  # not every device has torch.frexp
-    for _ in range(4):
-        scale.value = 2.0**exponent
-        (gradient,) = torch.autograd.grad(last_q, x, torch.zeros_like(last_q), retain_graph=True)
-        if gradient.isfinite().all():
-            return gradient / scale.value
-        exponent -= 6
-    raise ValueError(
-        "model: the gradient of its attention maps overflows in fp16. Load the model in bf16 or fp32 for guided sampling."
-    )

@@ -11,13 +11,15 @@ from small_unet import conditioning, small_model
 SITES = 11
 
 
-def guider_gradient(model, positive, x_source, x, source=None, sites=None):
+def guider_gradient(model, positive, x_source, x, source=None, sites=None, checkpointing=None):
     """(gradient, distance) as the guided sampler gets them. `sites`: all cross-attentions if None."""
     sigma = sigma_of(model)
     found = []
 
     def walk(model_k, noise, sigmas, extra_args, callback, disable):
-        passes = UNetPasses(model_k, extra_args, sites or cross_attention_sites(model.model.diffusion_model))
+        passes = UNetPasses(
+            model_k, extra_args, sites or cross_attention_sites(model.model.diffusion_model), checkpointing
+        )
         reference = passes.record_maps("source", x_source.clone(), sigma)
         found.extend(passes.map_gradient("positive", x.clone(), sigma, reference))
         return noise
