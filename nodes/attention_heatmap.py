@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.batching import per_picture
+from ..host.running import per_picture
 from ..host.views.attention_heat import RESOLUTIONS, HeatmapSettings, attention_heatmaps
 from .types import CATEGORY, Inversion
 

@@ -5,8 +5,8 @@ import logging
 from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
-from ..host import progress
-from ..host.batching import per_picture
+from ..host import running
+from ..host.running import per_picture
 from ..host.sampling.invert import (
     MAP_MEMORY,
     METHODS,
@@ -26,7 +26,7 @@ def _show_reports(*outputs: list) -> None:
     reports = outputs[-1]
     for report in reports:
         logging.info("Pix2Pix-Zero: %s", report)
-    progress.show("\n".join(reports))
+    running.show("\n".join(reports))
 
 
 class Pix2PixZeroInversion(io.ComfyNode):
@@ -195,7 +195,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
             seed,
             NoiseRegularization(autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls),
             method,
-            int(map_memory * 2**20 / progress.run_count()),
+            int(map_memory * 2**20 / running.run_count()),
             scheduler,
             fixed_point_iterations,
             measure_reconstruction,

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.batching import per_picture
+from ..host.running import per_picture
 from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
 from .types import CATEGORY, Inversion
 

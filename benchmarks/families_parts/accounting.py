@@ -16,9 +16,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
 from ...attention_patches import maps
 from ...attention_patches.sites import cross_attention_sites
+from ...host.text.conditionings import Entry
 from ...host.unet import gradients
 from ...host.unet.checkpointing import MODES
-from ...host.unet.entries import Entry
 from ...host.unet.gradients import differentiable_attention
 from ...host.unet.jobs import UNetCall
 from ...host.unet.map_jobs import Checkpointing, MatchMaps

@@ -12,9 +12,9 @@ import nodes as host_nodes
 from ...demo_model.loader import WEIGHTS, load_demo_model
 from ...editing.regularization import NoiseRegularization
 from ...editing.trajectory import Inversion
-from ...host.batching import stack_conditionings
 from ...host.networks.captioner import load_demo_captioner
 from ...host.sampling.invert import InversionSettings, invert_latent
+from ...host.text.conditionings import stack_conditionings
 from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
 from ...nodes.inversion import Pix2PixZeroInversion
 from .scenes import QualityEdit, Scenes

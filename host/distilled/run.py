@@ -20,7 +20,7 @@ from ...distillation.learning import Report, Settings, Training
 from ...distillation.pairs import Pairs
 from ..networks.students import make_student, save_student, upscale_model
 from ..networks.teacher_features import EncoderFeatures
-from ..progress import show
+from ..running import show
 from .names import plain_name
 from .pair_sets import FEW, load_pairs
 from .views import held_out_strip, preview, write_report

@@ -22,8 +22,7 @@ from ...attention_patches.maps import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ...editing.trajectory import Inversion
 from ..sampling.checks import check_inversion
-from ..sampling.mask import NoiseMask
-from ..sampling.source import load_with_source, processed_source
+from ..sampling.source import NoiseMask, load_with_source, processed_source
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
 KEY = "pix2pix_zero_plug_and_play"

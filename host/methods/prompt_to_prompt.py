@@ -20,11 +20,10 @@ from ...attention_patches.sites import attends_to_itself, cross_attention_sites,
 from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ...editing.trajectory import Inversion
 from ...editing.word_masks import WordMask, soft_mask
-from .. import progress
-from ..batching import TEXT_LENGTHS
+from .. import running
 from ..sampling.checks import check_inversion
-from ..sampling.mask import NoiseMask
-from ..sampling.source import load_with_source, processed_source
+from ..sampling.source import NoiseMask, load_with_source, processed_source
+from ..text.conditionings import TEXT_LENGTHS
 from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, require_clip, tokenize
 from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 
@@ -121,7 +120,7 @@ def _check_source(clip: CLIP, source: str, prompt: Prompt, inversion: Inversion)
     if clip.encode_from_tokens(clip.tokenize(source)).shape[-1] != encoded.shape[-1]:
         raise ValueError("clip: it does not belong to this model. Connect the CLIP that encoded the caption.")
     if not is_text_of(clip, source, encoded[0]):
-        progress.warn(
+        running.warn(
             "The source text is not the one that the picture was inverted with, or was encoded otherwise. Words may be "
             "matched to the wrong parts of the picture."
         )

@@ -10,19 +10,18 @@ from ...editing.guidance import GuidanceSchedule, KeptSource, sample_guided, sam
 from ...editing.local_blend import LocalBlend
 from ...editing.map_store import MapStore
 from ...editing.trajectory import Inversion
-from .. import progress
+from .. import running
 from ..methods.plug_and_play import SourceFeatures, sites_until
+from ..running import Run, sample
+from ..text.conditionings import areas_of, beside_the_source
 from ..unet.checkpointing import MODES
-from ..unet.entries import areas_of
 from ..unet.jobs import for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import affordable_mode, affordable_rows, announce_memory, guided_pass_memory
 from ..unet.model_state import attention_state
 from .checks import check_conditioning, check_inversion, check_numbers
-from .mask import NoiseMask, edited_area, masked
 from .passes import UNetPasses
-from .run import Run, sample
-from .source import EditGuider, beside_the_source
+from .source import EditGuider, NoiseMask, edited_area, masked
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def sample_edit(
     picture = model.model.process_latent_out(inversion.trajectory[0])
     samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
     if left_out:
-        progress.warn(f"preset {settings.preset} leaves out {' and '.join(left_out)}.")
+        running.warn(f"preset {settings.preset} leaves out {' and '.join(left_out)}.")
     return samples, edited_area(model, edit.inversion, blend_mask)
 
 
@@ -155,7 +154,7 @@ class _Edit:
 
     def walk_down(self, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the edited latent, the mask of the local blend)."""
-        run.guider.add_source()
+        run.guider.add_source(self.inversion.trajectory[0])
         _check_areas(run.guider.conds["positive"], run.guider.conds["source"])
         inversion, unet = self.inversion, self.model.model.diffusion_model
         x = inversion.trajectory[-1].to(run.x)

@@ -14,7 +14,8 @@ from ...editing.inversion import direct_residuals, invert, invert_fixed_point, l
 from ...editing.map_store import MapStore
 from ...editing.regularization import NoiseRegularization, regularize_noise
 from ...editing.trajectory import Inversion
-from .. import progress
+from .. import running
+from ..running import Run, sample
 from ..unet.jobs import for_own_sampler
 from ..unet.model_state import attention_state
 from .checks import (
@@ -28,7 +29,6 @@ from .checks import (
 from .hook_schedule import HookSchedule
 from .levels import SCHEDULERS, ddim_grid, places_on_table
 from .passes import UNetPasses
-from .run import Run, sample
 
 METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
 ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels
@@ -181,7 +181,7 @@ def _plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, evaluations: _Ev
     levels = sigmas.tolist()
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        progress.show(f"Redrawing {len(levels) - levels.index(sigma)}/{len(levels) - 1}")
+        running.show(f"Redrawing {len(levels) - levels.index(sigma)}/{len(levels) - 1}")
         return evaluations.denoise(x, sigma)
 
     return latent_psnr(reconstruct(trajectory[-1].to(sigmas.device), sigmas, denoise).cpu(), trajectory[0])

@@ -11,11 +11,10 @@ from comfy import samplers
 
 from ...attention_patches.sites import AttentionSite
 from ...editing.guidance import Maps
+from ..text.conditionings import Entry, compared_with, entries_of, same_tensor
 from ..unet.checkpointing import MODES
-from ..unet.entries import Entry, compared_with, entries_of
 from ..unet.jobs import add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
-from .source import same_tensor
 
 
 class _BranchEstimates:

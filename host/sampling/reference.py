@@ -9,9 +9,9 @@ from comfy.model_patcher import ModelPatcher
 
 from ...editing import ddim
 from ...editing.trajectory import Inversion
+from ..running import Run, sample
 from .checks import check_conditioning, check_numbers, check_whole_sampling, clean_latent, made_with
 from .levels import SCHEDULERS, ddim_grid
-from .run import Run, sample
 
 
 @dataclass(frozen=True)

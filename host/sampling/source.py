@@ -1,35 +1,48 @@
-"""The source's text in a sampling of an edit: loaded with the edit's, processed apart from it, and compared with it.
+"""The source beside an edit in one sampling: its text, and where its picture may change, in one place for all methods.
 
 The host hands ControlNets, GLIGEN boxes and areas on between the conditionings of a guider, and what controls the edit is
-not for the source, nor the other way round.
+not for the source, nor the other way round. So the source's are loaded with the edit's, but processed apart from them.
 """
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 
 from ...editing.trajectory import Inversion
+from .checks import check_finite, pixels_per_latent
 
 SOURCE = "source"
-# Of inpainting and pix2pix models: the further channels of the UNet's input.
-FURTHER_CHANNELS = ("concat_latent_image", "concat_mask")
 
 
-class EditGuider(comfy.samplers.CFGGuider):
-    """A CFGGuider with a third conditioning, "source", that describes the picture given as the latent image."""
+class EditGuider(CFGGuider):
+    """A CFGGuider with a third conditioning, "source"."""
 
-    def inner_sample(self, noise, latent_image, device, *args, **kwargs):
-        picture = self.inner_model.process_latent_in(latent_image) if torch.any(latent_image) else latent_image
-        self._source = _process(self.inner_model, self.conds.pop(SOURCE), picture, device)
-        return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+    def __init__(self, model: ModelPatcher):
+        super().__init__(model.clone())
+        self.model_patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pix2pix_zero_source", self._load)
 
-    def add_source(self) -> None:
-        """Put the source beside the other conditionings, once a sampler runs. The host cleans it up with them."""
-        self.conds[SOURCE] = self._source
+    def _load(self, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
+        real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
+        self._source = conds[SOURCE]
+        return real_model, {name: entries for name, entries in conds.items() if name != SOURCE}, models
+
+    def add_source(self, picture: torch.Tensor) -> None:
+        """Put the source beside the other conditionings, once a sampler runs. The host cleans it up with them.
+
+        `picture`: the model's latent [B, C, H, W] that it describes.
+        """
+        device = self.model_patcher.load_device
+        self.conds[SOURCE] = _process(self.inner_model, self._source, picture.to(device), device)
 
 
 def load_with_source(inversion: Inversion, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
@@ -41,7 +54,7 @@ def load_with_source(inversion: Inversion, executor, model, noise_shape, conds: 
 
 
 @contextlib.contextmanager
-def processed_source(guider: comfy.samplers.CFGGuider, inversion: Inversion) -> Iterator[list[dict]]:
+def processed_source(guider: CFGGuider, inversion: Inversion) -> Iterator[list[dict]]:
     """The source's conditioning as a running guider's own; it is cleaned up in the end."""
     source = {SOURCE: comfy.sampler_helpers.convert_cond(inversion.source)}
     comfy.samplers.preprocess_conds_hooks(source)
@@ -59,35 +72,56 @@ def _process(model: BaseModel, source: list[dict], picture: torch.Tensor, device
     return comfy.samplers.process_conds(model, noise, {SOURCE: source}, device, picture, seed=0)[SOURCE]
 
 
-def beside_the_source(conditioning: list, source: list, socket: str) -> list:
-    """A CONDITIONING of an edit with the further input channels of `source` where it names none of its own.
+class NoiseMask:
+    """The inversion's noise mask in one sampling, as Differential Diffusion and the like change it along the way.
 
-    A text that is the source's own counts as a description of the picture even as the negative: else a model with
-    aesthetic scores (SDXL's refiner) would be told that it describes an ugly one, and the two would not cancel.
-    Raises ValueError if it cannot be told which part of the source an entry stands beside.
+    `sigmas`: the noise levels of that sampling, descending.
     """
-    completed = []
-    for i, (text, options) in enumerate(conditioning):
-        beside = [source[i]] if len(source) == len(conditioning) else source
-        added = {}
-        if not any(name in options for name in FURTHER_CHANNELS):
-            added = _common_channels([options for _, options in beside], socket)
-        if any(same_tensor(text, other) for other, _ in beside):
-            added["prompt_type"] = "positive"
-        completed.append([text, {**added, **options}])
-    return completed
+
+    def __init__(self, inversion: Inversion, guider: CFGGuider, model_options: dict, sigmas: torch.Tensor):
+        self.mask = inversion.noise_mask
+        self.change = model_options.get("denoise_mask_function")
+        self.context = {"model": guider, "sigmas": sigmas}
+
+    def at(self, sigma: float, like: torch.Tensor) -> torch.Tensor | None:
+        """The mask at a noise level in the shape of `like` [B, C, H, W], or None where everything may change."""
+        if self.mask is None:
+            return None
+        mask = _latent_mask(self.mask, like)
+        if self.change is None:
+            return mask
+        return self.change(like.new_full((len(like),), sigma), mask, extra_options=self.context)
 
 
-def _common_channels(sources: list[dict], socket: str) -> dict[str, torch.Tensor]:
-    for name in FURTHER_CHANNELS:
-        if not all(same_tensor(options.get(name), sources[0].get(name)) for options in sources):
-            raise ValueError(
-                f"{socket}: the parts of the inversion's caption are for different pictures to inpaint, and it has another "
-                "number of parts. Combine it from as many texts as the caption."
-            )
-    return {name: sources[0][name] for name in FURTHER_CHANNELS if name in sources[0]}
+def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
+    """The inversion limited to a MASK [B or 1, height, width] as well, 1 where the picture may change.
+
+    Raises ValueError for NaN.
+    """
+    if mask is None:
+        return inversion
+    check_finite(mask, "mask", "Draw it again.")
+    mask = _latent_mask(mask, inversion.trajectory[0])
+    if inversion.noise_mask is not None:
+        mask = mask * _latent_mask(inversion.noise_mask, inversion.trajectory[0])
+    return replace(inversion, noise_mask=mask)
 
 
-def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether both are the same values, or both are None."""
-    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a)))
+def edited_area(model: ModelPatcher, inversion: Inversion, blend_mask: torch.Tensor | None) -> torch.Tensor:
+    """Where a picture could change in an edit, as a MASK [B, height, width] of the picture's size.
+
+    `blend_mask`: [B, 1, H, W] in 0..1, what a local blend has found, if there is one.
+    """
+    latent = inversion.trajectory[0]
+    area = torch.ones_like(latent[:, :1])
+    if inversion.noise_mask is not None:
+        area = _latent_mask(inversion.noise_mask, latent)[:, :1]
+    if blend_mask is not None:
+        area = area * blend_mask.to(area)
+    ratio = pixels_per_latent(model)
+    area = torch.nn.functional.interpolate(area, scale_factor=ratio, mode="bilinear", align_corners=False)[:, 0]
+    return area.to(comfy.model_management.intermediate_device())
+
+
+def _latent_mask(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    return comfy.utils.reshape_mask(mask.float(), latent.shape).to(latent)

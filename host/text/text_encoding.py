@@ -22,7 +22,7 @@ from ...editing.directions import (
     same_encoder,
 )
 from ...editing.token_alignment import Partners, partner_rows
-from ..progress import show
+from ..running import show
 from .prompt_words import require_clip, tokenize
 
 ROWS_PER_BATCH = 32

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
@@ -42,10 +43,15 @@ class Job(Protocol):
 
 @runtime_checkable
 class Division(Protocol):
-    """A job that makes calls of its own in place of a UNet call: of parts of its rows, or with a graph recorded."""
+    """A job that has a UNet call made in parts of at most `rows` rows, each in a way of its own."""
 
-    def run(self, call: "UNetCall") -> torch.Tensor:
-        """The output of the whole call."""
+    rows: int
+
+    def check(self, call: "UNetCall") -> None:
+        """Raise ValueError for a call that cannot be made so."""
+
+    def run(self, part: "UNetCall") -> torch.Tensor | None:
+        """The output of a part; None if memory ran out, and `rows` are fewer now."""
 
 
 @dataclass
@@ -97,7 +103,7 @@ class UNetCall:
             raise ValueError(LEFT_OUT)
         return output
 
-    def parts(self, rows: int) -> Iterator["UNetCall"]:
+    def divided(self, rows: int) -> Iterator["UNetCall"]:
         """Calls of at most `rows` rows that make up this one: itself, or some of one entry's pictures each.
 
         It stays whole with patches between the blocks that may hold something for each row, as GLIGEN's boxes are.
@@ -205,6 +211,18 @@ def _carry_out(executor, x, t, c_concat=None, c_crossattn=None, control=None, tr
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     arguments = {"t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
     call = UNetCall(executor, x, arguments, transformer_options, jobs)
+    division = next((job for job in jobs if isinstance(job, Division)), None)
     with uncompiled(executor.class_obj):
-        division = next((job for job in jobs if isinstance(job, Division)), None)
-        return call(x, transformer_options) if division is None else division.run(call)
+        if division is None:
+            return call(x, transformer_options)
+        division.check(call)
+        parts, outputs = list(call.divided(division.rows)), []
+        while parts:
+            part = parts.pop(0)
+            output = division.run(part)
+            if output is None:  # here the tensors of its frames are gone
+                soft_empty_cache()
+                parts[:0] = part.divided(division.rows)
+            else:
+                outputs.append(output)
+        return torch.cat(outputs)

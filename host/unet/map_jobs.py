@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from comfy.model_management import soft_empty_cache
 
 from ...attention_patches.maps import (
     GradientScale,
@@ -18,8 +17,8 @@ from ...attention_patches.maps import (
 )
 from ...attention_patches.sites import AttentionSite
 from ...editing.guidance import Maps
+from ..text.conditionings import Entry, narrowed, own_tokens
 from .checkpointing import MODES, checkpointed
-from .entries import Entry, narrowed, own_tokens
 from .gradients import clone_inference, clone_skips, differentiable_attention, input_gradients, protect_from_patches
 from .jobs import LEFT_OUT, UNetCall
 from .memory import is_out_of_memory
@@ -119,21 +118,13 @@ class MatchMaps:
     def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
         return contextlib.nullcontext(transformer_options)
 
-    def run(self, call: UNetCall) -> torch.Tensor:
-        """The output of the call, made of as many parts as memory asks for."""
-        self._check_size(call)
-        parts, outputs = list(call.parts(self.checkpointing.rows)), []
-        while parts:
-            part = parts.pop(0)
-            output = self._match(part)
-            if output is None:  # it ran out of memory; here the tensors of its frames are gone
-                soft_empty_cache()
-                parts[:0] = part.parts(self.checkpointing.rows)
-            else:
-                outputs.append(output)
-        return torch.cat(outputs)
+    @property
+    def rows(self) -> int:
+        """How many latents are worked on at once."""
+        return self.checkpointing.rows
 
-    def _check_size(self, call: UNetCall) -> None:
+    def check(self, call: UNetCall) -> None:
+        """Raise ValueError for a call that is a part which another pack has made."""
         entries, numbers = _in_call(call, self.entries)
         if any(
             (len(call.x), *call.x.shape[2:]) != (len(numbers) * len(target), *target.shape[2:])
@@ -144,7 +135,7 @@ class MatchMaps:
                 "attention cannot be matched. Take out that node, or set guidance_strength to 0."
             )
 
-    def _match(self, call: UNetCall) -> torch.Tensor | None:
+    def run(self, call: UNetCall) -> torch.Tensor | None:
         """The output of a part, whose gradient and distance are added up; None if memory ran out."""
         scale = GradientScale()
         matching = _Matching(self, call, scale)

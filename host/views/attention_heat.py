@@ -19,10 +19,10 @@ from ...editing.guidance import Maps
 from ...editing.token_alignment import Prompt, positions
 from ...editing.trajectory import Inversion
 from ...pictures import charts
-from .. import progress
+from .. import running
+from ..running import Run, look
 from ..sampling.checks import check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
-from ..sampling.run import Run, look
 from ..text.prompt_words import entries, is_text_of, require_clip, tokenize
 from ..unet.jobs import for_own_sampler
 from ..unet.model_state import attention_state
@@ -154,7 +154,7 @@ def mean_attention(
         for site, shape in shapes.items():
             heat.add(maps[0, site], shape)
         bar.update(1)
-        progress.show(f"{verb} maps {bar.current}/{bar.total}")
+        running.show(f"{verb} maps {bar.current}/{bar.total}")
 
     kept = inversion.maps
     if kept is not None and kept.made_with != attention_state(model):

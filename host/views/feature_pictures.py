@@ -9,8 +9,8 @@ from ...attention_patches.plug_and_play import Site, feature_site, residual_site
 from ...editing.principal_components import as_colours, principal_components
 from ...editing.trajectory import Inversion
 from ..methods.plug_and_play import read_features
+from ..running import Run, look
 from ..sampling.checks import check_inversion, pixels_per_latent
-from ..sampling.run import Run, look
 from ..unet.jobs import for_own_sampler
 
 KINDS = ("residual features", "queries", "keys", "values")

@@ -80,7 +80,7 @@ def guided_step(model, texts, x_source, x, cfg=2.0):
     found = []
 
     def walk(model_k, noise, sigmas, extra_args, callback, disable):
-        model_k.inner_model.add_source()
+        model_k.inner_model.add_source(x_source)
         passes = UNetPasses(model_k, extra_args, cross_attention_sites(model.model.diffusion_model))
         found.append(model_k(x.clone(), x.new_full((len(x),), sigma), **extra_args))
         reference = passes.record_maps("source", x_source.clone(), sigma)
@@ -126,7 +126,7 @@ def directional_derivative(model, texts, x_source, x, direction, size):
     def walk(model_k, noise, sigmas, extra_args, callback, disable):
         nonlocal job
         guider = model_k.inner_model
-        guider.add_source()
+        guider.add_source(x_source)
         pairs = zip(guider.conds["source"], guider.conds["positive"])
         for here, there in pairs:
             distances = {name: Distance() for name in (-1, 0, 1)}

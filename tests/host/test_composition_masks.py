@@ -6,7 +6,7 @@ import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from composed_run import edit, invert, sampled, soft_model
 from pix2pix_zero.host.sampling.edit import PRESETS
-from pix2pix_zero.host.sampling.mask import edited_area, masked
+from pix2pix_zero.host.sampling.source import edited_area, masked
 from small_unet import conditioning, latent
 
 import nodes as core

@@ -8,7 +8,7 @@ import comfy.model_base
 import comfy.samplers
 import pytest
 import torch
-from pix2pix_zero.host import progress
+from pix2pix_zero.host import running
 from pix2pix_zero.host.sampling.invert import inverted_noise
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from small_edit import OFF, edit, invert
@@ -71,7 +71,7 @@ def test_the_measured_reconstruction_is_that_of_a_stock_sampler(model, method):
 @pytest.mark.parametrize("measured", [False, True])
 def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, measured, caplog, monkeypatch):
     shown = []
-    monkeypatch.setattr(progress, "show", shown.append)
+    monkeypatch.setattr(running, "show", shown.append)
     settings = dict(
         steps=3,
         seed=0,

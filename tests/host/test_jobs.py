@@ -71,7 +71,7 @@ def gradient_of_both(model, positive, negative, source, x, x_source, sigma):
     found = []
 
     def walk(model_k, noise, sigmas, extra_args, callback, disable):
-        model_k.inner_model.add_source()
+        model_k.inner_model.add_source(x_source)
         passes = UNetPasses(
             model_k, extra_args, cross_attention_sites(model.model.diffusion_model), Checkpointing("none", sys.maxsize)
         )

@@ -4,7 +4,7 @@ import latent_preview
 import pytest
 import torch
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host import progress
+from pix2pix_zero.host import running
 from pix2pix_zero.host.sampling import edit as edit_room
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
@@ -26,7 +26,7 @@ def seen(monkeypatch):
 
         return callback
 
-    monkeypatch.setattr(progress, "show", texts.append)
+    monkeypatch.setattr(running, "show", texts.append)
     monkeypatch.setattr(latent_preview, "prepare_callback", prepare_callback)
     return texts, bar, estimates
 

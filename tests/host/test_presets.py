@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pix2pix_zero.host import progress
+from pix2pix_zero.host import running
 from small_edit import counted_edits, edit, invert
 
 
@@ -86,7 +86,7 @@ def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
 )
 def test_official_says_on_the_node_what_it_leaves_out(model, options, named, monkeypatch):
     inversion, shown = invert(model), []
-    monkeypatch.setattr(progress, "show", shown.append)
+    monkeypatch.setattr(running, "show", shown.append)
     edited = edit(model, inversion, preset="official", **options)
     assert torch.equal(edited, edit(model, inversion, preset="official"))
     told = [text for text in shown if "leaves out" in text]

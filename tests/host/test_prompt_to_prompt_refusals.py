@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pix2pix_zero.host import progress
+from pix2pix_zero.host import running
 from prompt_to_prompt_runs import SOURCE, encode, invert, patch, sample
 from small_unet import latent, small_model
 from tiny_clip import tiny_clip
@@ -65,7 +65,7 @@ def test_sampling_that_does_not_fit_is_refused_in_words(model, clip, inversion):
 
 def test_another_source_text_is_told_on_the_node_and_in_the_log(model, clip, inversion, caplog, monkeypatch):
     shown = []
-    monkeypatch.setattr(progress, "show", shown.append)
+    monkeypatch.setattr(running, "show", shown.append)
     patch(model, inversion, clip, "a dog on a sofa", source="a horse in a field")
     assert "not the one that the picture was inverted with" in caplog.text
     assert ["not the one" in text for text in shown] == [True]

@@ -8,9 +8,9 @@ from composed_run import edit, invert, same, soft_model
 from guided_pass import latents
 from patch_catalogue import appended_tokens
 from pix2pix_zero.attention_patches.sites import cross_attention_sites
-from pix2pix_zero.host.batching import stack_conditionings
 from pix2pix_zero.host.sampling import edit as edit_room
 from pix2pix_zero.host.sampling.edit import PRESETS
+from pix2pix_zero.host.text.conditionings import stack_conditionings
 from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
 from small_unet import conditioning, latent
 

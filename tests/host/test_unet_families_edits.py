@@ -11,7 +11,7 @@ from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.sampling.source import beside_the_source
+from pix2pix_zero.host.text.conditionings import beside_the_source
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from tiny_clip import WIDTH_G, WIDTH_L, tiny_clip
 

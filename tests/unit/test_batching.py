@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from comfy_api.latest import io
-from pix2pix_zero.host.batching import TEXT_LENGTHS, per_picture, stack_conditionings
+from pix2pix_zero.host.running import per_picture
+from pix2pix_zero.host.text.conditionings import TEXT_LENGTHS, stack_conditionings
 
 
 def text(value, tokens=4, width=3, pooled=None):

@@ -4,7 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from pix2pix_zero.host import progress
+from pix2pix_zero.host import running
 
 
 @pytest.fixture
@@ -13,37 +13,37 @@ def sent(monkeypatch):
     messages = []
     server = SimpleNamespace(send_progress_text=lambda text, node: messages.append((text, node)))
     host = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
-    running = SimpleNamespace(get_executing_context=lambda: SimpleNamespace(node_id="12:7"))
+    context = SimpleNamespace(get_executing_context=lambda: SimpleNamespace(node_id="12:7"))
     monkeypatch.setitem(sys.modules, "server", host)
-    monkeypatch.setitem(sys.modules, "comfy_execution.utils", running)
+    monkeypatch.setitem(sys.modules, "comfy_execution.utils", context)
     return messages
 
 
 def test_the_text_goes_to_the_node_that_is_running(sent):
-    progress.show("Inverting 3/50")
+    running.show("Inverting 3/50")
     assert sent == [("Inverting 3/50", "12:7")]
 
 
 def test_a_node_that_runs_for_several_pictures_says_which_one(sent):
-    for _ in progress.runs(2):
-        progress.show("Inverting 1/1")
-    for _ in progress.runs(1):
-        progress.show("Sampling 1/1")
+    for _ in running.runs(2):
+        running.show("Inverting 1/1")
+    for _ in running.runs(1):
+        running.show("Sampling 1/1")
     assert [text for text, _ in sent] == ["Picture 1/2: inverting 1/1", "Picture 2/2: inverting 1/1", "Sampling 1/1"]
 
 
 def test_a_run_that_fails_leaves_the_count_as_it_was(sent):
     with pytest.raises(RuntimeError):
-        for _ in progress.runs(3):
+        for _ in running.runs(3):
             raise RuntimeError
-    progress.show("Sampling 1/4")
+    running.show("Sampling 1/4")
     assert [text for text, _ in sent] == ["Sampling 1/4"]
 
 
 def test_the_progress_bar_goes_on_from_run_to_run():
     seen = []
-    report = progress.over_runs(lambda step, x0, x, steps: seen.append((step, steps)))
-    for _ in progress.runs(3):
+    report = running.over_runs(lambda step, x0, x, steps: seen.append((step, steps)))
+    for _ in running.runs(3):
         for step in range(2):
             report(step, None, None, 2)
     assert seen == [(step, 6) for step in range(6)]
@@ -65,11 +65,11 @@ def test_nothing_happens_where_nobody_can_be_told(sent, monkeypatch, host):
         monkeypatch.delitem(sys.modules, "server")
     else:
         monkeypatch.setitem(sys.modules, "server", host)
-    progress.show("Inverting 3/50")
+    running.show("Inverting 3/50")
     assert sent == []
 
 
 def test_nothing_happens_outside_a_running_node(sent, monkeypatch):
     monkeypatch.setattr(sys.modules["comfy_execution.utils"], "get_executing_context", lambda: None)
-    progress.show("Inverting 3/50")
+    running.show("Inverting 3/50")
     assert sent == []

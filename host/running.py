@@ -1,0 +1,199 @@
+"""How a node of the pack runs: once for each picture of its lists, with a text and a progress bar, by ComfyUI's guider.
+
+ComfyUI runs a node once per item of a list. That is right for a list of pictures, but a batch of B pictures captioned one
+by one arrives as one latent and B texts, and these belong in one run, text i with picture i.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.samplers import CFGGuider
+from comfy_api.latest import io
+
+from .text.conditionings import stack_conditionings
+
+Result = TypeVar("Result")
+_run: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_run", default=(0, 1))
+
+
+def runs(count: int) -> Iterator[int]:
+    """0 to `count` - 1: the runs of a node over a list of pictures. Text and progress within each tell which one it is."""
+    for index in range(count):
+        token = _run.set((index, count))
+        try:
+            yield index
+        finally:
+            _run.reset(token)
+
+
+def show(text: str) -> None:
+    """Write a line on the node that is running. Outside a server, and in hosts that have no such line, nothing happens."""
+    # Looked up rather than imported: importing it would start half a server in a script.
+    host, execution = sys.modules.get("server"), sys.modules.get("comfy_execution.utils")
+    server = getattr(getattr(host, "PromptServer", None), "instance", None)
+    send = getattr(server, "send_progress_text", None)
+    context = execution.get_executing_context() if send is not None and execution is not None else None
+    if context is not None:
+        index, count = _run.get()
+        send(f"Picture {index + 1}/{count}: {text[:1].lower()}{text[1:]}" if count > 1 else text, context.node_id)
+
+
+def run_count() -> int:
+    """How many runs the node that is running makes of its lists."""
+    return _run.get()[1]
+
+
+def warn(text: str) -> None:
+    """Leave a warning on the node that is running, and in the log."""
+    logging.warning("Pix2Pix-Zero: %s", text)
+    show(text)
+
+
+def over_runs(callback: Callable) -> Callable:
+    """A sampler's callback (step, x0, x, steps) whose progress goes on from run to run."""
+
+    def report(step, x0, x, steps):
+        index, count = _run.get()
+        callback(index * steps + step, x0, x, count * steps)
+
+    return report
+
+
+def per_picture(
+    pictures: str,
+    texts: tuple[str, ...],
+    join: Callable[[list, str], Any] = stack_conditionings,
+    finish: Callable[..., None] | None = None,
+) -> Callable:
+    """Decorator of a node's `execute` that is written for one batch, where the node takes lists (`is_input_list`).
+
+    `execute` is called for each item of the lists as ComfyUI would, with the texts of a batch joined; the node gives a list per
+    output. `pictures`: the socket that brings the batches. `texts`: sockets with a text for each batch, for each picture
+    of all batches, for a single one as many as wanted, or one for all. `join`: the texts of a batch as one. `finish`:
+    called with the lists of all outputs.
+    """
+
+    def decorate(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+        @functools.wraps(execute)
+        def execute_lists(cls, **inputs: list) -> io.NodeOutput:
+            items = dict(_each_with_its_texts(inputs, pictures, texts, join))
+            results = []
+            for run in runs(max(map(len, items.values()))):
+                # The host repeats the last item of a shorter list.
+                one = {name: values[min(run, len(values) - 1)] for name, values in items.items()}
+                results.append(execute(cls, **one).result)
+            outputs = [list(column) for column in zip(*results)]
+            if finish is not None:
+                finish(*outputs)
+            return io.NodeOutput(*outputs)
+
+        return execute_lists
+
+    return decorate
+
+
+def _each_with_its_texts(inputs: dict[str, list], pictures: str, texts: tuple[str, ...], join: Callable):
+    for name, values in inputs.items():
+        if not values:
+            raise ValueError(f"{name}: the list is empty. Connect at least one.")
+    sizes = [_batch(item) for item in inputs[pictures]]
+    for name, values in inputs.items():
+        yield name, _split(values, name, sizes, join) if name in texts else values
+
+
+def _split(texts: list, socket: str, sizes: list[int], join: Callable) -> list:
+    """One text for each batch, of `sizes` pictures, or as many as there are for a single picture."""
+    if len(texts) in (1, len(sizes)) or sizes == [1]:
+        return texts
+    if len(texts) != sum(sizes):
+        raise ValueError(
+            f"{socket}: it brings {len(texts)} texts for {sum(sizes)} pictures in {len(sizes)} batches. Give one for each "
+            "picture, or one for all."
+        )
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [join(texts[start : start + size], socket) for start, size in zip(starts, sizes)]
+
+
+def _batch(item: Any) -> int:
+    """Pictures in a LATENT or an inversion."""
+    return len(item["samples"]) if isinstance(item, dict) else item.batch
+
+
+class Run(NamedTuple):
+    """What the host hands to a sampler: the guider's evaluation, the latent [B, C, H, W], the noise levels, descending."""
+
+    model_k: Callable
+    x: torch.Tensor
+    sigmas: torch.Tensor
+    extra_args: dict
+    callback: Callable | None
+
+    @property
+    def guider(self) -> CFGGuider:
+        return self.model_k.inner_model
+
+    @property
+    def model_options(self) -> dict:
+        return self.extra_args["model_options"]
+
+    def report(self, phase: str, index: int, denoised: torch.Tensor, x: torch.Tensor, note: str = "") -> None:
+        """Show a finished step as text, preview and progress."""
+        show(f"{phase} {index + 1}/{len(self.sigmas) - 1}{note}")
+        if self.callback is not None:
+            sigma = self.sigmas[index]
+            self.callback({"i": index, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
+
+
+def sample(
+    guider: CFGGuider, walk: Callable[[Run], tuple[torch.Tensor, Result]], samples: torch.Tensor, sigmas: torch.Tensor
+) -> tuple[torch.Tensor, Result]:
+    """Run `walk` on LATENT samples, nothing added to them, with the host's preview and progress bar.
+
+    Returns the samples that it ends on, and what else it returns. Raises ValueError if they are not finite. The seed, of
+    what the host draws for a conditioning, such as unCLIP's noise, is the same for inversion and edit.
+    """
+    callback = over_runs(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1))
+    results = []
+
+    def function(model_k, x, sigmas, extra_args, callback, disable):
+        x, result = walk(Run(model_k, x, sigmas, extra_args, callback))
+        results.append(result)
+        return x
+
+    sampled = guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(function),
+        sigmas,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=0,
+    ).to(comfy.model_management.intermediate_device())
+    if not sampled.isfinite().all():
+        raise ValueError(
+            "model: the sampling ended in NaN or infinite values. Load the model in bf16 or fp32, and lower cfg, guidance "
+            "and the weights of patches."
+        )
+    return sampled, results[-1]
+
+
+def look(guider: CFGGuider, read: Callable[[Run], Result], samples: torch.Tensor, sigmas: torch.Tensor) -> Result:
+    """What `read` returns of a guider that is ready to evaluate, without preview and progress; nothing is drawn."""
+    results = []
+
+    def function(model_k, x, sigmas, extra_args, callback, disable):
+        results.append(read(Run(model_k, x, sigmas, extra_args, None)))
+        return x
+
+    sampler = comfy.samplers.KSAMPLER(function)
+    guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, disable_pbar=True, seed=0)
+    return results[-1]

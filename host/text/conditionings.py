@@ -1,0 +1,186 @@
+"""CONDITIONINGs in a sampling: their entries, which draw one estimate between them, and several texts as one.
+
+What the host has processed for a guider is a list of dicts, one for each entry; what comes in at a socket is a list of
+[text, options].
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from comfy.samplers import get_area_and_mult
+
+TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
+# Of inpainting and pix2pix models: the further channels of the UNet's input.
+FURTHER_CHANNELS = ("concat_latent_image", "concat_mask")
+
+
+def stack_conditionings(conditionings: list[list], socket: str) -> list:
+    """Several CONDITIONINGs as one with a row for each. A single one is returned as it is.
+
+    Texts of unequal length are repeated to a common one, which leaves cross-attention as it was; their own are in the
+    options, as `TEXT_LENGTHS`. Raises ValueError if they have unequal numbers of parts, come from different text encoders
+    or are limited differently, by a mask, an area, a time range or a ControlNet.
+    """
+    if len(conditionings) == 1:
+        return conditionings[0]
+    if len({len(conditioning) for conditioning in conditionings}) > 1:
+        raise ValueError(f"{socket}: the texts of one batch must be combined alike. Encode each with the same nodes.")
+    return [_stack_entries(entries, socket) for entries in zip(*conditionings)]
+
+
+def _stack_entries(entries: tuple, socket: str) -> list:
+    texts = [text for text, _ in entries]
+    if any(text is None for text in texts):
+        raise ValueError(f"{socket}: one of its entries has no text. Encode each with CLIP Text Encode.")
+    if len({text.shape[2:] for text in texts}) > 1:
+        raise ValueError(f"{socket}: the texts of one batch come from different text encoders. Use one CLIP.")
+    lengths = tuple(text.shape[1] for text in texts)
+    tokens = math.lcm(*lengths)
+    extras = _common_options([options for _, options in entries], socket)
+    if len(set(lengths)) > 1:
+        extras[TEXT_LENGTHS] = lengths
+    return [torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text in texts]), extras]
+
+
+def _common_options(options: list[dict], socket: str) -> dict:
+    """The options that all entries have, with the pooled texts as rows."""
+    pooled = [each.get("pooled_output") for each in options]
+    others = [{name: value for name, value in each.items() if name != "pooled_output"} for each in options]
+    if any(not _equal(each, others[0]) for each in others) or len({value is None for value in pooled}) > 1:
+        raise ValueError(
+            f"{socket}: the texts of one batch must be limited alike (mask, area, time range, ControlNet). Use one limit for "
+            "all, or edit the pictures one by one, as a list."
+        )
+    if pooled[0] is None:
+        return dict(options[0])
+    return {**options[0], "pooled_output": torch.cat(pooled)}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b.to(a))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def beside_the_source(conditioning: list, source: list, socket: str) -> list:
+    """A CONDITIONING of an edit with the further input channels of `source` where it names none of its own.
+
+    A text that is the source's own counts as a description of the picture even as the negative: else a model with
+    aesthetic scores (SDXL's refiner) would be told that it describes an ugly one, and the two would not cancel.
+    Raises ValueError if it cannot be told which part of the source an entry stands beside.
+    """
+    completed = []
+    for i, (text, options) in enumerate(conditioning):
+        beside = [source[i]] if len(source) == len(conditioning) else source
+        added = {}
+        if not any(name in options for name in FURTHER_CHANNELS):
+            added = _common_channels([options for _, options in beside], socket)
+        if any(same_tensor(text, other) for other, _ in beside):
+            added["prompt_type"] = "positive"
+        completed.append([text, {**added, **options}])
+    return completed
+
+
+def _common_channels(sources: list[dict], socket: str) -> dict[str, torch.Tensor]:
+    for name in FURTHER_CHANNELS:
+        if not all(same_tensor(options.get(name), sources[0].get(name)) for options in sources):
+            raise ValueError(
+                f"{socket}: the parts of the inversion's caption are for different pictures to inpaint, and it has another "
+                "number of parts. Combine it from as many texts as the caption."
+            )
+    return {name: sources[0][name] for name in FURTHER_CHANNELS if name in sources[0]}
+
+
+def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether both are the same values, or both are None."""
+    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`area`: as the host has it, sizes, then offsets, or None for the whole picture. `tokens`: of its text, or None.
+
+    `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
+    `shared_tokens`: where it and the text that it is compared with are not of one length, how many tokens both have, for
+    all pictures or for each. `compared`: False for a text that is only evaluated in the same calls.
+    """
+
+    uuid: object
+    area: list | None = None
+    tokens: int | None = None
+    share: torch.Tensor | None = None
+    shared_tokens: tuple[int, ...] | None = None
+    compared: bool = True
+
+
+def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:
+    """The entries of a guider's conditioning at the latents `x` [B, C, H, W] and their noise level `timestep` [B]."""
+    shares = _shares(conditioning, x, timestep) if len(conditioning) > 1 else {}
+    return [
+        Entry(entry["uuid"], entry.get("area"), _tokens(entry), shares.get(i)) for i, entry in enumerate(conditioning)
+    ]
+
+
+def compared_with(entries: list[Entry], conditioning: list[dict], reference: list[dict]) -> list[Entry]:
+    """The entries of a processed conditioning with their `shared_tokens`. `reference`: another, entry i for entry i."""
+    shared = [_shared_tokens(own, other) for own, other in zip(conditioning, reference)]
+    return [replace(entry, shared_tokens=tokens) for entry, tokens in zip(entries, shared)] + entries[len(shared) :]
+
+
+def _shared_tokens(*pair: dict) -> tuple[int, ...] | None:
+    tokens = [_tokens(entry) for entry in pair]
+    if None in tokens:
+        return None
+    own, others = (entry.get(TEXT_LENGTHS, (length,)) for entry, length in zip(pair, tokens))
+    if {*tokens, *own, *others} == {tokens[0]}:
+        return None
+    return tuple(min(own[i % len(own)], others[i % len(others)]) for i in range(max(len(own), len(others))))
+
+
+def areas_of(conditioning: Sequence[dict]) -> list[tuple | None]:
+    """The area of each entry."""
+    return [None if entry.get("area") is None else tuple(entry["area"]) for entry in conditioning]
+
+
+def _tokens(entry: dict) -> int | None:
+    text = entry["model_conds"].get("c_crossattn")
+    return None if text is None else text.cond.shape[1]
+
+
+def _shares(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> dict[int, torch.Tensor]:
+    """By the weights that the host mixes their estimates with, for those that are active at this noise level."""
+    weights = {}
+    total = torch.zeros_like(x[:, :1])
+    # The host gives a default entry what the others leave.
+    for i, entry in sorted(enumerate(conditioning), key=lambda numbered: "default" in numbered[1]):
+        drawn = get_area_and_mult(entry, x, timestep)
+        if drawn is None:
+            continue
+        weights[i] = (1 - total).clamp(min=0) if "default" in entry else drawn.mult[:, :1]
+        narrowed(total, entry.get("area")).add_(weights[i])
+    return {i: weight / narrowed(total, conditioning[i].get("area")).clamp(min=1e-6) for i, weight in weights.items()}
+
+
+def narrowed(tensor: torch.Tensor, area: list | None) -> torch.Tensor:
+    """The view of [B, C, H, W] that a conditioning's area covers; all of it when there is none."""
+    if area is None:
+        return tensor
+    dims = len(area) // 2
+    for i in range(dims):
+        tensor = tensor.narrow(i + 2, area[dims + i], min(area[i], tensor.shape[i + 2] - area[dims + i]))
+    return tensor
+
+
+def own_tokens(keys: int, entries: list[Entry]) -> list[int]:
+    """How many of `keys` tokens are each entry's own, in a batch where the host repeats shorter texts to one length."""
+    lengths = [entry.tokens for entry in entries]
+    if None in lengths or math.lcm(*lengths) != keys:
+        return [keys] * len(entries)
+    return lengths
