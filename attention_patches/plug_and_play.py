@@ -12,8 +12,7 @@ import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
-from .maps import with_attention
-from .sites import AttentionSite, is_unet, layers
+from .attention import AttentionSite, is_unet, layers, with_attention
 
 # In latent pixels a side: SD 1.x's block 4 of its output blocks, which the paper chose, and SDXL's block 1.
 FEATURE_STRIDE = 4

@@ -13,8 +13,7 @@ from typing import ClassVar
 import torch
 
 from ..editing.token_alignment import TokenMap
-from .maps import LastSiteReached, attention_maps, by_head, joined, with_attention
-from .sites import AttentionSite
+from .attention import AttentionSite, LastSiteReached, attention_maps, by_head, joined, with_attention
 
 Site = tuple[str, AttentionSite]
 """("attn1" for self-attention or "attn2" for cross-attention, where)."""

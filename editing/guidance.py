@@ -1,6 +1,9 @@
 """Cross-attention guidance: denoise along the edited text while the maps of the source picture hold the structure.
 
-pix2pix-zero section 3.3, eq. 4 and Algorithm 1.
+pix2pix-zero section 3.3, eq. 4 and Algorithm 1. Where the edit does not act, a local blend keeps the source picture:
+Prompt-to-Prompt (Hertz et al. 2022, section 4) blends by the attention maps of the words that differ, DiffEdit (Couairon
+et al. 2022, section 3.2) by where the predictions for the two texts differ. Here it is the latter, gathered while the
+edit is drawn, since an edit direction moves all words of a text.
 """
 
 from collections.abc import Callable
@@ -8,15 +11,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
-from . import ddim
-from .local_blend import LocalBlend
-from .trajectory import Inversion
+from .trajectory import Inversion, ddim_step, predicted_eps
 
 Maps = dict[Any, torch.Tensor]
 
 # Gradient steps of one size add up over an edit: strengths are given for the paper's number of steps.
 REFERENCE_STEPS = 50
+
+# Of the local blend.
+START = 0.1  # share of the steps after which the mask is trusted
+PEAK = 0.99
+EVERYWHERE = 0.7  # a mask larger than this part of the picture belongs to an edit of the whole: night, another style
 
 
 class DenoisingPasses(Protocol):
@@ -87,6 +94,24 @@ class GuidanceSchedule:
         return self.holds_negative and step % 2 == 1
 
 
+def attention_distance(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Squared distance of one site's maps, summed over pixels and tokens, averaged over heads (eq. 4): [B].
+
+    `maps`, `reference`: [B, heads, H*W, tokens], rows summing to 1.
+    """
+    return (maps - reference).square().sum((2, 3)).mean(1)
+
+
+def logits_gradient(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The gradient of `attention_distance(softmax(logits), reference)` with respect to the logits, of their shape.
+
+    That with respect to the maps is 2 (maps - reference) / heads. A softmax takes a gradient g to maps * (g - <g, maps>).
+    """
+    error = maps - reference
+    error -= (error * maps).sum(-1, keepdim=True)
+    return error.mul_(maps).mul_(2 / maps.shape[1])
+
+
 def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float) -> torch.Tensor:
     """One gradient step of size `strength` on the latent as the UNet sees it, x / sqrt(1 + sigma^2), written in x."""
     return -strength * (1 + sigma**2) * gradient
@@ -95,6 +120,47 @@ def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float) -> tor
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
 """`on_step(step, denoised, x, distance)`: called after every step, with the attention distance [B] that was found ahead of
 it, None where nothing guides it."""
+
+
+class LocalBlend:
+    """The mask of one edit, which sharpens as it is drawn.
+
+    `threshold`: in 0..1, part of the strongest contrast at which a place counts as edited. `mask`: [B, 1, H, W] in 0..1, 1
+    where the edit acts, or None as long as too little is known. `keeps_some` [B, 1, 1, 1]: whether any of a picture is to be
+    kept, so far as is known; None before the first step.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.mask: torch.Tensor | None = None
+        self.keeps_some: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+
+    def observe(self, contrast: torch.Tensor, progress: float) -> None:
+        """Add a step's contrast [B, 1, H, W]: how far apart edited and source prediction were. `progress`: in 0..1."""
+        self._total = contrast if self._total is None else self._total + contrast
+        found = edit_mask(self._total, self.threshold)
+        self.keeps_some = found.amin((1, 2, 3), keepdim=True) < 1
+        if progress >= START:
+            self.mask = found
+
+    def keep_source(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """`x` where the edit acts, `source` elsewhere, both [B, C, H, W] at one noise level."""
+        return x if self.mask is None else torch.lerp(source, x, self.mask)
+
+
+def edit_mask(contrast: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Where `contrast` [B, 1, H, W] exceeds `threshold` times its peak: [B, 1, H, W] in 0..1.
+
+    The mask rises from 0 at half the threshold to 1 at one and a half. The contrast is smoothed over about a tenth of the
+    picture first. The peak is taken per picture, outliers left out. Where nearly all of a picture exceeds it, all does.
+    """
+    reach = max(1, round(min(contrast.shape[-2:]) / 32))
+    padded = F.pad(contrast, (reach,) * 4, mode="replicate")
+    smooth = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
+    peak = smooth.flatten(1).quantile(PEAK, dim=1).clamp_min(torch.finfo(smooth.dtype).tiny)
+    mask = (smooth / peak.view(-1, 1, 1, 1) / threshold - 0.5).clamp(0, 1)
+    return torch.where(mask.mean((1, 2, 3), keepdim=True) > EVERYWHERE, 1.0, mask)
 
 
 @dataclass(frozen=True)
@@ -165,7 +231,7 @@ def sample_guided(
             shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
             here = x + kept.guided_part(shift)
             estimate = passes.estimate_elsewhere(denoised, x, here, sigma)
-        x = ddim.step(here, ddim.predicted_eps(here, estimate, sigma), sigma, sigma_next)
+        x = ddim_step(here, predicted_eps(here, estimate, sigma), sigma, sigma_next)
         if inversion.residuals is not None:
             x = x + inversion.residuals[level - 1].to(x)
         x = kept.restore(x, level - 1)
@@ -179,52 +245,3 @@ def reference_maps(inversion: Inversion, passes: DenoisingPasses, level: int, x:
     if kept is not None:
         return kept
     return passes.record_maps("source", inversion.trajectory[level].to(x), float(inversion.sigmas[level]))
-
-
-def sample_official(
-    inversion: Inversion,
-    passes: DenoisingPasses,
-    x: torch.Tensor,
-    guidance: GuidanceSchedule,
-    kept: KeptSource,
-    on_step: OnStep,
-) -> torch.Tensor:
-    """The authors' update (pix2pixzero edit_pipeline.py), step for step.
-
-    It differs from `sample_guided` in four ways. The reference maps come from a reconstruction pass of its own, run
-    here in lockstep. Both branches are matched and shifted, each along its own gradient, averaged over the heads of
-    both. The UNet's outputs at the two are mixed, but the latent that steps on is the negative one. The last step ends
-    on the schedule's first noise level, `guidance.final_sigma`, and its latent is returned as if it were clean.
-    """
-    sigmas = [guidance.final_sigma, *(float(s) for s in inversion.sigmas[1:])]
-    source_x = x
-    for step, level in enumerate(range(inversion.steps, 0, -1)):
-        sigma, sigma_next = sigmas[level], sigmas[level - 1]
-        strength = guidance.strength_at(sigma, step, inversion.steps)
-        shifted, distance = {"positive": x, "negative": x}, None
-        if strength:
-            for branch, source_branch in (("negative", "negative"), ("positive", "source")):
-                reference = passes.record_maps(source_branch, source_x, sigma)
-                gradient, distance = passes.map_gradient(branch, x, sigma, reference)
-                shifted[branch] = x + guidance_shift(gradient / 2, sigma, strength)
-        if guidance.guidance_strength:
-            source_denoised = _mixed_denoised(passes, {"source": source_x, "negative": source_x}, sigma)
-            source_eps = ddim.predicted_eps(source_x, source_denoised, sigma)
-            source_x = ddim.step(source_x, source_eps, sigma, sigma_next)
-        denoised = _mixed_denoised(passes, shifted, sigma)
-        x = shifted["negative"]
-        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
-        if level == 1:
-            x = ddim.rescale(x, guidance.final_sigma, 0.0)
-        x = kept.restore(x, level - 1)
-        on_step(step, denoised, x, distance)
-    return x
-
-
-def _mixed_denoised(passes: DenoisingPasses, latents: dict[str, torch.Tensor], sigma: float) -> torch.Tensor:
-    """The guided estimate at the negative latent, of the UNet's outputs for two branches, each at its own latent."""
-    (branch, x), (negative, x_negative) = latents.items()
-    denoised = passes.denoise_branch(branch, x, sigma)
-    if x is not x_negative:
-        denoised = passes.estimate_elsewhere(denoised, x, x_negative, sigma)
-    return passes.mix_branches(denoised, passes.denoise_branch(negative, x_negative, sigma), x_negative, sigma)

@@ -3,20 +3,52 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import ddim
+from .trajectory import ddim_step, predicted_eps, rescale
 
 Denoise = Callable[[torch.Tensor, float, int], torch.Tensor]
 """`denoise(x, sigma, level)`: the model's estimate of the clean latent at `x`. `level`: that of the trajectory which `x`
 stands on, or 0 if it is on none (or on the clean picture's)."""
 
 
+class Transition(NamedTuple):
+    """One inversion step from `sigma_from` up to `sigma_to`; the UNet is told it sees `sigma_model`."""
+
+    sigma_from: float
+    sigma_model: float
+    sigma_to: float
+
+
+def inversion_transitions(sigmas: torch.Tensor) -> list[Transition]:
+    """The N transitions from the clean image to the noisiest level, the exact reverse of the sampler's N steps.
+
+    `sigmas`: [N+1] ascending, `sigmas[0] == 0`. The UNet is told the level the latent is on (pix2pix-zero eq. 1); only
+    the first step, from the clean image, where eps is undefined, is labelled with the level it moves to.
+
+    Raises ValueError if `sigmas` does not ascend from 0.
+    """
+    levels = sigmas.tolist()
+    if levels[0] != 0.0 or any(a >= b for a, b in zip(levels, levels[1:])):
+        raise ValueError("The noise levels of an inversion must ascend from 0.")
+    return [Transition(a, a or b, b) for a, b in zip(levels, levels[1:])]
+
+
+def diffusers_transitions(sigmas: torch.Tensor, table: torch.Tensor) -> list[Transition]:
+    """Inversion as diffusers' DDIMInverseScheduler does it: labelled with the level it moves to, from `table[0]`.
+
+    `table`: the model's noise level at each timestep, ascending. The clean image is taken to be at its first entry.
+    With v-prediction the results differ: diffusers tells the UNet one level and reads its output at another.
+    """
+    levels = [float(table[0]), *sigmas.tolist()[1:]]
+    return [Transition(a, b, b) for a, b in zip(levels, levels[1:])]
+
+
 def invert(
     latent: torch.Tensor,
-    transitions: list[ddim.Transition],
+    transitions: list[Transition],
     denoise: Denoise,
     regularize: Callable[[torch.Tensor], torch.Tensor],
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
@@ -26,13 +58,13 @@ def invert(
     `latent`: clean latent [B, C, H, W]. `on_step(index, denoised, x)` is called after every step. Returns the latents at
     the start and after each transition, and the estimates made at all of them but the last.
     """
-    x = ddim.rescale(latent, 0.0, transitions[0].sigma_from)
+    x = rescale(latent, 0.0, transitions[0].sigma_from)
     visited, estimates = [x], []
     for index, (sigma_from, sigma_model, sigma_to) in enumerate(transitions):
-        seen = ddim.rescale(x, sigma_from, sigma_model)
+        seen = rescale(x, sigma_from, sigma_model)
         denoised = denoise(seen, sigma_model, index)
-        eps = regularize(ddim.predicted_eps(seen, denoised, sigma_model))
-        x = ddim.step(x, eps, sigma_from, sigma_to)
+        eps = regularize(predicted_eps(seen, denoised, sigma_model))
+        x = ddim_step(x, eps, sigma_from, sigma_to)
         visited.append(x)
         estimates.append(denoised)
         on_step(index, denoised, x)
@@ -63,8 +95,8 @@ def invert_fixed_point(
     them but the first.
     """
     levels = sigmas.tolist()
-    seen = ddim.rescale(latent, 0.0, levels[1])
-    eps = ddim.predicted_eps(seen, denoise(seen, levels[1], 0), levels[1])
+    seen = rescale(latent, 0.0, levels[1])
+    eps = predicted_eps(seen, denoise(seen, levels[1], 0), levels[1])
     visited, estimates, found = [latent], [], []
     for level in range(1, len(levels)):
         equation = _StepDown(visited[-1], levels[level - 1], levels[level], denoise)
@@ -74,7 +106,7 @@ def invert_fixed_point(
         x, denoised = _solve(equation, start, level, iterations)
         visited.append(x)
         estimates.append(denoised)
-        found = [*found[-1:], (levels[level], ddim.predicted_eps(x, denoised, levels[level]))]
+        found = [*found[-1:], (levels[level], predicted_eps(x, denoised, levels[level]))]
         on_step(level - 1, denoised, x)
     return visited, estimates
 
@@ -89,12 +121,12 @@ class _StepDown:
     denoise: Denoise
 
     def step_up(self, eps: torch.Tensor) -> torch.Tensor:
-        return ddim.step(self.before, eps, self.sigma_before, self.sigma)
+        return ddim_step(self.before, eps, self.sigma_before, self.sigma)
 
     def substitute(self, x: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x, the estimate there, the equation's right-hand side)."""
         denoised = self.denoise(x, self.sigma, level)
-        return x, denoised, self.step_up(ddim.predicted_eps(x, denoised, self.sigma))
+        return x, denoised, self.step_up(predicted_eps(x, denoised, self.sigma))
 
 
 def _solve(equation: _StepDown, x: torch.Tensor, level: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +166,7 @@ def _unsolved(substitution: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> 
 
 
 def on_grid(
-    visited: list[torch.Tensor], transitions: list[ddim.Transition], latent: torch.Tensor, sigmas: torch.Tensor
+    visited: list[torch.Tensor], transitions: list[Transition], latent: torch.Tensor, sigmas: torch.Tensor
 ) -> torch.Tensor:
     """The visited latents as a trajectory on the sampler's grid: [N+1, B, C, H, W] on the CPU.
 
@@ -144,9 +176,9 @@ def on_grid(
     levels = [transitions[0].sigma_from, *(transition.sigma_to for transition in transitions)]
     grid = sigmas.tolist()
     offset = len(grid) - len(levels)
-    clean = [ddim.rescale(latent, 0.0, sigma) for sigma in grid[: max(offset, 1)]]
+    clean = [rescale(latent, 0.0, sigma) for sigma in grid[: max(offset, 1)]]
     kept = [
-        ddim.rescale(x, level, sigma)
+        rescale(x, level, sigma)
         for x, level, sigma in zip(visited[len(clean) - offset :], levels[len(clean) - offset :], grid[len(clean) :])
     ]
     return torch.stack([x.cpu() for x in clean + kept])
@@ -161,7 +193,7 @@ def reconstruct(
     """
     x, levels = noise, sigmas.tolist()[::-1]
     for sigma, sigma_to in zip(levels, levels[1:]):
-        x = ddim.step(x, ddim.predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_to)
+        x = ddim_step(x, predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_to)
     return x
 
 
@@ -184,6 +216,6 @@ def direct_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: 
     for i in range(1, len(levels)):
         estimate = estimates[i - 1]
         x = trajectory[i].to(estimate)
-        stepped = ddim.step(x, ddim.predicted_eps(x, estimate, levels[i]), levels[i], levels[i - 1])
+        stepped = ddim_step(x, predicted_eps(x, estimate, levels[i]), levels[i], levels[i - 1])
         residuals.append(trajectory[i - 1] - stepped.cpu())
     return torch.stack(residuals)

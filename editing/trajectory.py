@@ -1,4 +1,10 @@
-"""The source picture on the sampler's grid, from the clean latent to noise, and between its levels."""
+"""DDIM between a picture and its noise: the step, the source's own trajectory, and the maps that are kept along it.
+
+Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0) in sigma space, in both directions. A variance-preserving
+latent `x_vp` at noise level `alpha_bar` is held as `x = x_vp * sqrt(1 + sigma^2)` with
+`sigma = sqrt((1 - alpha_bar) / alpha_bar)`. In these coordinates DDIM is one line whatever the model predicts:
+`x(sigma') = denoised + eps * sigma'` with `eps = (x - denoised) / sigma`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +13,101 @@ from weakref import ReferenceType
 
 import torch
 
-from .map_store import MapStore
+FIXED_POINT_STEPS = 65535
+
+
+def rescale(x: torch.Tensor, sigma_from: float, sigma_to: float) -> torch.Tensor:
+    """The same variance-preserving latent, written at another noise level: what the UNet sees stays the same."""
+    return x * ((1 + sigma_to**2) / (1 + sigma_from**2)) ** 0.5
+
+
+def predicted_eps(x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The predicted noise map, for eps- and v-prediction models alike. `sigma` > 0."""
+    return (x - denoised) / sigma
+
+
+def ddim_step(x: torch.Tensor, eps: torch.Tensor, sigma_from: float, sigma_to: float) -> torch.Tensor:
+    """One DDIM step along `eps` from one noise level to another, up or down."""
+    return x + eps * (sigma_to - sigma_from)
+
+
+class MapStore:
+    """Cross-attention maps per noise level, at most `budget` bytes of them, as 16-bit fixed-point numbers in RAM.
+
+    Probabilities lie in 0..1, where 16-bit fixed point errs by at most 7.6e-6; half precision errs by up to 2.4e-4.
+    When the budget is full, the level kept longest gives way: an inversion ends on the noisiest levels, where the layout
+    is decided. `made_with`: what identifies the model and patches that drew the maps.
+    """
+
+    def __init__(self, budget: int, made_with: object = None):
+        self.budget = budget
+        self.made_with = made_with
+        self._levels: dict[int, dict] = {}
+        self._largest = 0
+
+    def add(self, level: int, key: object, maps: torch.Tensor) -> None:
+        """Keep fp `maps` [B, heads, pixels, tokens], values in 0..1, of one site at a level."""
+        self._levels.setdefault(level, {})[key] = encode(maps).to("cpu")
+
+    def will_keep(self, level: int, last: int) -> bool:
+        """Whether a level would still be held after `last`, if those to come are as large as the largest so far.
+
+        Maps of other levels need not be added: on a GPU, bringing them to RAM takes about as long as drawing them.
+        """
+        return self._largest * (last - level + 1) <= self.budget
+
+    def trim(self) -> None:
+        """Drop the oldest levels until the rest fits the budget. Call it after each level."""
+        self._largest = max([self._largest, *(_size(maps) for maps in self._levels.values())])
+        while self._levels and self.size > self.budget:
+            del self._levels[next(iter(self._levels))]
+
+    def drop(self, level: int) -> None:
+        """Forget the maps of a level, if it is kept."""
+        self._levels.pop(level, None)
+
+    def get(self, level: int, device: torch.device) -> "KeptMaps | None":
+        """The maps of a level, or None if it is not kept."""
+        kept = self._levels.get(level)
+        return None if kept is None else KeptMaps(kept, device)
+
+    @property
+    def size(self) -> int:
+        """Bytes in use."""
+        return sum(map(_size, self._levels.values()))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept, encoded."""
+        return [maps for level in self._levels.values() for maps in level.values()]
+
+
+def _size(level: dict) -> int:
+    return sum(maps.nbytes for maps in level.values())
+
+
+class KeptMaps:
+    """{key: fp32 maps} on a device; each is decoded when it is asked for, so that only one at a time takes memory."""
+
+    def __init__(self, codes: dict, device: torch.device):
+        self._codes = codes
+        self._device = device
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._codes
+
+    def __getitem__(self, key: object) -> torch.Tensor:
+        return decode(self._codes[key].to(self._device))
+
+
+def encode(maps: torch.Tensor) -> torch.Tensor:
+    """Values in 0..1 as int16, evenly spaced."""
+    return (maps * FIXED_POINT_STEPS - (FIXED_POINT_STEPS + 1) // 2).round().to(torch.int16)
+
+
+def decode(codes: torch.Tensor) -> torch.Tensor:
+    """The fp32 values behind `encode`."""
+    return (codes.float() + (FIXED_POINT_STEPS + 1) // 2) / FIXED_POINT_STEPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +170,7 @@ class Inversion(list):
     def latent_at(self, sigma: float) -> torch.Tensor:
         """The source's latent at any noise level: [B, C, H, W].
 
-        Between two levels DDIM moves along a straight line in sigma (`ddim.step`), so this is where its own step would
+        Between two levels DDIM moves along a straight line in sigma (`ddim_step`), so this is where its own step would
         have come by. Above the noisiest level the last step goes on.
         """
         place = self.place_of(sigma)

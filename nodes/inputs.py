@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.sampling.levels import SCHEDULERS
+from ..host.sampling.checks import SCHEDULERS
 
 
 def scheduler_input() -> io.Combo.Input:

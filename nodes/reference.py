@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.sampling.levels import SCHEDULERS
+from ..host.sampling.checks import SCHEDULERS
 from ..host.sampling.reference import ReferenceSettings, generate_reference
 from .inputs import scheduler_input
 from .types import CATEGORY, Inversion

@@ -14,8 +14,8 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
-from ...attention_patches import maps
-from ...attention_patches.sites import cross_attention_sites
+from ...attention_patches import attention as attention_patches
+from ...attention_patches.attention import cross_attention_sites
 from ...host.text.conditionings import Entry
 from ...host.unet import gradients
 from ...host.unet.checkpointing import MODES
@@ -110,7 +110,7 @@ def account(family: Family, size: int, dtype: torch.dtype = torch.bfloat16) -> d
     sites = cross_attention_sites(unet)
     with (
         patch.object(gradients, "attention_pytorch", _fused),
-        patch.object(maps, "optimized_attention", lambda q, k, v, heads, **_: _fused(q, k, v, heads)),
+        patch.object(attention_patches, "optimized_attention", lambda q, k, v, heads, **_: _fused(q, k, v, heads)),
     ):
         shapes, plain = _plain_pass(call, sites)
         peaks = {mode: _guided_pass(call, sites, shapes, mode) for mode in MODES}
@@ -152,7 +152,7 @@ def _plain_pass(call: UNetCall, sites: list) -> tuple[dict, int]:
     options = differentiable_attention(call.transformer_options)
     memory = LiveMemory()
     with torch.no_grad():
-        call(call.x, maps.with_attention(options, "attn2", sites, note))
+        call(call.x, attention_patches.with_attention(options, "attn2", sites, note))
         with memory:
             call(call.x, options)
     return shapes, memory.peak

@@ -10,7 +10,7 @@ import comfy.model_patcher
 import comfy.sample
 import torch
 
-from ...attention_patches.sites import cross_attention_sites
+from ...attention_patches.attention import cross_attention_sites
 from ...host.sampling.edit import EditSettings, sample_edit
 from ...host.sampling.invert import InversionSettings, invert_latent
 from ...host.sampling.passes import UNetPasses

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ...attention_patches.maps import LastSiteReached
+from ...attention_patches.attention import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ...editing.trajectory import Inversion
 from ..sampling.checks import check_inversion

@@ -15,8 +15,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 from comfy.sd import CLIP
 
+from ...attention_patches.attention import attends_to_itself, cross_attention_sites, site_halvings, size_after
 from ...attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
-from ...attention_patches.sites import attends_to_itself, cross_attention_sites, site_halvings, size_after
 from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
 from ...editing.trajectory import Inversion
 from ...editing.word_masks import WordMask, soft_mask

@@ -1,18 +1,35 @@
-"""What inversion and edits cannot work on, and why not, in words: models, latents, texts, masks."""
+"""What inversion and edits work on: which model a MODEL is, its noise levels, and what is refused, in words."""
 
 import hashlib
 import math
 import weakref
 from typing import Any
+from uuid import UUID
 
 import comfy.sample
+import comfy.samplers
 import torch
 from comfy import model_sampling as kinds
 from comfy.model_patcher import ModelPatcher
 
 from ...editing.trajectory import Inversion
+from ..unet.jobs import CACHES
 
+SCHEDULERS = ("ddim_uniform", "simple")
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
+OWN = "pix2pix_zero"
+# What ModelPatcher keeps of changes to a model's weights, objects and calls.
+PATCHER = (
+    "patches_uuid",
+    "object_patches",
+    "weight_wrapper_patches",
+    "hook_patches",
+    "injections",
+)
+# By kind, and by key, so that this pack's own can be left out.
+KEYED = ("wrappers", "callbacks")
+# Options that mix estimates and never reach the UNet.
+MIXING = ("sampler_", "denoise_mask_function", "disable_cfg1_optimization")
 
 
 def check_diffusion(model: ModelPatcher) -> None:
@@ -20,6 +37,23 @@ def check_diffusion(model: ModelPatcher) -> None:
     reason = _reason_against(model.get_model_object("model_sampling"))
     if reason is not None:
         raise ValueError(f"model: {reason} {USE}")
+
+
+def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
+    """Noise levels descending to 0, [steps + 1]. Those above 0 are entries of the model's table of noise levels.
+
+    `scheduler`: "ddim_uniform" counts from the cleanest level, as DDIM does (Song et al. 2021), and has more levels where
+    `steps` does not divide the table; "simple" counts from the noisiest, as models that draw in few steps are trained,
+    and has exactly `steps`.
+
+    Raises ValueError for a model that does not diffuse on discrete variance-preserving steps, or that has fewer levels.
+    """
+    check_diffusion(model)
+    sampling = model.get_model_object("model_sampling")
+    table = len(sampling.sigmas)  # an LCM has 50 where others have 1000
+    if not 1 <= steps <= table:
+        raise ValueError(f"steps: {steps} is outside 1 to {table}, the number of the model's noise levels.")
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
 
 
 def check_inversion(inversion: Inversion, model: ModelPatcher) -> None:
@@ -65,6 +99,70 @@ def made_with(model: ModelPatcher) -> dict[str, Any]:
     }
 
 
+def attention_state(model: ModelPatcher) -> tuple:
+    """Equal for clones that are changed alike. It keeps nothing of what others have put into the MODEL alive.
+
+    This pack's own changes do not count, nor what its samplers leave out.
+    """
+    options = {name: value for name, value in model.model_options.items() if not name.startswith(MIXING)}
+    inside = dict(options.pop("transformer_options", {}))
+    keyed = [getattr(model, name, {}) for name in KEYED] + [inside.pop(name, {}) for name in KEYED]
+    return (
+        *(_state(getattr(model, name, None)) for name in PATCHER),
+        *_cloned(model),
+        *(_state({kind: _foreign(by_key) for kind, by_key in group.items()}) for group in keyed),
+        _state(options),
+        _state(_foreign(inside)),
+    )
+
+
+def _cloned(model: ModelPatcher) -> tuple:
+    """The state of what each clone of a MODEL has a clone of."""
+    hooks = getattr(model, "forced_hooks", None)
+    beside = getattr(model, "additional_models", {})
+    return (
+        None if hooks is None else _state([hook.hook_ref for hook in hooks.hooks]),
+        _state({key: [(other.model, other.patches_uuid) for other in others] for key, others in beside.items()}),
+        tuple(sorted(map(str, getattr(model, "attachments", {})))),
+    )
+
+
+def _foreign(by_key: dict) -> dict:
+    return {key: value for key, value in by_key.items() if not str(key).startswith(OWN) and key not in CACHES}
+
+
+def _state(value: object) -> object:
+    """Plain values and containers of them as they are, empty ones as None; any other object by its identity."""
+    if isinstance(value, dict):
+        items = {_state(key): _state(item) for key, item in value.items()}
+        return frozenset((key, item) for key, item in items.items() if item is not None) or None
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_state, value)) or None
+    if value is None or isinstance(value, (str, bytes, int, float, UUID)):
+        return value
+    return _Identity(value)
+
+
+class _Identity:
+    """Equal to that of the same object as long as it lives, without keeping it alive."""
+
+    def __init__(self, value: object):
+        self._hash = id(value)
+        try:
+            self._reference = weakref.ref(value)
+        except TypeError:  # of a kind that nothing can refer to weakly, which no closure is
+            self._reference = lambda: value
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity):
+            return NotImplemented
+        mine = self._reference()
+        return self is other or mine is not None and mine is other._reference()
+
+
 def pixels_per_latent(model: ModelPatcher) -> int:
     """How many pixels of the picture, along a side, a latent pixel of the MODEL stands for."""
     return getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
@@ -97,38 +195,6 @@ def check_numbers(**knobs: float) -> None:
     for name, value in knobs.items():
         if not math.isfinite(value):
             raise ValueError(f"{name}: {value} is not a number it can work with. Enter a finite one.")
-
-
-def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
-    """Raise ValueError unless every text of a CONDITIONING is finite and has one row, or one per picture of the batch."""
-    if not conditioning:
-        raise ValueError(f"{socket}: it is empty. Connect an encoded text.")
-    for text, options in conditioning:
-        if text is not None and len(text) not in (1, batch):
-            raise ValueError(
-                f"{socket}: it holds {len(text)} texts for {batch} pictures. Give one text, or one per picture."
-            )
-        for values in (text, options.get("pooled_output"), options.get("mask")):
-            if isinstance(values, torch.Tensor):
-                check_finite(values, socket, "Encode the text again, with the CLIP in fp32.")
-
-
-def check_whole_sampling(conditioning: list, model: ModelPatcher, sigmas: torch.Tensor, socket: str) -> None:
-    """Raise ValueError if a CONDITIONING says nothing at one of the noise levels that the UNet is told.
-
-    `sigmas`: in any order; a level of 0 is never told.
-    """
-    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-    windows = [
-        (to_sigma(options.get("start_percent", 0.0)), to_sigma(options.get("end_percent", 1.0)))
-        for _, options in conditioning
-    ]
-    for sigma in sigmas.tolist():
-        if sigma > 0 and not any(last <= sigma <= first for first, last in windows):
-            raise ValueError(
-                f"{socket}: it is limited to a part of the sampling (ConditioningSetTimestepRange?) and says nothing at noise "
-                f"level {sigma:.2f}. Use a text for all of it, or combine it with one for the rest."
-            )
 
 
 def _reason_against(sampling) -> str | None:

@@ -5,21 +5,19 @@ from dataclasses import dataclass, replace
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...attention_patches.sites import cross_attention_sites, map_shapes
-from ...editing.guidance import GuidanceSchedule, KeptSource, sample_guided, sample_official
-from ...editing.local_blend import LocalBlend
-from ...editing.map_store import MapStore
-from ...editing.trajectory import Inversion
+from ...attention_patches.attention import cross_attention_sites, map_shapes
+from ...editing.guidance import GuidanceSchedule, KeptSource, LocalBlend, sample_guided
+from ...editing.official import sample_official
+from ...editing.trajectory import Inversion, MapStore
 from .. import running
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
-from ..text.conditionings import areas_of, beside_the_source
+from ..text.conditionings import areas_of, beside_the_source, check_conditioning
 from ..unet.checkpointing import MODES
 from ..unet.jobs import for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import affordable_mode, affordable_rows, announce_memory, guided_pass_memory
-from ..unet.model_state import attention_state
-from .checks import check_conditioning, check_inversion, check_numbers
+from .checks import attention_state, check_inversion, check_numbers
 from .passes import UNetPasses
 from .source import EditGuider, NoiseMask, edited_area, masked
 

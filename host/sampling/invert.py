@@ -8,26 +8,26 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...attention_patches.sites import cross_attention_sites, is_unet
-from ...editing import ddim
-from ...editing.inversion import direct_residuals, invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
-from ...editing.map_store import MapStore
+from ...attention_patches.attention import cross_attention_sites, is_unet
+from ...editing.inversion import (
+    Transition,
+    diffusers_transitions,
+    direct_residuals,
+    inversion_transitions,
+    invert,
+    invert_fixed_point,
+    latent_psnr,
+    on_grid,
+    reconstruct,
+)
+from ...editing.official import official_transitions
 from ...editing.regularization import NoiseRegularization, regularize_noise
-from ...editing.trajectory import Inversion
+from ...editing.trajectory import Inversion, MapStore
 from .. import running
 from ..running import Run, sample
+from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
-from ..unet.model_state import attention_state
-from .checks import (
-    check_conditioning,
-    check_finite,
-    check_numbers,
-    check_whole_sampling,
-    clean_latent,
-    made_with,
-)
-from .hook_schedule import HookSchedule
-from .levels import SCHEDULERS, ddim_grid, places_on_table
+from .checks import SCHEDULERS, attention_state, check_finite, check_numbers, clean_latent, ddim_grid, made_with
 from .passes import UNetPasses
 
 METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
@@ -86,13 +86,18 @@ def invert_latent(
     return Inversion(sigmas=sigmas, source=positive, noise_mask=mask, **made_with(model), **found)
 
 
-def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[ddim.Transition]:
+def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[Transition]:
     sampling = model.get_model_object("model_sampling")
     if method == "official":
-        return ddim.official_transitions(places_on_table(sampling, sigmas[1:]), sampling.sigmas)
+        return official_transitions(places_on_table(sampling, sigmas[1:]), sampling.sigmas)
     if method == "diffusers":
-        return ddim.diffusers_transitions(sigmas, sampling.sigmas)
-    return ddim.inversion_transitions(sigmas)
+        return diffusers_transitions(sigmas, sampling.sigmas)
+    return inversion_transitions(sigmas)
+
+
+def places_on_table(sampling, sigmas: torch.Tensor) -> torch.Tensor:
+    """The index of each noise level [N] in a model sampling's table: int64 [N]. Only in a table of 1000 is it the timestep."""
+    return (sigmas[:, None].log() - sampling.log_sigmas.to(sigmas)).abs().argmin(1)
 
 
 def inverted_noise(inversion: Inversion, model: ModelPatcher) -> torch.Tensor:
@@ -101,7 +106,7 @@ def inverted_noise(inversion: Inversion, model: ModelPatcher) -> torch.Tensor:
 
 
 def _walk_up(
-    model: ModelPatcher, settings: InversionSettings, transitions: list[ddim.Transition], run: Run
+    model: ModelPatcher, settings: InversionSettings, transitions: list[Transition], run: Run
 ) -> tuple[torch.Tensor, dict]:
     """(the latent as it came, the fields of an `Inversion` that the way up gives)."""
     sigmas, method = run.sigmas, settings.method
@@ -109,7 +114,7 @@ def _walk_up(
     sites = [] if maps is None else cross_attention_sites(model.model.diffusion_model)
     evaluations = _Evaluations(
         UNetPasses(run.model_k, run.extra_args, sites),
-        HookSchedule(run.guider.model_patcher, list(run.guider.conds.values()), sigmas),
+        _HookSchedule(run.guider.model_patcher, list(run.guider.conds.values()), sigmas),
         maps,
         last=len(sigmas) - (2 if method == "ddim" else 1),
     )
@@ -147,10 +152,36 @@ def _map_store(model: ModelPatcher, settings: InversionSettings) -> MapStore | N
     return MapStore(settings.map_memory, attention_state(model)) if keeps else None
 
 
+class _HookSchedule:
+    """Sets hooks to the keyframes that a sampler on its way down the same levels would be at.
+
+    The host moves on from one keyframe of a schedule to the next and never back, as noise levels sink.
+    """
+
+    def __init__(self, patcher: ModelPatcher, conditionings: list[list[dict]], sigmas: torch.Tensor):
+        groups = [entry["hooks"] for entries in conditionings for entry in entries if entry.get("hooks") is not None]
+        self.patcher = patcher
+        self.hooks = list({id(hook): hook for group in groups for hook in group.hooks}.values())
+        self.options = {"sample_sigmas": sigmas}
+        self.levels = sigmas.sort(descending=True).values.cpu()  # the host compares them one by one
+
+    def go_to(self, sigma: float) -> None:
+        """To be called ahead of the evaluation at this noise level."""
+        if all(hook.hook_keyframe.is_empty() for hook in self.hooks):
+            return
+        for hook in self.hooks:
+            hook.reset()
+            for level in self.levels[self.levels > sigma * (1 + 1e-4)]:
+                hook.hook_keyframe.prepare_current_keyframe(curr_t=level, transformer_options=self.options)
+        # The host notices changes that it makes itself.
+        self.patcher.cached_hook_patches.clear()
+        self.patcher.patch_hooks(None)
+
+
 class _Evaluations:
     """The UNet on the way up. What it draws on the trajectory is kept in `maps`. `last`: the last level it visits."""
 
-    def __init__(self, passes: UNetPasses, hooks: HookSchedule, maps: MapStore | None, last: int):
+    def __init__(self, passes: UNetPasses, hooks: _HookSchedule, maps: MapStore | None, last: int):
         self.passes = passes
         self.hooks = hooks
         self.maps = maps

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from comfy import samplers
 
-from ...attention_patches.sites import AttentionSite
+from ...attention_patches.attention import AttentionSite
 from ...editing.guidance import Maps
 from ..text.conditionings import Entry, compared_with, entries_of, same_tensor
 from ..unet.checkpointing import MODES

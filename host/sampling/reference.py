@@ -7,11 +7,10 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...editing import ddim
-from ...editing.trajectory import Inversion
+from ...editing.trajectory import Inversion, ddim_step, predicted_eps, rescale
 from ..running import Run, sample
-from .checks import check_conditioning, check_numbers, check_whole_sampling, clean_latent, made_with
-from .levels import SCHEDULERS, ddim_grid
+from ..text.conditionings import check_conditioning, check_whole_sampling
+from .checks import SCHEDULERS, check_numbers, clean_latent, ddim_grid, made_with
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ def generate_reference(
 def _walk_down(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """(the picture, its trajectory [N+1, B, C, H, W] ascending, on the CPU)."""
     levels = run.sigmas.tolist()
-    x = ddim.rescale(run.x, 0.0, levels[0])
+    x = rescale(run.x, 0.0, levels[0])
     visited = [x.cpu()]
     for index, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
         denoised = run.model_k(x, x.new_full((len(x),), sigma), **run.extra_args)
-        x = ddim.step(x, ddim.predicted_eps(x, denoised, sigma), sigma, sigma_next)
+        x = ddim_step(x, predicted_eps(x, denoised, sigma), sigma, sigma_next)
         visited.append(x.cpu())
         run.report("Generating", index, denoised, x)
     return x, torch.stack(visited[::-1])

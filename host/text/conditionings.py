@@ -1,4 +1,4 @@
-"""CONDITIONINGs in a sampling: their entries, which draw one estimate between them, and several texts as one.
+"""CONDITIONINGs in a sampling: whether they fit, several as one, and their entries, which draw one estimate together.
 
 What the host has processed for a guider is a list of dicts, one for each entry; what comes in at a socket is a list of
 [text, options].
@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.samplers import get_area_and_mult
+
+from ..sampling.checks import check_finite
 
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
 # Of inpainting and pix2pix models: the further channels of the UNet's input.
@@ -67,6 +70,38 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
     return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
+    """Raise ValueError unless every text of a CONDITIONING is finite and has one row, or one per picture of the batch."""
+    if not conditioning:
+        raise ValueError(f"{socket}: it is empty. Connect an encoded text.")
+    for text, options in conditioning:
+        if text is not None and len(text) not in (1, batch):
+            raise ValueError(
+                f"{socket}: it holds {len(text)} texts for {batch} pictures. Give one text, or one per picture."
+            )
+        for values in (text, options.get("pooled_output"), options.get("mask")):
+            if isinstance(values, torch.Tensor):
+                check_finite(values, socket, "Encode the text again, with the CLIP in fp32.")
+
+
+def check_whole_sampling(conditioning: list, model: ModelPatcher, sigmas: torch.Tensor, socket: str) -> None:
+    """Raise ValueError if a CONDITIONING says nothing at one of the noise levels that the UNet is told.
+
+    `sigmas`: in any order; a level of 0 is never told.
+    """
+    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    windows = [
+        (to_sigma(options.get("start_percent", 0.0)), to_sigma(options.get("end_percent", 1.0)))
+        for _, options in conditioning
+    ]
+    for sigma in sigmas.tolist():
+        if sigma > 0 and not any(last <= sigma <= first for first, last in windows):
+            raise ValueError(
+                f"{socket}: it is limited to a part of the sampling (ConditioningSetTimestepRange?) and says nothing at noise "
+                f"level {sigma:.2f}. Use a text for all of it, or combine it with one for the rest."
+            )
 
 
 def beside_the_source(conditioning: list, source: list, socket: str) -> list:

@@ -12,7 +12,7 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch.utils.checkpoint import checkpoint
 
-from ...attention_patches.sites import AttentionSite, layers
+from ...attention_patches.attention import AttentionSite, layers
 from .gradients import own_attribute, recording_again, weights_stay_put
 
 MODES = ("none", "feed-forward", "blocks")

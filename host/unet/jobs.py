@@ -14,7 +14,7 @@ from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
-from ...attention_patches.maps import LastSiteReached
+from ...attention_patches.attention import LastSiteReached
 from .gradients import differentiable_attention, uncompiled
 
 KEY = "pix2pix_zero_jobs"
@@ -51,7 +51,7 @@ class Division(Protocol):
         """Raise ValueError for a call that cannot be made so."""
 
     def run(self, part: "UNetCall") -> torch.Tensor | None:
-        """The output of a part; None if memory ran out, and `rows` are fewer now."""
+        """The output of a part; None if it is to be made again, in at most `rows` rows, which may be fewer now."""
 
 
 @dataclass

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ...attention_patches.maps import (
+from ...attention_patches.attention import (
+    AttentionSite,
     GradientScale,
     LastSiteReached,
     MatchedAttention,
@@ -15,7 +16,6 @@ from ...attention_patches.maps import (
     maps_of_first,
     with_attention,
 )
-from ...attention_patches.sites import AttentionSite
 from ...editing.guidance import Maps
 from ..text.conditionings import Entry, narrowed, own_tokens
 from .checkpointing import MODES, checkpointed
@@ -112,6 +112,7 @@ class MatchMaps:
         self.reference = reference
         self.checkpointing = checkpointing
         self.stops = stops
+        self.overflows = 0
         self.gradient = torch.zeros_like(x)
         self.distance = x.new_zeros(len(x))
 
@@ -136,23 +137,28 @@ class MatchMaps:
             )
 
     def run(self, call: UNetCall) -> torch.Tensor | None:
-        """The output of a part, whose gradient and distance are added up; None if memory ran out."""
-        scale = GradientScale()
-        matching = _Matching(self, call, scale)
+        """The output of a part, whose gradient and distance are added up; None if it is to be made again.
+
+        That is in fewer rows where memory ran out. Where the gradient overflowed, it is at a smaller scale: a graph that
+        is kept for a second backward pass is never freed with checkpointing.
+        """
+        matching = _Matching(self, call)
         if not matching.has_reference:
             return torch.zeros_like(call.x) if self.stops else call(call.x, call.transformer_options)
+        unet, mode = call.model.diffusion_model, self.checkpointing.mode
         try:
-            for _ in range(SCALES):
-                output, gradient, distances = matching.run()
-                if scale.holds(gradient):
-                    break
-                # The whole call again: a graph that is kept for a second backward pass is never freed with checkpointing.
-                matching = _Matching(self, call, scale)
-            else:
-                raise ValueError(OVERFLOW)
+            with input_gradients(call.model), checkpointed(unet, mode, self.sites[-1]):
+                x = call.x.clone().requires_grad_(True)
+                output = call(x, matching.installed(call.transformer_options), clone_inference).detach()
+                gradient, distances = matching.gradient(x)
         except Exception as error:
             if not (is_out_of_memory(error) and self.checkpointing.tighten(len(call.x))):
                 raise
+            return None
+        if not matching.scale.holds(gradient):
+            self.overflows += 1
+            if self.overflows == SCALES:
+                raise ValueError(OVERFLOW)
             return None
         for number, *of_entry in zip(matching.numbers, gradient.chunk(len(distances)), distances):
             if number is not None:
@@ -174,12 +180,12 @@ class _Matching:
     `distances`: of each entry in it, by site. `last_q`: what the backward pass starts from.
     """
 
-    def __init__(self, job: MatchMaps, call: UNetCall, scale: GradientScale):
+    def __init__(self, job: MatchMaps, call: UNetCall):
         self.job = job
         self.call = call
         self.pictures = slice(call.first, call.first + call.pictures)
         self.entries, self.numbers = _in_call(call, job.entries)
-        self.scale = scale
+        self.scale = GradientScale(job.overflows)
         self.distances = [{} for _ in self.numbers]
         self.last_q = None
 
@@ -231,25 +237,15 @@ class _Matching:
         rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
         return [(n, *row, maps_of_first(maps, n)) for n, *row, maps in rows]
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """(output of the call, gradient with respect to its input, each entry's distance)."""
-        model, checkpointing = self.call.model, self.job.checkpointing
-        with (
-            input_gradients(model),
-            checkpointed(model.diffusion_model, checkpointing.mode, self.job.sites[-1]),
-        ):
-            x = self.call.x.clone().requires_grad_(True)
-            output = self.call(x, self.installed(self.call.transformer_options), clone_inference).detach()
-            if self.last_q is None:
-                raise ValueError(LEFT_OUT)
-            self.scale.settle()
-            # The distance enters the backward pass at every site, so that it starts from nothing.
-            (gradient,) = torch.autograd.grad(self.last_q, x, torch.zeros_like(self.last_q))
-            return (
-                output,
-                gradient / self.scale.value,
-                [sum(of_entry.values(), x.new_zeros(())) for of_entry in self.distances],
-            )
+    def gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the backward pass: (the gradient with respect to x, each entry's distance)."""
+        if self.last_q is None:
+            raise ValueError(LEFT_OUT)
+        self.scale.settle()
+        # The distance enters the backward pass at every site, so that it starts from nothing.
+        (gradient,) = torch.autograd.grad(self.last_q, x, torch.zeros_like(self.last_q))
+        distances = [sum(of_entry.values(), x.new_zeros(())) for of_entry in self.distances]
+        return gradient / self.scale.value, distances
 
 
 def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:

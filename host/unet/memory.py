@@ -10,7 +10,7 @@ from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTra
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from comfy.patcher_extension import WrappersMP
 
-from ...attention_patches.sites import AttentionSite, Layer, cross_attention_sites, layers, size_after
+from ...attention_patches.attention import AttentionSite, Layer, cross_attention_sites, layers, size_after
 from .checkpointing import MODES, PIECE
 from .gradients import has_constant_weights
 

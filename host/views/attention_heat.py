@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from PIL import Image
 
-from ...attention_patches.sites import AttentionSite, map_shapes, site_halvings
+from ...attention_patches.attention import AttentionSite, map_shapes, site_halvings
 from ...editing.attention_heat import AttentionHeat
 from ...editing.guidance import Maps
 from ...editing.token_alignment import Prompt, positions
@@ -21,11 +21,10 @@ from ...editing.trajectory import Inversion
 from ...pictures import charts
 from .. import running
 from ..running import Run, look
-from ..sampling.checks import check_inversion, pixels_per_latent
+from ..sampling.checks import attention_state, check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
 from ..text.prompt_words import entries, is_text_of, require_clip, tokenize
 from ..unet.jobs import for_own_sampler
-from ..unet.model_state import attention_state
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 SMALLEST = 384

@@ -7,7 +7,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from guided_pass import Distance, LastSite, sigma_of, tapped
 from patch_catalogue import IMAGE
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent

@@ -4,7 +4,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
 from pix2pix_zero.host.unet.gradients import (
     clone_inference,

@@ -3,7 +3,7 @@
 import comfy.samplers
 import torch
 from guided_pass import TIMESTEP, attention, sigma_of
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.unet.jobs import for_own_sampler
 from small_unet import conditioning, small_model

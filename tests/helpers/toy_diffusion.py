@@ -26,7 +26,7 @@ def vp_scale(sigma: float) -> float:
     return math.sqrt(1 + sigma**2)
 
 
-def ddim_step(
+def step_in_alpha_bar(
     x: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor, alpha_bar_next: torch.Tensor
 ) -> torch.Tensor:
     """Song et al. 2021, eq. 12 with eta = 0, on a variance-preserving latent."""

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy_execution import caching
-from pix2pix_zero.editing.map_store import MapStore
-from pix2pix_zero.editing.trajectory import Inversion
+from pix2pix_zero.editing.trajectory import Inversion, MapStore
 
 
 class Model:

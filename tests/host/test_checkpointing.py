@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from guided_pass import float64_gradient, latents, loaded_model, pass_gradient, relative_error
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
 from small_unet import conditioning
 

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 from other_device import OTHER, OtherTensor, other_device
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.editing.directions import EditDirection
-from pix2pix_zero.editing.map_store import KeptMaps, decode
-from pix2pix_zero.editing.trajectory import Inversion
+from pix2pix_zero.editing.trajectory import Inversion, KeptMaps, decode
 from pix2pix_zero.host.distilled import run as distilled_run
 from pix2pix_zero.host.distilled.pair_sets import pair_up, save_pairs
 from pix2pix_zero.host.networks import model_kinds

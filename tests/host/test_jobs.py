@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache as caches
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.source import EditGuider
 from pix2pix_zero.host.unet.jobs import for_own_sampler

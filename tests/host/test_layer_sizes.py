@@ -4,8 +4,8 @@ import comfy.ops
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from pix2pix_zero.attention_patches.attention import layers, map_shapes, size_after
 from pix2pix_zero.attention_patches.plug_and_play import residual_sites
-from pix2pix_zero.attention_patches.sites import layers, map_shapes, size_after
 from small_unet import CONFIG, CONTEXT_DIM, TOKENS
 
 KINDS = {"convolutions resize": False, "residual blocks resize": True}

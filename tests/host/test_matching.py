@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pix2pix_zero.attention_patches.maps import GradientScale, MatchedAttention
+from pix2pix_zero.attention_patches.attention import GradientScale, MatchedAttention
 
 HEADS = 4
 

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 from guided_pass import latents, loaded_model
-from pix2pix_zero.attention_patches import maps
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches import attention
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.unet.checkpointing import MODES
 from pix2pix_zero.host.unet.map_jobs import Checkpointing
 from plain_unet import PlainUNet, guider_gradient
@@ -35,14 +35,14 @@ def test_a_gradient_that_overflows_is_taken_again_at_a_smaller_scale(monkeypatch
     model = loaded_model(weight_dtype=torch.float16, compute_dtype=torch.float16)
     text, (x_source, x) = conditioning(seed=1), latents(model)
     scales = []
-    settle = maps.GradientScale.settle
+    settle = attention.GradientScale.settle
 
     def too_large(scale):
         settle(scale)
         scale.value *= 2.0**14
         scales.append(scale.value)
 
-    monkeypatch.setattr(maps.GradientScale, "settle", too_large)
+    monkeypatch.setattr(attention.GradientScale, "settle", too_large)
     gradient, _ = guider_gradient(model, text, x_source, x, sites=cross_attention_sites(model.model.diffusion_model))
     expected, _ = PlainUNet(model).gradient(text[0][0], x_source, x)
     assert len(scales) >= 2 and scales[1] == scales[0] / 64

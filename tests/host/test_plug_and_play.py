@@ -3,7 +3,7 @@
 import comfy.samplers
 import pytest
 import torch
-from pix2pix_zero.editing import ddim
+from pix2pix_zero.editing.trajectory import ddim_step
 from pix2pix_zero.host.sampling.invert import inverted_noise
 from plug_and_play_runs import SITES, STEPS, distance, edited_calls, invert, patch, sample, source_features
 from small_unet import conditioning, latent, small_model
@@ -95,7 +95,7 @@ def test_levels_between_those_of_the_inversion_lie_on_its_ddim_steps(inversion):
         assert distance(inversion.latent_at(high), x) < 1e-6
         eps = (x - inversion.trajectory[level - 1]) / (high - low)
         between = 0.3 * low + 0.7 * high
-        assert distance(inversion.latent_at(between), ddim.step(x, eps, high, between)) < 1e-5
+        assert distance(inversion.latent_at(between), ddim_step(x, eps, high, between)) < 1e-5
     beyond = inversion.latent_at(2 * high - low)
     assert distance(beyond, 2 * inversion.trajectory[-1] - inversion.trajectory[-2]) < 1e-5
 

@@ -7,7 +7,7 @@ import torch
 from composed_run import edit, invert, same, soft_model
 from guided_pass import latents
 from patch_catalogue import appended_tokens
-from pix2pix_zero.attention_patches.sites import cross_attention_sites
+from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.sampling import edit as edit_room
 from pix2pix_zero.host.sampling.edit import PRESETS
 from pix2pix_zero.host.text.conditionings import stack_conditionings

@@ -9,7 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 from families import HEIGHT, TOKENS, WIDTH, Float64UNet, picture, small_family, texts
-from pix2pix_zero.attention_patches.sites import attends_to_itself, cross_attention_sites
+from pix2pix_zero.attention_patches.attention import attends_to_itself, cross_attention_sites
 from pix2pix_zero.benchmarks.families_parts.architectures import COMMON, FAMILIES, detected, file_of
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
 from pix2pix_zero.editing.regularization import NoiseRegularization

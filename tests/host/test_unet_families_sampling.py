@@ -10,8 +10,8 @@ import torch
 from comfy.model_base import ModelType
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete, ModelSamplingSD3
 from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
+from pix2pix_zero.host.sampling.checks import SCHEDULERS, ddim_grid
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
-from pix2pix_zero.host.sampling.levels import SCHEDULERS, ddim_grid
 from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay

@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pix2pix_zero.editing.attention_distance import attention_distance
 from pix2pix_zero.editing.guidance import (
     GuidanceSchedule,
     KeptSource,
+    LocalBlend,
+    attention_distance,
     guidance_shift,
     sample_guided,
-    sample_official,
 )
-from pix2pix_zero.editing.local_blend import LocalBlend
+from pix2pix_zero.editing.official import sample_official
 from pix2pix_zero.editing.trajectory import Inversion
-from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, sigmas, timestep_of, timesteps, vp_scale
+from toy_diffusion import ALPHA_BAR, SIGMA, sigmas, step_in_alpha_bar, timestep_of, timesteps, vp_scale
 
 STEPS = 5
 CFG = 3.0
@@ -137,7 +137,7 @@ def test_default_loop_is_algorithm_1_on_the_conditional_branch_with_the_shift_af
         eps = negative + CFG * (positive - negative)
         there = torch.tensor(1.0, dtype=torch.float64) if level == 1 else ALPHA_BAR[t - 1000 // STEPS]
         scale = (there / ALPHA_BAR[t]).sqrt()  # one size of shift in sigma space, where x = x_vp / sqrt(alpha_bar)
-        x = ddim_step(x, eps, ALPHA_BAR[t], there) - scale * shifts[-1]
+        x = step_in_alpha_bar(x, eps, ALPHA_BAR[t], there) - scale * shifts[-1]
 
     torch.testing.assert_close(ours[0], x, rtol=1e-9, atol=1e-9)
     assert min(shift.abs().max() for shift in shifts) > 1e-3, "guidance must matter for the comparison to mean anything"
@@ -156,7 +156,7 @@ def test_official_loop_is_that_of_edit_pipeline(predicts_v):
     def step(x, outputs, t):
         output = outputs[0] + CFG * (outputs[1] - outputs[0])
         eps = ALPHA_BAR[t].sqrt() * output + (1 - ALPHA_BAR[t]).sqrt() * x if predicts_v else output
-        return ddim_step(x, eps, ALPHA_BAR[t], ALPHA_BAR[max(t - 1000 // STEPS, 0)])
+        return step_in_alpha_bar(x, eps, ALPHA_BAR[t], ALPHA_BAR[max(t - 1000 // STEPS, 0)])
 
     x, references = start, {}
     for t in grid:

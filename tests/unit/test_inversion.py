@@ -2,9 +2,28 @@
 
 import pytest
 import torch
-from pix2pix_zero.editing import ddim
-from pix2pix_zero.editing.inversion import invert, invert_fixed_point, latent_psnr, on_grid, reconstruct
-from toy_diffusion import ALPHA_BAR, SIGMA, ddim_step, denoiser, sigmas, timestep_of, timesteps, toy_eps, vp_scale
+from pix2pix_zero.editing.inversion import (
+    diffusers_transitions,
+    inversion_transitions,
+    invert,
+    invert_fixed_point,
+    latent_psnr,
+    on_grid,
+    reconstruct,
+)
+from pix2pix_zero.editing.official import official_transitions
+from pix2pix_zero.editing.trajectory import ddim_step, predicted_eps
+from toy_diffusion import (
+    ALPHA_BAR,
+    SIGMA,
+    denoiser,
+    sigmas,
+    step_in_alpha_bar,
+    timestep_of,
+    timesteps,
+    toy_eps,
+    vp_scale,
+)
 
 
 def picture():
@@ -19,16 +38,16 @@ def sample(x, levels, denoise):
     """Plain DDIM down the grid."""
     descending = levels.flip(0).tolist()
     for sigma, sigma_next in zip(descending, descending[1:]):
-        x = ddim.step(x, ddim.predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_next)
+        x = ddim_step(x, predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_next)
     return x
 
 
 def transitions_of(method, steps):
     if method == "official":
-        return ddim.official_transitions(torch.tensor(timesteps(steps)), SIGMA)
+        return official_transitions(torch.tensor(timesteps(steps)), SIGMA)
     if method == "diffusers":
-        return ddim.diffusers_transitions(sigmas(steps), SIGMA)
-    return ddim.inversion_transitions(sigmas(steps))
+        return diffusers_transitions(sigmas(steps), SIGMA)
+    return inversion_transitions(sigmas(steps))
 
 
 def test_sampling_undoes_an_inversion_when_the_noise_is_known():
@@ -38,7 +57,7 @@ def test_sampling_undoes_an_inversion_when_the_noise_is_known():
     def denoise(x, sigma):
         return x - sigma * noise
 
-    visited = walk(latent, ddim.inversion_transitions(levels), denoise)
+    visited = walk(latent, inversion_transitions(levels), denoise)
     torch.testing.assert_close(visited[-1], latent + levels[-1] * noise, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sample(visited[-1], levels, denoise), latent, rtol=1e-12, atol=1e-12)
 
@@ -53,7 +72,7 @@ def test_inversion_approaches_the_exact_flow_as_steps_grow_and_sampling_returns(
     errors, round_trips = [], []
     for steps in (50, 100, 200):
         levels = sigmas(steps)
-        end = walk(latent, ddim.inversion_transitions(levels), denoise)[-1]
+        end = walk(latent, inversion_transitions(levels), denoise)[-1]
         exact = mu + (latent - mu) * (s**2 + levels[-1] ** 2).sqrt() / s
         errors.append(float((end - exact).norm() / exact.norm()))
         round_trips.append(float((sample(end, levels, denoise) - latent).norm() / latent.norm()))
@@ -76,7 +95,7 @@ def test_every_step_follows_the_method_in_variance_preserving_space(method):
     else:
         labels = [labels[0], *labels[:-1]]
     for index, (label, here, there) in enumerate(zip(labels, alpha_bars, alpha_bars[1:])):
-        x = ddim_step(x, toy_eps(x, label), here, there)
+        x = step_in_alpha_bar(x, toy_eps(x, label), here, there)
         torch.testing.assert_close(visited[index + 1] * there.sqrt(), x, rtol=1e-9, atol=1e-9)
 
 
@@ -88,7 +107,7 @@ def test_official_inversion_follows_the_authors_scheduler():
 
     x, theirs = latent, [latent] * 3
     for t in range(21, 962, 20):
-        x = ddim_step(x, toy_eps(x, t), ALPHA_BAR[t - 1], ALPHA_BAR[t + 19])
+        x = step_in_alpha_bar(x, toy_eps(x, t), ALPHA_BAR[t - 1], ALPHA_BAR[t + 19])
         theirs.append(x)
     assert len(theirs) == len(trajectory) == 51
     for ours, sigma, expected in zip(trajectory, sigmas(steps).tolist(), theirs):
@@ -171,7 +190,7 @@ def test_every_iteration_brings_the_picture_closer():
 def test_fixed_point_inversion_begins_as_plain_inversion_and_goes_on_along_the_noise_to_expect():
     latent, levels = picture(), sigmas(5)
     visited, estimates = fixed_point_walk(latent, levels, denoiser(), 0, lambda eps: eps / 2)
-    plain = walk(latent, ddim.inversion_transitions(levels), denoiser(), lambda eps: eps / 2)
+    plain = walk(latent, inversion_transitions(levels), denoiser(), lambda eps: eps / 2)
     for ours, theirs in zip(visited[:3], plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for x, estimate, sigma in zip(visited[1:], estimates, levels.tolist()[1:], strict=True):
@@ -241,7 +260,7 @@ def test_reconstruction_is_ddim_down_to_the_picture_in_variance_preserving_space
     x = noise / vp_scale(float(sigmas(steps)[-1]))
     alpha_bars = [torch.tensor(1.0, dtype=torch.float64), *ALPHA_BAR[timesteps(steps)]]
     for t, here, there in reversed(list(zip(timesteps(steps), alpha_bars[1:], alpha_bars))):
-        x = ddim_step(x, toy_eps(x, t), here, there)
+        x = step_in_alpha_bar(x, toy_eps(x, t), here, there)
     torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pix2pix_zero.editing.local_blend import START, LocalBlend, edit_mask
+from pix2pix_zero.editing.guidance import START, LocalBlend, edit_mask
 
 
 def disc(size=64, radius=14, centre=(24, 40), edge=0.0):

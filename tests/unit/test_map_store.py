@@ -1,7 +1,7 @@
 """Maps kept between inversion and edit: how exactly, and how many."""
 
 import torch
-from pix2pix_zero.editing.map_store import MapStore, decode, encode
+from pix2pix_zero.editing.trajectory import MapStore, decode, encode
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,7 @@ import weakref
 
 import pytest
 import torch
-from pix2pix_zero.editing import ddim
-from pix2pix_zero.editing.trajectory import Inversion
+from pix2pix_zero.editing.trajectory import Inversion, ddim_step, predicted_eps
 from toy_diffusion import denoiser, sigmas
 
 
@@ -16,7 +15,7 @@ def source():
     x = 15.0 * torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     visited = [x]
     for sigma, sigma_next in zip(levels.tolist()[::-1], levels.tolist()[-2::-1]):
-        x = ddim.step(x, ddim.predicted_eps(x, denoiser()(x, sigma), sigma), sigma, sigma_next)
+        x = ddim_step(x, predicted_eps(x, denoiser()(x, sigma), sigma), sigma, sigma_next)
         visited.append(x)
     return Inversion(torch.stack(visited[::-1]), levels, [], weakref.ref(torch.nn.Module))
 
@@ -35,12 +34,12 @@ def test_between_two_levels_it_is_where_a_shorter_step_ends(source, share):
         low, high = source.sigmas[level - 1 : level + 1].tolist()
         sigma = low + share * (high - low)
         x = source.trajectory[level]
-        stepped = ddim.step(x, ddim.predicted_eps(x, denoiser()(x, high), high), high, sigma)
+        stepped = ddim_step(x, predicted_eps(x, denoiser()(x, high), high), high, sigma)
         torch.testing.assert_close(source.latent_at(sigma), stepped)
         assert source.place_of(sigma) == pytest.approx(level - 1 + share)
         # From there on, DDIM along the estimate ends where it would have.
         estimate = source.estimate_at(sigma)
-        onwards = ddim.step(stepped, ddim.predicted_eps(stepped, estimate, sigma), sigma, low)
+        onwards = ddim_step(stepped, predicted_eps(stepped, estimate, sigma), sigma, low)
         torch.testing.assert_close(onwards, source.trajectory[level - 1])
 
 
