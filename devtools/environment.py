@@ -13,6 +13,7 @@ from .hosts import DEFAULT_VERSION, ROOT, ComfyUI, Download, choose
 from .process import DevError, Job, clean_environment
 
 LOCK = ROOT / "requirements-dev.txt"
+CLUSTER_LOCK = ROOT / "cluster" / "requirements.txt"
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)([^\\\n]*)", re.MULTILINE)
 
 
@@ -83,6 +84,27 @@ def prepare(version: str | None = None) -> Environment:
         stamp.write_text(_fingerprint(comfyui), encoding="utf-8")
     link_folder(environment.packages / "pix2pix_zero", ROOT)
     return environment
+
+
+def prepare_cluster(environment: Environment) -> Path:
+    """The Python that runs `cluster`, in an environment of its own that holds Ray; quick when it is there.
+
+    `environment`: whose uv installs it. Raises DevError when Ray could not be installed.
+    """
+    own = Environment(environment.comfyui, ROOT / ".venv-cluster")
+    stamp, wanted = own.folder / "installed.txt", hashlib.sha256(CLUSTER_LOCK.read_bytes()).hexdigest()
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        uv = [environment.python, "-m", "uv"]
+        variables = clean_environment(**_index_of_pip(environment))
+        own.folder.mkdir(exist_ok=True)
+        for command, what in (
+            (["venv", "--quiet", "--clear", "--python", sys.executable, own.folder], "make .venv-cluster"),
+            (["pip", "install", "--quiet", "--python", own.python, "-r", CLUSTER_LOCK], "install Ray"),
+        ):
+            with Job([*uv, *command], ROOT / ".comfyui" / "cluster.log", variables) as job:
+                job.finish(what)
+        stamp.write_text(wanted, encoding="utf-8")
+    return own.python
 
 
 def _fingerprint(comfyui: ComfyUI) -> str:
@@ -192,14 +214,15 @@ def sees_gpu(environment: Environment) -> bool:
 
 
 def lock() -> None:
-    """Compile `requirements-dev.in` to hashes for every platform and Python from 3.10 on."""
+    """Compile the lists of packages to hashes for every platform and Python from 3.10 on."""
     environment = prepare()
-    header = f"# {LOCK.name}: made from requirements-dev.in by `python dev.py lock`\n"
     options = ["--universal", "--python-version", "3.10", "--generate-hashes", "--no-annotate"]
     options += ["--no-header", "--no-emit-index-url", "--no-emit-find-links", "--upgrade"]
-    result = LOCK.with_suffix(".new")
-    compiler = [environment.python, "-m", "uv", "pip", "compile", "--quiet", *options]
-    with Job([*compiler, "-o", result, ROOT / "requirements-dev.in"], environment.folder / "lock.log") as job:
-        job.finish("compile requirements-dev.in")
-    LOCK.write_text(header + result.read_text(encoding="utf-8"), encoding="utf-8")
-    result.unlink()
+    for target, source in ((LOCK, ROOT / "requirements-dev.in"), (CLUSTER_LOCK, CLUSTER_LOCK.with_suffix(".in"))):
+        header = f"# {target.name}: made from {source.name} by `python dev.py lock`\n"
+        result = target.with_suffix(".new")
+        compiler = [environment.python, "-m", "uv", "pip", "compile", "--quiet", *options]
+        with Job([*compiler, "-o", result, source], environment.folder / "lock.log") as job:
+            job.finish(f"compile {source.name}")
+        target.write_text(header + result.read_text(encoding="utf-8"), encoding="utf-8")
+        result.unlink()

@@ -133,7 +133,7 @@ class Server:
 
     def _command(self, base: Path) -> list[str]:
         comfyui = self.environment.comfyui
-        command = [str(self.environment.python), str(Path(__file__).with_name("host_main.py"))]
+        command = [str(self.environment.python), str(ROOT / "cluster" / "host_main.py")]
         command += [str(comfyui.path / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--disable-auto-launch", "--preview-method", "auto"]
         command += ["--database-url", f"sqlite:///{(base / 'comfyui.db').as_posix()}"]

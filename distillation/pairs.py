@@ -23,8 +23,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .held_out import is_held_out
+
 MANIFEST = "manifest.json"
-HELD_OUT = 10  # one pair in ten is never trained on
 
 
 class PairError(ValueError):
@@ -63,11 +64,6 @@ class Pairs:
         indices = [index for index, flag in enumerate(flags) if flag]
         keys = [self.keys[index] for index in indices]
         return Pairs(keys, self.sources[indices], self.edited[indices], self.areas[indices])
-
-
-def is_held_out(key: str) -> bool:
-    """Whether a pair is kept for measuring, by its key alone."""
-    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT == 0
 
 
 def pair_key(source: Tensor, edited: Tensor) -> str:

@@ -114,8 +114,9 @@ class Pix2PixZeroSavePair(io.ComfyNode):
                 f"keep: it brings {len(keep)} values for {len(pairs)} pictures. Give one, or one for each."
             )
         flags = list(keep) * len(pairs) if len(keep) == 1 else keep
-        count = save_pairs(dataset[0], [pair for pair, flag in zip(pairs, flags) if flag], keep_background[0])
-        return io.NodeOutput(count, ui={"text": [f"{dataset[0]}: {count} pairs"]})
+        kept = [pair for pair, flag in zip(pairs, flags) if flag]
+        count, places = save_pairs(dataset[0], kept, keep_background[0])
+        return io.NodeOutput(count, ui={"text": [f"{dataset[0]}: {count} pairs"], "pairs": places})
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroFolderPicture, Pix2PixZeroSavePair]

@@ -37,25 +37,31 @@ def pair_up(
         raise ValueError(f"{_SOCKETS.get(socket, socket)}:{words}") from failure
 
 
-def save_pairs(dataset: str, pairs: Sequence[EditedPicture], keep_background: bool) -> int:
-    """Add pairs to a data set, each once however often it comes; how many are in it.
+def save_pairs(dataset: str, pairs: Sequence[EditedPicture], keep_background: bool) -> tuple[int, list[dict]]:
+    """Add pairs to a data set, each once however often it comes: (how many are in it, where each of these is).
 
-    `keep_background`: outside the edited area the edited picture becomes the source. Raises ValueError if the name cannot
-    be one, or the disk refuses.
+    `keep_background`: outside the edited area the edited picture becomes the source. A place names the file of the edited
+    picture as ComfyUI's /view takes it, with the pair's caption and whether it has a mask; `cluster` fetches them by it.
+    Raises ValueError if the name cannot be one, or the disk refuses.
     """
-    folder = PairFolder(pair_sets_folder() / plain_name(dataset, "dataset"))
+    name = plain_name(dataset, "dataset")
+    folder = PairFolder(pair_sets_folder() / name)
+    places = []
     try:
         folder.begin()
         for pair in pairs:
             source, edited, area = pair.source[0], pair.edited[0], None if pair.mask is None else pair.mask[0]
             if keep_background and area is not None:
                 edited = torch.lerp(source, edited, area[..., None])
-            folder.write(pair_key(source, edited), source, edited, area, pair.target_text)
+            key = pair_key(source, edited)
+            folder.write(key, source, edited, area, pair.target_text)
+            file = {"filename": f"{key}.png", "subfolder": f"pix2pix_zero/pairs/{name}/edited", "type": "output"}
+            places.append({**file, "mask": area is not None, "caption": pair.target_text})
     except OSError as failure:
         raise ValueError(
             f"dataset: {folder.folder} cannot be written ({failure.strerror or failure}). Check that the disk has room."
         ) from failure
-    return len(folder.keys())
+    return len(folder.keys()), places
 
 
 def load_pairs(dataset: str) -> Pairs:

@@ -18,6 +18,7 @@ SHIPPED = {
     "LICENSE",
     "README.md",
     "attention_patches",
+    "cluster",
     "demo_model",
     "directions_data",
     "distillation",

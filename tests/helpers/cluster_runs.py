@@ -1,0 +1,148 @@
+"""What the tests of `cluster` share: pictures, workflows, the program as a process, and the processes below it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from pix2pix_zero.demo_model.scene import sample_scene
+from pix2pix_zero.demo_model.scene_renders import render
+from pix2pix_zero.devtools.environment import prepare_cluster, running
+from pix2pix_zero.devtools.graphs import EXAMPLE
+from pix2pix_zero.devtools.hosts import ROOT
+from pix2pix_zero.devtools.process import DevError, clean_environment, one_thread
+
+PATIENCE = 300.0
+BELOW = ("7", "2", "9", "10", "12", "13", "15", "16")  # the steps of the first example's edit
+
+
+def cluster_python() -> Path:
+    """The Python that has Ray; skips the test where it cannot be installed."""
+    try:
+        return prepare_cluster(running())
+    except DevError as failure:
+        pytest.skip(f"Ray could not be installed: {failure}")
+
+
+def write_scenes(folder: Path, count: int) -> Path:
+    """Pictures of cats."""
+    folder.mkdir()
+    for seed in range(count):
+        Image.fromarray(render(sample_scene(seed, subject="cat"))).save(folder / f"{seed}.png")
+    return folder
+
+
+def edit_workflow(steps: int = 4) -> dict:
+    """Cat to dog with the demo model, from *Load Image* to *Save Edit Pair*, in API form."""
+    example = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    graph = {key: example[key] for key in BELOW}
+    graph["3"] = {"class_type": "LoadImage", "inputs": {"image": "mine.png"}, "_meta": {"title": "source"}}
+    graph["7"]["inputs"]["text"] = "a photo of a cat"
+    graph["10"]["inputs"]["steps"] = steps
+    inputs = {"source": ["3", 0], "edited": ["16", 0], "edited_area": ["15", 1], "caption": "a dog", "dataset": "mine"}
+    graph["20"] = {"class_type": "Pix2PixZeroSavePair", "inputs": inputs}
+    return graph
+
+
+class Program:
+    """`python cluster` as a process, with a home and a folder for Ray of its own."""
+
+    def __init__(self, python: Path, arguments: list[object], home: Path, **variables: str) -> None:
+        # Ray's sockets lie below this folder, and their paths may have 107 letters
+        self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        own = {"HOME": str(home), "RAY_TMPDIR": self._temporary.name, "PYTHONDONTWRITEBYTECODE": "1"}
+        bytecode = {"PYTHONPYCACHEPREFIX": str(running().folder / "bytecode")}
+        self.process = subprocess.Popen(
+            [str(python), str(ROOT / "cluster"), *map(str, arguments)],
+            env=clean_environment(**own, **bytecode, **one_thread(), **variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._seen: dict[int, psutil.Process] = {}
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.processes()
+        self.process.kill()
+        self.process.communicate()
+        for process in self.left():
+            process.kill()
+        self._temporary.cleanup()
+
+    def processes(self) -> list[psutil.Process]:
+        """All below the program that run now."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        self._seen |= {process.pid: process for process in found}
+        return found
+
+    def servers(self) -> list[psutil.Process]:
+        """The ComfyUI that it has started."""
+        return [process for process in self.processes() if "--output-directory" in _command(process)]
+
+    def left(self, but: tuple[str, ...] = ()) -> list[psutil.Process]:
+        """Those that were seen below the program and still run, but for those whose names begin so."""
+        return [
+            process for process in self._seen.values() if _runs(process) and not process.name().startswith(but or "\0")
+        ]
+
+    def wait_for(self, happened: Callable[[], object], what: str) -> object:
+        """What `happened` returns, once that is something."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            self.processes()
+            if found := happened():
+                return found
+            time.sleep(0.05)
+        pytest.fail(f"{what}: it did not come to that: {self.end() if self.process.poll() is not None else ''}")
+
+    def end(self) -> str:
+        """All it wrote, once it has ended."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.processes()
+            time.sleep(0.1)
+        return self.process.communicate(timeout=10)[0]
+
+    def nothing_is_left(self, but: tuple[str, ...] = ()) -> bool:
+        """Whether all its processes end within some seconds after it, but for those whose names begin so."""
+        deadline = time.monotonic() + 20
+        while self.left(but) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.left(but)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    """The pixels of every picture in a folder and below, by path."""
+    return {
+        path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).tobytes()
+        for path in sorted(folder.rglob("*.png"))
+    }
