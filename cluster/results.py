@@ -35,16 +35,8 @@ class Results:
         self._done: set[str] = set()
 
     def __enter__(self) -> Results:
-        from filelock import FileLock, Timeout  # Ray brings it
-
         self._written(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        self._lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self._written(self._lock.acquire)
-        except Timeout:
-            raise ClusterError(
-                f"--out: another run writes to {self.folder}. Wait for it, or use another folder."
-            ) from None
+        self._written(self._hold)
         try:
             self._written(self._begin)
         except BaseException:
@@ -74,6 +66,17 @@ class Results:
         """Note what went wrong with a picture, once for each try."""
         line = json.dumps({"picture": str(picture), "key": key, "words": list(words)}, ensure_ascii=False)
         self._written(lambda: _append(self.folder / FAILED, line))
+
+    def _hold(self) -> None:
+        from filelock import FileLock, Timeout  # Ray brings it
+
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ClusterError(
+                f"--out: another run writes to {self.folder}. Wait for it, or use another folder."
+            ) from None
 
     def _begin(self) -> None:
         manifest, wanted = self.folder / MANIFEST, {"workflow": self.workflow.digest}
