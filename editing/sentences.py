@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .texts import check_text
+from .inputs import check_text
 
 DATA = Path(__file__).parent.parent / "directions_data"
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.running import per_picture
 from ..host.views.attention_heat import RESOLUTIONS, HeatmapSettings, attention_heatmaps
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion
 
 
 class Pix2PixZeroAttentionHeatmap(io.ComfyNode):

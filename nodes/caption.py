@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..host.networks.captioner import Captioner as CaptionerModel
 from ..host.networks.captioner import load_captioner
 from ..host.networks.model_kinds import BLIP, DEMO, fingerprint, model_names, register_folders
-from .sockets import require
-from .types import CATEGORY, Captioner
+from .sockets import CATEGORY, Captioner, require
 
 register_folders()
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..demo_model.scene import FURS, POSES, STYLES, SUBJECTS, sample_scene
 from ..demo_model.scene_captions import caption
 from ..demo_model.scene_renders import render, subject_mask
-from .types import CATEGORY
+from .sockets import CATEGORY
 
 RANDOM = "random"
 

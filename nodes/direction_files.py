@@ -11,8 +11,7 @@ from ..host.text.direction_files import (
     register_directions_folder,
     save_direction,
 )
-from .sockets import require
-from .types import CATEGORY, Direction
+from .sockets import CATEGORY, Direction, require
 
 register_directions_folder()
 

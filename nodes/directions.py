@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..editing.directions import ALIGNMENTS, EditDirection, combine
 from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
 from ..host.text.text_encoding import find_direction, move_conditioning
-from .sockets import require
-from .types import CATEGORY, Direction
+from .sockets import CATEGORY, Direction, require
 
 
 def _alignment_input(advice: str) -> io.Combo.Input:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.distilled.demo_students import demo_student, demo_student_names
-from .types import CATEGORY
+from .sockets import CATEGORY
 
 SIZES = ["small"]
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.views.feature_pictures import KINDS, feature_pictures
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion
 
 
 class Pix2PixZeroFeaturePCA(io.ComfyNode):

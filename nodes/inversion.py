@@ -15,8 +15,7 @@ from ..host.sampling.invert import (
     inverted_noise,
     reconstruction_report,
 )
-from .inputs import scheduler_input
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion, scheduler_input
 
 DEFAULTS = InversionSettings()
 

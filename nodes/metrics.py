@@ -8,8 +8,7 @@ from ..host.networks import model_kinds as kinds
 from ..host.networks.edit_figures import EditFigures, Judges, mean_figures, measure_edits, pair_pictures
 from ..host.networks.edit_report import write_report
 from ..host.networks.metric_models import load_clip, load_dino, load_lpips
-from .sockets import first
-from .types import CATEGORY
+from .sockets import CATEGORY, first
 
 kinds.register_folders()
 

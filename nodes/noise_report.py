@@ -4,8 +4,7 @@ from comfy_api.latest import io
 
 from ..editing.trajectory import Inversion as InvertedPicture
 from ..pictures.noise_report import report_noise
-from .sockets import require
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion, require
 
 
 class Pix2PixZeroNoiseReport(io.ComfyNode):

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.distilled.folder_pictures import ITSELF, folder_names, folder_picture, folder_stamp
 from ..host.distilled.pair_sets import pair_up, save_pairs
-from .types import CATEGORY
+from .sockets import CATEGORY
 
 
 class Pix2PixZeroFolderPicture(io.ComfyNode):

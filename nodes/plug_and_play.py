@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.methods.plug_and_play import with_source_features
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion
 
 
 class Pix2PixZeroPlugAndPlay(io.ComfyNode):

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion
 
 
 class Pix2PixZeroPromptToPrompt(io.ComfyNode):

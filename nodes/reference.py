@@ -4,8 +4,7 @@ from comfy_api.latest import io
 
 from ..host.sampling.checks import SCHEDULERS
 from ..host.sampling.reference import ReferenceSettings, generate_reference
-from .inputs import scheduler_input
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion, scheduler_input
 
 
 class Pix2PixZeroReference(io.ComfyNode):

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.running import per_picture
 from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
-from .types import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion
 
 LOCAL_BLEND = 0.2
 FEATURE_UNTIL = 0.5

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..editing.sentences import concept_sentences
-from .types import CATEGORY
+from .sockets import CATEGORY
 
 
 class Pix2PixZeroSentences(io.ComfyNode):

@@ -1,9 +1,34 @@
-"""What may come in at a socket, whoever made it."""
+"""What the nodes' sockets share: the pack's own types, inputs that several nodes have, and what may come in."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 
+from comfy_api.latest import io
+
+from ..host.sampling.checks import SCHEDULERS
+
+# The names of socket types are part of shared workflow files and never change.
+Inversion = io.Custom("P2PZ_INVERSION")
+Direction = io.Custom("P2PZ_DIRECTION")
+Captioner = io.Custom("P2PZ_CAPTIONER")
+
+CATEGORY = "pix2pix-zero"
+
 Item = TypeVar("Item")
+
+
+def scheduler_input() -> io.Combo.Input:
+    """Of the nodes that lay out the steps of an inversion."""
+    return io.Combo.Input(
+        "scheduler",
+        options=list(SCHEDULERS),
+        default=SCHEDULERS[0],
+        optional=True,
+        advanced=True,
+        tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw "
+        "in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
+        "many steps as you ask for.",
+    )
 
 
 def first(items: Sequence[Item], socket: str) -> Item:
@@ -17,3 +42,9 @@ def require(value: object, kind: type, socket: str, maker: str) -> None:
     """Raise ValueError, naming `socket`, unless one of the pack's own objects comes in. `maker`: the node that makes it."""
     if not isinstance(value, kind):
         raise ValueError(f"{socket}: it is a {type(value).__name__} and nothing that {maker} made. Connect {maker}.")
+
+
+def with_defaults(node: type[io.ComfyNode], inputs: dict[str, object]) -> dict[str, object]:
+    """The inputs of a node, those that are not given at its own defaults."""
+    defaults = {item.id: getattr(item, "default", None) for item in node.GET_SCHEMA().inputs}
+    return {**{name: value for name, value in defaults.items() if value is not None}, **inputs}

@@ -2,10 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..editing.texts import check_text
+from ..editing.inputs import check_text
 from ..pictures.strips import picture_strip, read_numbers
-from .sockets import first
-from .types import CATEGORY
+from .sockets import CATEGORY, first
 
 LONGEST_NAME = 1000
 

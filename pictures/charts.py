@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .images import rgb_bytes
+from ..editing.inputs import rgb_bytes
 
 SMOOTHING = 2  # everything is drawn so many times larger, then made smaller, for smooth edges
 

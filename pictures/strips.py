@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from ..editing.texts import check_text
+from ..editing.inputs import check_image, check_text
 from . import charts
-from .images import check_image
 
 SMALLEST = 256
 """Smaller pictures are enlarged, so that labels fit under them."""

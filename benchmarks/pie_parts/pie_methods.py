@@ -11,8 +11,8 @@ from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZero
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
-from pix2pix_zero.nodes.running import with_defaults
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
+from pix2pix_zero.nodes.sockets import with_defaults
 
 import nodes as host_nodes
 

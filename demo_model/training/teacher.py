@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...benchmarks.quality_parts.scenes import EDITS, QualityEdit
 from ...distillation.pairs import PairFolder
-from ...nodes.running import with_defaults
+from ...nodes.sockets import with_defaults
 from ..scene import sample_scene
 from ..scene_renders import render
 

@@ -24,7 +24,8 @@ from .. import running
 from ..sampling.checks import check_inversion
 from ..sampling.source import NoiseMask, load_with_source, processed_source
 from ..text.conditionings import TEXT_LENGTHS
-from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, require_clip, tokenize
+from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize
+from ..text.text_encoding import require_clip
 from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 
 KEY = "pix2pix_zero_prompt_to_prompt"

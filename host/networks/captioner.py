@@ -9,9 +9,8 @@ import comfy.utils
 import numpy as np
 import torch
 
-from ...editing.texts import check_text
-from ...pictures.images import check_image, rgb_bytes
-from .model_files import read_weights
+from ...editing.inputs import check_image, check_text, rgb_bytes
+from ..files import read_weights
 from .model_kinds import BLIP, DEMO, complete_folder
 from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer
 

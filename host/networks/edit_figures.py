@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ...editing import metrics
-from ...editing.texts import check_text
-from ...pictures.images import check_image, rgb
+from ...editing.inputs import check_image, check_text, rgb
 from .metric_models import ClipJudge, DinoJudge, LpipsJudge
 
 Figures = TypeVar("Figures")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ...editing.inputs import rgb_bytes
 from ...editing.metrics import perceptual_distance
-from ...pictures.images import rgb_bytes
-from .model_files import read_weights
+from ..files import read_weights
 from .model_kinds import CLIP, DINO, complete_folder, lpips_file
 from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer
 

@@ -9,9 +9,23 @@ from pathlib import Path
 
 import folder_paths
 
-from .. import folders
-from . import model_files
-from .model_files import CONFIG, PICKLES, PREPROCESSOR, PROCESSOR, SHARDS, WEIGHTS, has_file, snapshot
+from ..files import (
+    CONFIG,
+    PICKLES,
+    PREPROCESSOR,
+    PROCESSOR,
+    SHARDS,
+    WEIGHTS,
+    children,
+    download_model,
+    files_fingerprint,
+    has_file,
+    is_plain_name,
+    read_image_processor,
+    read_json,
+    register_folder,
+    snapshot,
+)
 
 NONE = "none"
 DEMO = "demo"
@@ -97,7 +111,7 @@ DINO = ModelKind(
 def register_folders() -> None:
     """Make the folders of these models known to ComfyUI, beside any of extra_model_paths.yaml or of another pack."""
     for kind in (BLIP, CLIP, DINO):
-        folders.register_folder(kind.folder_name, *kind.place.split("/")[1:])
+        register_folder(kind.folder_name, *kind.place.split("/")[1:])
 
 
 def model_names(kind: ModelKind) -> list[str]:
@@ -148,7 +162,7 @@ def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     """
     folder = model_folder(kind, name)
     if allow_download and name in kind.well_known and missing_files(kind, snapshot(folder)):
-        model_files.download_model(name, folder, kind.artefacts)
+        download_model(name, folder, kind.artefacts)
     folder = snapshot(folder)
     missing = missing_files(kind, folder)
     if not missing:
@@ -179,7 +193,7 @@ def missing_files(kind: ModelKind, folder: Path) -> list[str]:
         missing.append(WEIGHTS)
     if kind.image_processor and not has_file(folder, PREPROCESSOR):
         # transformers 5 writes it into the processor's file
-        if not has_file(folder, PROCESSOR) or model_files.read_image_processor(folder, kind.socket) is None:
+        if not has_file(folder, PROCESSOR) or read_image_processor(folder, kind.socket) is None:
             missing.append(PREPROCESSOR)
     if kind.tokenizer and not any(all(has_file(folder, name) for name in names) for names in kind.vocabularies):
         missing.append(" or ".join(" and ".join(names) for names in kind.vocabularies))
@@ -189,7 +203,7 @@ def missing_files(kind: ModelKind, folder: Path) -> list[str]:
 def model_type(folder: Path) -> str | None:
     """The `model_type` of a folder's config.json; None where there is none to read."""
     try:
-        return model_files.read_json(snapshot(folder) / CONFIG, "").get("model_type")
+        return read_json(snapshot(folder) / CONFIG, "").get("model_type")
     except ValueError:
         return None
 
@@ -202,20 +216,20 @@ def fingerprint(kind: ModelKind, name: str | None) -> str:
         folder = snapshot(model_folder(kind, name))
     except ValueError:  # said when the node runs
         return name
-    files = [path for path in folders.children(folder) if path.suffix in (".json", ".txt", ".safetensors")]
-    return f"{name} {folders.fingerprint(files)}"
+    files = [path for path in children(folder) if path.suffix in (".json", ".txt", ".safetensors")]
+    return f"{name} {files_fingerprint(files)}"
 
 
 def lpips_fingerprint(name: str | None) -> str:
     """As `fingerprint`, of an LPIPS file."""
     try:
-        return str(name) if name in (NONE, None) else f"{name} {folders.fingerprint([lpips_file(name)])}"
+        return str(name) if name in (NONE, None) else f"{name} {files_fingerprint([lpips_file(name)])}"
     except ValueError:
         return str(name)
 
 
 def _check_name(name: object, socket: str, place: str) -> None:
-    if not isinstance(name, str) or not model_files.is_plain_name(name):
+    if not isinstance(name, str) or not is_plain_name(name):
         raise ValueError(f"{socket}: {name!r} is not the name of a model in {place}. Choose a name from the list.")
 
 
@@ -224,7 +238,7 @@ def _bases(folder_name: str) -> list[Path]:
 
 
 def _contents(folder_name: str) -> list[Path]:
-    return [path for base in _bases(folder_name) for path in folders.children(base) if not path.name.startswith(".")]
+    return [path for base in _bases(folder_name) for path in children(base) if not path.name.startswith(".")]
 
 
 def _folders(folder_name: str) -> list[Path]:

@@ -8,7 +8,7 @@ import comfy.model_patcher
 import numpy as np
 import torch
 
-from .model_files import CONFIG, has_file, read_folder_weights, read_image_processor, read_json
+from ..files import CONFIG, has_file, read_folder_weights, read_image_processor, read_json
 from .model_kinds import ModelKind
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs need none of it

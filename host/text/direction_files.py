@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ...editing.directions import EditDirection
-from .. import folders
+from ..files import files_fingerprint, register_folder
 
 FOLDER = "pix2pix_zero_directions"
 FORMAT = "pix2pix_zero_direction"
@@ -32,7 +32,7 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 
 def register_directions_folder() -> None:
     """Make models/pix2pix_zero/directions known to ComfyUI; folders from extra_model_paths.yaml are kept first."""
-    folders.register_folder(FOLDER, "pix2pix_zero", "directions")
+    register_folder(FOLDER, "pix2pix_zero", "directions")
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
@@ -163,7 +163,7 @@ def direction_path(direction_name: str) -> str:
 def fingerprint(direction_name: str | None) -> str:
     """Changes when the file does, so that the graph's cache reads it again. One for every name that comes by a link."""
     try:
-        return f"{direction_name} {folders.fingerprint([Path(direction_path(direction_name))])}"
+        return f"{direction_name} {files_fingerprint([Path(direction_path(direction_name))])}"
     except ValueError:  # said when the node runs
         return str(direction_name)
 

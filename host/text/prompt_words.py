@@ -8,17 +8,11 @@ from collections.abc import Iterable
 import torch
 from comfy.sd import CLIP
 
-from ...editing.texts import check_text
+from ...editing.inputs import check_text
 from ...editing.token_alignment import WORD_END, Prompt, TokenMap, Word, positions, read_prompt
 
 MOST_WORDS = 2000
 LONGEST_TEXT = 20_000
-
-
-def require_clip(clip: CLIP | None) -> None:
-    """Raise ValueError if a socket of type CLIP brings nothing, as checkpoint loaders do for files without one."""
-    if clip is None:
-        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
 
 
 def is_text_of(clip: CLIP, text: str, encoded: torch.Tensor) -> bool:

@@ -23,11 +23,17 @@ from ...editing.directions import (
 )
 from ...editing.token_alignment import Partners, partner_rows
 from ..running import show
-from .prompt_words import require_clip, tokenize
+from .prompt_words import tokenize
 
 ROWS_PER_BATCH = 32
 Tokens = dict[str, list]
 Numbered = tuple[int, Tokens]  # the sentence's place in its list
+
+
+def require_clip(clip: CLIP | None) -> None:
+    """Raise ValueError if a socket of type CLIP brings nothing, as checkpoint loaders do for files without one."""
+    if clip is None:
+        raise ValueError("clip: there is none. If it comes from a checkpoint loader, the file has no text encoder.")
 
 
 def find_direction(

@@ -23,7 +23,8 @@ from .. import running
 from ..running import Run, look
 from ..sampling.checks import attention_state, check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
-from ..text.prompt_words import entries, is_text_of, require_clip, tokenize
+from ..text.prompt_words import entries, is_text_of, tokenize
+from ..text.text_encoding import require_clip
 from ..unet.jobs import for_own_sampler
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")

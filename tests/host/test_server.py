@@ -8,7 +8,7 @@ from PIL import Image
 from pix2pix_zero.devtools.graphs import EDITS, PICTURES, Graph, demo_graph
 from pix2pix_zero.devtools.hosts import ROOT
 from pix2pix_zero.devtools.server import GraphError
-from pix2pix_zero.nodes.types import CATEGORY
+from pix2pix_zero.nodes.sockets import CATEGORY
 
 
 def pack_nodes(server) -> dict[str, dict]:
