@@ -29,12 +29,12 @@ Site = ResidualSite | AttentionSite
 Visit = Callable[[Site, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
 
 
-def residual_sites(unet) -> list[ResidualSite]:
+def residual_sites(unet: torch.nn.Module) -> list[ResidualSite]:
     """The residual blocks of the decoder in the order of the forward pass. Raises ValueError for other models."""
     return [site for site, _ in _residual_sites_and_strides(unet)]
 
 
-def feature_site(unet) -> ResidualSite:
+def feature_site(unet: torch.nn.Module) -> ResidualSite:
     """The block whose features carry layout but not appearance: the second of those with `FEATURE_STRIDE`.
 
     A UNet that does not go down so far has it at its coarsest. Raises ValueError for a model that is no UNet.
@@ -45,7 +45,7 @@ def feature_site(unet) -> ResidualSite:
     return coarse[min(1, len(coarse) - 1)]
 
 
-def self_attention_sites(unet, first_block: int = 0) -> list[AttentionSite]:
+def self_attention_sites(unet: torch.nn.Module, first_block: int = 0) -> list[AttentionSite]:
     """The self-attentions of the decoder from `output_blocks[first_block]` on, in the order of the forward pass.
 
     Raises ValueError for a model that is no UNet.
@@ -60,7 +60,7 @@ def self_attention_sites(unet, first_block: int = 0) -> list[AttentionSite]:
     ]
 
 
-def _residual_sites_and_strides(unet) -> list[tuple[ResidualSite, int]]:
+def _residual_sites_and_strides(unet: torch.nn.Module) -> list[tuple[ResidualSite, int]]:
     """With each site the latent pixels, along a side, that one of its own pixels stands for."""
     _check(unet)
     return [
@@ -70,7 +70,7 @@ def _residual_sites_and_strides(unet) -> list[tuple[ResidualSite, int]]:
     ]
 
 
-def _check(unet) -> None:
+def _check(unet: torch.nn.Module) -> None:
     if not is_unet(unet):
         raise ValueError(
             "model: it is not a UNet, so it has no decoder whose features could be read. "
@@ -79,7 +79,7 @@ def _check(unet) -> None:
 
 
 @contextlib.contextmanager
-def tapped(unet, sites: Iterable[Site], visit: Visit, transformer_options: dict) -> Iterator[dict]:
+def tapped(unet: torch.nn.Module, sites: Iterable[Site], visit: Visit, transformer_options: dict) -> Iterator[dict]:
     """While active, the UNet goes on with what `visit(site, tensors)` returns in place of the tensors it is given.
 
     They are, at a `ResidualSite`, the output of the second convolution [B, C, H, W], ahead of the skip's addition; at
@@ -92,14 +92,14 @@ def tapped(unet, sites: Iterable[Site], visit: Visit, transformer_options: dict)
             if isinstance(site, ResidualSite):
                 convolution = unet.output_blocks[site.number][site.index].out_layers[-1]
                 stack.enter_context(convolution.register_forward_hook(partial(_visit_output, visit, site)))
+
+        def attend(site, attention, q, k, v, options):
+            return attention(*visit(site, (q, k, v)), options)
+
         attending = [site for site in sites if isinstance(site, AttentionSite)]
-        yield with_attention(transformer_options, "attn1", attending, partial(_visit_attention, visit))
+        yield with_attention(transformer_options, "attn1", attending, attend)
 
 
 def _visit_output(visit: Visit, site: ResidualSite, module, args, output: torch.Tensor) -> torch.Tensor:
     (output,) = visit(site, (output,))
     return output
-
-
-def _visit_attention(visit: Visit, site: AttentionSite, attention: Callable, q, k, v, options) -> torch.Tensor:
-    return attention(*visit(site, (q, k, v)), options)

@@ -80,19 +80,20 @@ class AttentionEdit:
     def tapped(self, call, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
         edited = self.cross if self.token_map is not None or self.factors is not None else self.watched
         sites = list(edited) + [site for site in self.source.kept if site[0] == "attn1"]
-        return contextlib.nullcontext(install(transformer_options, sites, partial(self._attend, call.uuids)))
 
-    def _attend(self, uuids: list, site: Site, attention: Callable, q, k, v, options) -> torch.Tensor:
-        size = len(q) // len(uuids)
-        rows = [slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids) if uuid in self.entries]
-        if site[0] == "attn1":
-            return attention(*self._from_source(site, q, k, rows), v, options)
-        out = attention(q, k, v, options).clone()
-        for part in rows:
-            change = self._change(site, q[part], k[part], v[part], options["n_heads"])
-            if change is not None:
-                out[part] += change.to(out.dtype)
-        return out
+        def attend(site: Site, attention: Callable, q, k, v, options) -> torch.Tensor:
+            size = len(q) // len(call.uuids)
+            rows = [slice(i * size, (i + 1) * size) for i, uuid in enumerate(call.uuids) if uuid in self.entries]
+            if site[0] == "attn1":
+                return attention(*self._from_source(site, q, k, rows), v, options)
+            out = attention(q, k, v, options).clone()
+            for part in rows:
+                change = self._change(site, q[part], k[part], v[part], options["n_heads"])
+                if change is not None:
+                    out[part] += change.to(out.dtype)
+            return out
+
+        return contextlib.nullcontext(install(transformer_options, sites, attend))
 
     def _from_source(self, site: Site, q, k, rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The source's q and k, which give its self-attention maps to the edit's values (as in the authors' code)."""

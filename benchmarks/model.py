@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +64,15 @@ def pictures(scenes: list[Scene]) -> torch.Tensor:
     return torch.from_numpy(np.stack([render(scene) for scene in scenes])).float() / 255
 
 
+class Sampling(NamedTuple):
+    """The knobs of ComfyUI's KSampler, in its order."""
+
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+
+
 class Model:
     def __init__(self, weights: Path):
         self.model, self.clip, self.vae = load_demo_model(weights)
@@ -71,13 +81,11 @@ class Model:
         rows = [host_nodes.CLIPTextEncode().encode(self.clip, text)[0][0] for text in texts]
         return [[torch.cat([row[0] for row in rows]), {}]]
 
-    def draw(
-        self, text: str, count: int, seed: int, steps: int, cfg: float, sampler: str, scheduler: str
-    ) -> torch.Tensor:
+    def draw(self, text: str, count: int, seed: int, sampling: Sampling) -> torch.Tensor:
         latent = {"samples": torch.zeros(count, 4, 16, 16)}
-        drawn = host_nodes.common_ksampler(
-            self.model, seed, steps, cfg, sampler, scheduler, self.encode([text]), self.encode([""]), latent
-        )[0]
+        drawn = host_nodes.common_ksampler(self.model, seed, *sampling, self.encode([text]), self.encode([""]), latent)[
+            0
+        ]
         return self.vae.decode(drawn["samples"])
 
     def reconstruct(self, images: torch.Tensor, texts: list[str], steps: int, regularization) -> torch.Tensor:
@@ -120,18 +128,10 @@ def main() -> None:
             decoded = model.reconstruct(images, texts, 50, regularization)
             print(f"inverted and reconstructed in 50 steps, {name}: {psnr(decoded, images):.2f} dB", flush=True)
 
-    rows = []
+    rows, sampling = [], Sampling(options.steps, options.cfg, options.sampler, options.scheduler)
     for index, scene in enumerate(PROMPTS[: options.prompts]):
         start = time.perf_counter()
-        drawn = model.draw(
-            caption(scene),
-            options.samples,
-            1000 * index,
-            options.steps,
-            options.cfg,
-            options.sampler,
-            options.scheduler,
-        )
+        drawn = model.draw(caption(scene), options.samples, 1000 * index, sampling)
         figures = count_answers(judge, scene, drawn)
         told = ", ".join(f"{name} {share:.2f}" for name, share in figures.items())
         print(f"{caption(scene)}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)

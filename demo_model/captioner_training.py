@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).with_name("captioner")
 TRAINING_SEED = 1_000_000
 HELD_OUT_SEED = 500_000
+MATRIX_RATE = 0.015  # of Muon; AdamW trains the rest at a tenth of it
 
 # Openings that a user may type as `prefix`; the model learns to go on from them but never says them itself.
 OPENINGS = ("", "a photo of", "a picture of", "an image of", "a drawing of", "a painting of", "a sketch of", "there is")
@@ -135,14 +136,12 @@ def train_captioner(
     scenes: list[Scene],
     steps: int = 1500,
     batch: int = 32,
-    matrix_rate: float = 0.015,
     seed: int = 0,
     minutes: float | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the tiny BLIP from scratch: its fp16 weights under transformers' key names, and every step's caption loss.
 
-    `pictures`: uint8 [N, 128, 128, 3], the renders of `scenes`. `matrix_rate`: Muon's learning rate on matrices; AdamW
-    trains the rest at a tenth of it. `minutes`: if given, how long to train, whatever `steps` says.
+    `pictures`: uint8 [N, 128, 128, 3], the renders of `scenes`. `minutes`: if given, how long to train, whatever `steps` says.
     """
     from .training.optimizer import Trainer
 
@@ -165,7 +164,7 @@ def train_captioner(
     shares = torch.tensor([2.0 if scene.style == "pencil sketch" else 1.0 for scene in scenes])
 
     warmup = max(1, min(60, steps // 20))
-    trainer = Trainer({"blip": blip, "hints": hints}, matrix_rate, matrix_rate / 10, ema_decay=0.995, warmup=warmup)
+    trainer = Trainer({"blip": blip, "hints": hints}, MATRIX_RATE, MATRIX_RATE / 10, ema_decay=0.995, warmup=warmup)
     began = time.monotonic()
     losses = []
     blip.train()

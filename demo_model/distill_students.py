@@ -92,11 +92,12 @@ def _draw(recipe: Recipe, wanted: list[tuple[Path, range, float | None]], device
     ]
     arguments = (device, recipe.edit, jobs, recipe.steps, recipe.pair_batch)
     if recipe.workers == 1:
-        draw_share(0, 1, *arguments)
+        draw_share(slice(None), *arguments)
         return
     context = processes.get_context("spawn")
     shares = [
-        context.Process(target=draw_share, args=(share, recipe.workers, *arguments)) for share in range(recipe.workers)
+        context.Process(target=draw_share, args=(slice(first, None, recipe.workers), *arguments))
+        for first in range(recipe.workers)
     ]
     for share in shares:
         share.start()

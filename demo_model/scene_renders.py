@@ -29,8 +29,10 @@ def _scale(colour: Colour, factor: float | tuple[float, float, float]) -> Colour
 class _Pen:
     """Draws in a subject's own units: origin at (x, y) pixels, one unit = `radius` pixels, turned by `angle`."""
 
-    def __init__(self, image: Image.Image, x: float, y: float, radius: float, angle: float, flip: bool, tint) -> None:
-        self.draw, self.x, self.y, self.radius, self.tint = ImageDraw.Draw(image), x, y, radius, tint
+    def __init__(
+        self, image: Image.Image, at: tuple[float, float], radius: float, angle: float, flip: bool, tint
+    ) -> None:
+        self.draw, (self.x, self.y), self.radius, self.tint = ImageDraw.Draw(image), at, radius, tint
         self.cos, self.sin, self.sign = math.cos(angle), math.sin(angle), -1 if flip else 1
 
     def point(self, x: float, y: float) -> tuple[float, float]:
@@ -50,7 +52,8 @@ class _Pen:
                 [*corners, corners[0], corners[1]], fill=_scale(outline, self.tint), width=pixels, joint="curve"
             )
 
-    def ellipse(self, x, y, a, b, fill: Colour | None, outline: Colour | None = None, turn=0.0, width=0.09) -> None:
+    def ellipse(self, centre, radii, fill: Colour | None, outline: Colour | None = None, turn=0.0, width=0.09) -> None:
+        (x, y), (a, b) = centre, radii
         cos, sin = math.cos(turn), math.sin(turn)
         circle = [(a * math.cos(k * math.pi / 20), b * math.sin(k * math.pi / 20)) for k in range(40)]
         self.polygon([(x + p * cos - q * sin, y + p * sin + q * cos) for p, q in circle], fill, outline, width)
@@ -130,12 +133,12 @@ def _draw_body(pen: _Pen, scene: Scene, coat: _Coat) -> None:
         legs = ((-0.34, 2.02), (0.34, 2.02))
         centre, radii = (0.0, 1.30), (0.80, 0.78)
     if not standing:
-        pen.ellipse(*centre, *radii, coat.fur, coat.outline)
+        pen.ellipse(centre, radii, coat.fur, coat.outline)
     for x, bottom in legs:
         pen.polygon([(x - 0.21, 1.2), (x + 0.21, 1.2), (x + 0.21, bottom), (x - 0.21, bottom)], coat.fur, coat.outline)
-        pen.ellipse(x, bottom - 0.06, 0.26, 0.17, feet, coat.outline)
+        pen.ellipse((x, bottom - 0.06), (0.26, 0.17), feet, coat.outline)
     if standing:
-        pen.ellipse(*centre, *radii, coat.fur, coat.outline)
+        pen.ellipse(centre, radii, coat.fur, coat.outline)
     if scene.subject == "zebra":
         if standing:
             stripes = [[(x, 1.12 - h), (x - 0.1, 1.12 + h)] for x, h in ((0.72, 0.42), (1.25, 0.32))]
@@ -144,53 +147,53 @@ def _draw_body(pen: _Pen, scene: Scene, coat: _Coat) -> None:
         for stripe in stripes:
             pen.line(stripe, INK, 0.22)
     elif not standing:
-        pen.ellipse(0, 1.38, 0.40, 0.42, coat.light)
+        pen.ellipse((0, 1.38), (0.40, 0.42), coat.light)
 
 
 def _draw_eyes(pen: _Pen, scene: Scene, iris: Colour) -> None:
     for side in (-1, 1):
         if scene.glasses:
-            pen.ellipse(side * 0.46, -0.10, 0.44, 0.44, (226, 242, 255))
-        pen.ellipse(side * 0.44, -0.10, 0.22, 0.24, iris, INK, width=0.07)
-        pen.ellipse(side * 0.44, -0.08, 0.11, 0.16, INK)
+            pen.ellipse((side * 0.46, -0.10), (0.44, 0.44), (226, 242, 255))
+        pen.ellipse((side * 0.44, -0.10), (0.22, 0.24), iris, INK, width=0.07)
+        pen.ellipse((side * 0.44, -0.08), (0.11, 0.16), INK)
     if scene.glasses:
         pen.line([(-0.06, -0.12), (0.06, -0.12)], GLASSES_RED, 0.17)
         for side in (-1, 1):
-            pen.ellipse(side * 0.46, -0.10, 0.43, 0.43, None, GLASSES_RED, width=0.16)
+            pen.ellipse((side * 0.46, -0.10), (0.43, 0.43), None, GLASSES_RED, width=0.16)
 
 
 def _draw_cat_head(pen: _Pen, scene: Scene, coat: _Coat) -> None:
     for side in (-1, 1):
         pen.polygon([(side * 0.97, -0.15), (side * 0.92, -1.22), (side * 0.16, -0.75)], coat.fur, coat.outline)
         pen.polygon([(side * 0.80, -0.45), (side * 0.78, -0.92), (side * 0.42, -0.70)], (240, 158, 168))
-    pen.ellipse(0, 0, 1.02, 0.86, coat.fur, coat.outline)
-    pen.ellipse(0, 0.44, 0.42, 0.27, coat.light)
+    pen.ellipse((0, 0), (1.02, 0.86), coat.fur, coat.outline)
+    pen.ellipse((0, 0.44), (0.42, 0.27), coat.light)
     pen.polygon([(-0.16, 0.24), (0.16, 0.24), (0, 0.44)], (232, 104, 128))
     _draw_eyes(pen, scene, (146, 220, 88))
 
 
 def _draw_dog_head(pen: _Pen, scene: Scene, coat: _Coat) -> None:
-    pen.ellipse(0, 0, 0.94, 0.92, coat.fur, coat.outline)
+    pen.ellipse((0, 0), (0.94, 0.92), coat.fur, coat.outline)
     for side in (-1, 1):
-        pen.ellipse(side * 0.96, 0.12, 0.30, 0.70, _scale(coat.fur, 0.68), coat.outline, turn=-side * 0.22)
-    pen.ellipse(0, 0.80, 0.20, 0.30, (236, 96, 116))
-    pen.ellipse(0, 0.46, 0.50, 0.34, coat.light, coat.outline)
-    pen.ellipse(0, 0.30, 0.25, 0.17, INK)
+        pen.ellipse((side * 0.96, 0.12), (0.30, 0.70), _scale(coat.fur, 0.68), coat.outline, turn=-side * 0.22)
+    pen.ellipse((0, 0.80), (0.20, 0.30), (236, 96, 116))
+    pen.ellipse((0, 0.46), (0.50, 0.34), coat.light, coat.outline)
+    pen.ellipse((0, 0.30), (0.25, 0.17), INK)
     _draw_eyes(pen, scene, (250, 248, 244))
 
 
 def _draw_horse_head(pen: _Pen, scene: Scene, coat: _Coat) -> None:
     for side in (-1, 1):
-        pen.ellipse(side * 0.50, -0.98, 0.20, 0.40, coat.fur, coat.outline, turn=side * 0.25)
-    pen.ellipse(0, -0.12, 0.80, 0.80, coat.fur, coat.outline)
+        pen.ellipse((side * 0.50, -0.98), (0.20, 0.40), coat.fur, coat.outline, turn=side * 0.25)
+    pen.ellipse((0, -0.12), (0.80, 0.80), coat.fur, coat.outline)
     if scene.subject == "zebra":
         for side in (-1, 1):
             pen.line([(side * 0.66, -0.56), (side * 0.30, -0.42)], INK, 0.21)
             pen.line([(side * 0.72, 0.30), (side * 0.34, 0.26)], INK, 0.21)
-    pen.ellipse(0, 0.66, 0.58, 0.46, coat.light, coat.outline)
+    pen.ellipse((0, 0.66), (0.58, 0.46), coat.light, coat.outline)
     for side in (-1, 1):
-        pen.ellipse(side * 0.26, 0.66, 0.12, 0.16, coat.mane if scene.subject == "horse" else (20, 18, 24))
-    pen.ellipse(0, -0.78, 0.26, 0.44, coat.mane)
+        pen.ellipse((side * 0.26, 0.66), (0.12, 0.16), coat.mane if scene.subject == "horse" else (20, 18, 24))
+    pen.ellipse((0, -0.78), (0.26, 0.44), coat.mane)
     _draw_eyes(pen, scene, (250, 244, 226))
 
 
@@ -199,7 +202,7 @@ _HEADS = {"cat": _draw_cat_head, "dog": _draw_dog_head, "horse": _draw_horse_hea
 
 def _draw_subject(image: Image.Image, scene: Scene, n: int) -> None:
     tint = NIGHT_TINT if scene.night else 1.0
-    position = (image, scene.x * n, scene.y * n, scene.size * n)
+    position = (image, (scene.x * n, scene.y * n), scene.size * n)
     coat = _coat(scene)
     _draw_body(_Pen(*position, 0.0, scene.flip, tint), scene, coat)
     _HEADS[scene.subject](_Pen(*position, scene.tilt, scene.flip, tint), scene, coat)

@@ -35,7 +35,7 @@ def train(work: Path, recipe: Recipe) -> Path:
     from .training.autoencoder import train_autoencoder
     from .training.diffusion import encode_renders, train_diffusion
     from .training.packing import pack_weights
-    from .training.parallel import run_ranks
+    from .training.parallel import Pace, run_ranks
     from .training.renders import render_training_set
 
     work.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,7 @@ def train(work: Path, recipe: Recipe) -> Path:
             recipe.ranks,
             str(renders),
             str(out),
-            recipe.autoencoder_minutes,
-            recipe.autoencoder_batch,
-            log,
-            recipe.warmup,
+            Pace(recipe.autoencoder_minutes, recipe.autoencoder_batch, recipe.warmup, log),
         ),
     )
     stage(latents, lambda out: encode_renders(str(renders), str(autoencoder), str(out)))
@@ -78,10 +75,7 @@ def train(work: Path, recipe: Recipe) -> Path:
             str(latents),
             str(autoencoder),
             str(out),
-            recipe.diffusion_minutes,
-            recipe.diffusion_batch,
-            log,
-            recipe.warmup,
+            Pace(recipe.diffusion_minutes, recipe.diffusion_batch, recipe.warmup, log),
         ),
     )
     stage(captioner, lambda out: _train_captioner(renders, out, recipe))

@@ -124,12 +124,12 @@ def _pytest(environment: Environment, rest: list[str], folders: tuple[str, ...],
 
 def _serve(options: argparse.Namespace, rest: list[str]) -> int:
     from .graphs import EXAMPLE
-    from .server import Server, check_port_is_free
+    from .server import ForegroundServer, check_port_is_free
 
     check_port_is_free(options.port)
     environment = prepare(options.comfyui)
     keep = ROOT / ".comfyui" / "serve"
-    with Server(environment, options.port, keep=keep, options=rest, foreground=True) as server:
+    with ForegroundServer(environment, options.port, keep=keep, options=rest) as server:
         print(f"\nComfyUI {environment.comfyui.version} with the pack: {server.url} (Ctrl-C ends it)", flush=True)
         print(f"The first example: {server.example_url(EXAMPLE.stem)}\n", flush=True)
         if options.open and not webbrowser.open(server.example_url(EXAMPLE.stem)):

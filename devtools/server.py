@@ -81,9 +81,10 @@ class Server:
 
     `environment`: the Python and the ComfyUI to run. `port`: a loopback port, None for any free one. `keep`: a base
     directory that stays, None for a temporary one. `options`: further ones of ComfyUI's main.py. `gpu`: whether to use a
-    GPU, None for wherever torch sees one. `variables`: further environment variables. `foreground`: leave the server's
-    output on our terminal instead of in a log file.
+    GPU, None for wherever torch sees one. `variables`: further environment variables. Its output goes to the file `log`.
     """
+
+    foreground = False
 
     def __init__(
         self,
@@ -93,13 +94,12 @@ class Server:
         options: Sequence[str] = (),
         gpu: bool | None = None,
         variables: Mapping[str, str] | None = None,
-        foreground: bool = False,
     ) -> None:
         self.environment = environment
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client_id = uuid.uuid4().hex
-        self._keep, self._options, self._gpu, self._foreground = keep, tuple(options), gpu, foreground
+        self._keep, self._options, self._gpu = keep, tuple(options), gpu
         self._variables = dict(variables or {})
         self._cleanup = contextlib.ExitStack()
         self._process: subprocess.Popen | None = None
@@ -110,7 +110,7 @@ class Server:
         with contextlib.ExitStack() as cleanup:
             base = cleanup.enter_context(base_directory(self._keep))
             stream = None
-            if not self._foreground:
+            if not self.foreground:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 stream = cleanup.enter_context(self.log.open("wb"))
             self._process = subprocess.Popen(
@@ -155,7 +155,7 @@ class Server:
         raise DevError(f"ComfyUI did not answer within {START_PATIENCE:.0f} s: {self._last_line()}")
 
     def _last_line(self) -> str:
-        if self._foreground:
+        if self.foreground:
             return "see its output above."
         lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         return f"{lines[-1].strip() if lines else 'no output'} (log: {self.log})"
@@ -178,8 +178,7 @@ class Server:
     def post(self, path: str, content: object = None) -> dict:
         """POST a JSON value; the answer's JSON value, `{}` for an empty one.
 
-        Raises:
-            GraphError: The server refused, with its reasons.
+        Raises GraphError: the server refused, with its reasons.
         """
         body = json.dumps({} if content is None else content).encode()
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})  # noqa: S310
@@ -208,8 +207,7 @@ class Server:
     ) -> dict[str, dict]:
         """Run an API graph to its end; the outputs by node id, as in ComfyUI's history.
 
-        Raises:
-            GraphError: The graph was refused, failed, was cancelled, or took longer than `patience` seconds.
+        Raises GraphError: the graph was refused, failed, was cancelled, or took longer than `patience` seconds.
         """
         prompt_id, ending, data = asyncio.run(self._listen(graph, on_progress, patience))
         return self._outputs(prompt_id, ending, data)
@@ -264,6 +262,12 @@ class Server:
         """The file behind one entry of a node's `images` output."""
         names = {name: picture[name] for name in ("filename", "subfolder", "type")}
         return self.get("/view?" + urllib.parse.urlencode(names))
+
+
+class ForegroundServer(Server):
+    """One that leaves its output on our terminal."""
+
+    foreground = True
 
 
 def _model_paths(models: Path, base: Path) -> Path:

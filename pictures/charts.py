@@ -13,6 +13,8 @@ from ..editing.inputs import rgb_bytes
 
 SMOOTHING = 2  # everything is drawn so many times larger, then made smaller, for smooth edges
 
+Colour = tuple[int, int, int] | str
+
 PAPER = (255, 255, 255)
 INK = (33, 37, 41)
 FAINT_INK = (108, 117, 125)
@@ -82,26 +84,27 @@ class Sheet:
 
     def text(
         self,
-        x: float,
-        y: float,
+        at: tuple[float, float],
         text: str,
         size: float = 15,
-        colour=INK,
+        colour: Colour = INK,
         anchor: str = "la",
-        within: float | None = None,
+        within: float = math.inf,
     ) -> None:
         """`anchor`: Pillow's, such as "la" for left and top, "mm" for the middle. `within`: the width it is cut off at."""
         letters = font_for(text, size * SMOOTHING)
-        if within is not None and letters.getlength(text) > within * SMOOTHING:
+        if letters.getlength(text) > within * SMOOTHING:
             while text and letters.getlength(text + "...") > within * SMOOTHING:
                 text = text[:-1]
             text = text.rstrip() + "..."
-        self._draw.text(_large((x, y)), text, fill=colour, font=letters, anchor=anchor)
+        self._draw.text(_large(at), text, fill=colour, font=letters, anchor=anchor)
 
-    def line(self, points: Sequence[tuple[float, float]], colour=INK, width: float = 1.0) -> None:
+    def line(self, points: Sequence[tuple[float, float]], colour: Colour = INK, width: float = 1.0) -> None:
         self._draw.line([_large(point) for point in points], colour, round(width * SMOOTHING), joint="curve")
 
-    def dashes(self, points: Sequence[tuple[float, float]], colour=INK, width: float = 1.0, dash: float = 7.0) -> None:
+    def dashes(
+        self, points: Sequence[tuple[float, float]], colour: Colour = INK, width: float = 1.0, dash: float = 7.0
+    ) -> None:
         """A line of dashes, as long as the gaps between them."""
         drawn, piece = 0.0, [points[0]]
         for start, end in zip(points, points[1:]):
@@ -120,16 +123,18 @@ class Sheet:
         if piece[0] is not None and len(piece) > 1:
             self.line(piece, colour, width)
 
-    def area(self, points: Sequence[tuple[float, float]], colour) -> None:
+    def area(self, points: Sequence[tuple[float, float]], colour: Colour) -> None:
         self._draw.polygon([_large(point) for point in points], fill=colour)
 
-    def box(self, left: float, top: float, right: float, bottom: float, colour) -> None:
+    def box(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
         self._draw.rectangle([*_large((left, top)), *_large((right, bottom))], fill=colour)
 
-    def dot(self, x: float, y: float, radius: float, colour) -> None:
+    def dot(self, x: float, y: float, radius: float, colour: Colour) -> None:
         self._draw.ellipse([*_large((x - radius, y - radius)), *_large((x + radius, y + radius))], fill=colour)
 
-    def paste(self, picture: Image.Image, left: float, top: float, width: float, height: float, resample) -> None:
+    def paste(
+        self, picture: Image.Image, left: float, top: float, width: float, height: float, resample: Image.Resampling
+    ) -> None:
         """A picture on top of what is drawn, resized with one of Pillow's filters; unchanged if it has that size."""
         size = round(width), round(height)
         resized = picture if picture.size == size else picture.resize(size, resample)
@@ -170,19 +175,19 @@ class Chart:
     ) -> None:
         """Title, grid, ticks with their numbers, and what x is."""
         left, top, right, bottom = self.place
-        self.sheet.text(left, top - 12, title, 17, anchor="ls")
+        self.sheet.text((left, top - 12), title, 17, anchor="ls")
         for value in y_ticks if y_ticks is not None else ticks(*self.y):
             _, height = self.at(self.x[0], value)
             self.sheet.line([(left, height), (right, height)], GRID)
             if y_labels:
-                self.sheet.text(left - 8, height, write(value), 13, FAINT_INK, "rm")
+                self.sheet.text((left - 8, height), write(value), 13, FAINT_INK, "rm")
         for value in x_ticks if x_ticks is not None else ticks(*self.x):
             across, _ = self.at(value, self.y[0])
             self.sheet.line([(across, bottom), (across, bottom + 4)], REFERENCE)
-            self.sheet.text(across, bottom + 8, f"{value:g}", 13, FAINT_INK, "ma")
+            self.sheet.text((across, bottom + 8), f"{value:g}", 13, FAINT_INK, "ma")
         self.sheet.line([(left, bottom), (right, bottom)], REFERENCE)
         if x_label:
-            self.sheet.text((left + right) / 2, bottom + 28, x_label, 14, FAINT_INK, "ma")
+            self.sheet.text(((left + right) / 2, bottom + 28), x_label, 14, FAINT_INK, "ma")
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a value lies on the sheet."""
@@ -193,7 +198,9 @@ class Chart:
         up = (min(max(y, low), high) - low) / (high - low)
         return left + min(max(across, 0.0), 1.0) * (right - left), bottom - up * (bottom - top)
 
-    def line(self, xs: Sequence[float], ys: Sequence[float], colour, width: float = 2.5, dots: bool = False) -> None:
+    def line(
+        self, xs: Sequence[float], ys: Sequence[float], colour: Colour, width: float = 2.5, dots: bool = False
+    ) -> None:
         points = [self.at(x, y) for x, y in zip(xs, ys)]
         if len(points) > 1:
             self.sheet.line(points, colour, width)
@@ -201,16 +208,16 @@ class Chart:
             for x, y in points:
                 self.sheet.dot(x, y, 1.6 * width, colour)
 
-    def steps(self, xs: Sequence[float], ys: Sequence[float], colour, width: float = 2.0) -> None:
+    def steps(self, xs: Sequence[float], ys: Sequence[float], colour: Colour, width: float = 2.0) -> None:
         """The outline of bars around evenly spaced `xs`."""
         half = (xs[1] - xs[0]) / 2
         corners = [self.at(x + side, y) for x, y in zip(xs, ys) for side in (-half, half)]
         self.sheet.line(corners, colour, width)
 
-    def dashes(self, xs: Sequence[float], ys: Sequence[float], colour, width: float = 1.5) -> None:
+    def dashes(self, xs: Sequence[float], ys: Sequence[float], colour: Colour, width: float = 1.5) -> None:
         self.sheet.dashes([self.at(x, y) for x, y in zip(xs, ys)], colour, width)
 
-    def band(self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], colour=BAND) -> None:
+    def band(self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], colour: Colour = BAND) -> None:
         there = [self.at(x, y) for x, y in zip(xs, high)]
         back = [self.at(x, y) for x, y in zip(xs, low)]
         self.sheet.area(there + back[::-1], colour)

@@ -109,10 +109,9 @@ def _draw(maps: dict[str, torch.Tensor], measured: dict[str, NoiseStatistics]) -
 
 def _heading(sheet: Sheet, maps: dict, measured: dict) -> None:
     channels, height, width = maps["noise"].shape
-    sheet.text(LEFT, 56, "Noise report", 30, anchor="ls")
+    sheet.text((LEFT, 56), "Noise report", 30, anchor="ls")
     sheet.text(
-        LEFT,
-        84,
+        (LEFT, 84),
         f"{channels} channels of {width} x {height}. Grey: what {SPREADS:g} standard deviations of chance reach.",
         15,
         charts.FAINT_INK,
@@ -123,7 +122,7 @@ def _heading(sheet: Sheet, maps: dict, measured: dict) -> None:
         [*((name, colour) for name, colour in zip(measured, charts.SERIES)), ("true noise", None)]
     ):
         x -= charts.font(16).getlength(label)
-        sheet.text(x, 52, label, 16, anchor="lm")
+        sheet.text((x, 52), label, 16, anchor="lm")
         x -= 44
         if draw is None:
             sheet.box(x, 44, x + 34, 60, charts.BAND)
@@ -227,7 +226,7 @@ def _channels(sheet: Sheet, place, measured: dict, shape: torch.Size) -> None:
 
 def _pictures(sheet: Sheet, place, maps: dict[str, torch.Tensor]) -> None:
     left, top, right, bottom = place
-    sheet.text(left, top - 12, "The noise itself, its first channel", 17, anchor="ls")
+    sheet.text((left, top - 12), "The noise itself, its first channel", 17, anchor="ls")
     side = min(bottom - top, (right - left - 40) / max(2, len(maps)))
     for number, ((name, noise), colour) in enumerate(zip(maps.items(), charts.SERIES)):
         grey = charts.as_pillow((noise[0] / 6 + 0.5)[..., None].clamp(0, 1))
@@ -236,4 +235,4 @@ def _pictures(sheet: Sheet, place, maps: dict[str, torch.Tensor]) -> None:
         x = left + number * (side + 40)
         sheet.paste(grey, x, top, width * scale, height * scale, Image.Resampling.NEAREST)
         if len(maps) > 1:
-            sheet.text(x, top + height * scale + 10, name, 15, colour)
+            sheet.text((x, top + height * scale + 10), name, 15, colour)

@@ -85,5 +85,5 @@ def _lay_out(pictures: list[torch.Tensor], captions: list[str], columns: int) ->
         left = MARGIN + number % columns * (width + MARGIN)
         top = MARGIN + number // columns * (height + line + MARGIN)
         sheet.paste(charts.as_pillow(picture), left, top, width, height, Image.Resampling.LANCZOS)
-        sheet.text(left + width / 2, top + height + line / 2, caption, lettering, anchor="mm", within=width)
+        sheet.text((left + width / 2, top + height + line / 2), caption, lettering, anchor="mm", within=width)
     return sheet.finish()

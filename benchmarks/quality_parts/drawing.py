@@ -44,7 +44,7 @@ def _legend(sheet: Sheet, top: int, colours: dict[str, str]) -> None:
         if x + width > sheet.size[0]:
             x, top = 14, top + 22
         sheet.line([(x, top + 10), (x + 18, top + 10)], colour, 4)
-        sheet.text(x + 24, top + 10, name, 13, anchor="lm")
+        sheet.text((x + 24, top + 10), name, 13, anchor="lm")
         x += width
 
 
@@ -75,5 +75,5 @@ def contact_sheet(rows: dict[str, Tensor]) -> Image.Image:
     for index, (label, pictures) in enumerate(rows.items()):
         strip = as_pillow(torch.cat(list(pictures[:count]), dim=1))
         sheet.paste(strip, LABEL, index * height, *strip.size, Image.Resampling.LANCZOS)
-        sheet.text(8, (index + 0.5) * height, label, anchor="lm")
+        sheet.text((8, (index + 0.5) * height), label, anchor="lm")
     return sheet.finish()

@@ -1,8 +1,6 @@
 """Stage 2: the autoencoder. L1 and squared error, latents of unit size, and noise on the latents so that they are smooth."""
 
-import logging
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,27 +8,26 @@ from safetensors.torch import save_file
 
 from ..autoencoder import LightAutoencoder, psnr
 from .optimizer import Trainer
-from .parallel import shared_progress
+from .parallel import Pace
 from .renders import held_out_pixels, to_pixels
 
 LATENT_NOISE = 0.12
 
 
-def train_autoencoder(
-    rank: int, renders: str, output: str, minutes: float, batch: int = 12, log: str | None = None, warmup: int = 60
-) -> list[tuple[int, float]]:
-    """Train for `minutes` with `batch` pictures on each rank; returns (step, PSNR in dB) on held-out pictures."""
+def train_autoencoder(rank: int, renders: str, output: str, pace: Pace) -> list[tuple[int, float]]:
+    """Returns (step, PSNR in dB) on held-out pictures."""
     torch.manual_seed(1)
     model = LightAutoencoder()
     torch.manual_seed(100 + rank)
     rng = np.random.default_rng(100 + rank)
     pictures = np.load(renders, mmap_mode="r")
     held_out = held_out_pixels(64)
-    trainer = Trainer({"autoencoder": model}, matrix_lr=0.02, other_lr=2e-3, ema_decay=0.995, warmup=warmup)
+    trainer = Trainer({"autoencoder": model}, matrix_lr=0.02, other_lr=2e-3, ema_decay=0.995, warmup=pace.warmup)
     curve: list[tuple[int, float]] = []
-    start, reported = time.monotonic(), -1e9
-    while (progress := shared_progress(rank, (time.monotonic() - start) / (60 * minutes))) < 1:
-        x = to_pixels(pictures[np.sort(rng.choice(len(pictures), batch, replace=False))])
+    pace.start()
+    reported = -1e9
+    while (progress := pace.progress()) < 1:
+        x = to_pixels(pictures[np.sort(rng.choice(len(pictures), pace.batch, replace=False))])
         z = model.encode(x)
         error = model.decode(z + LATENT_NOISE * torch.randn_like(z)) - x
         mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
@@ -44,11 +41,13 @@ def train_autoencoder(
             reported = time.monotonic()
             curve.append((trainer.count, _evaluate(trainer, held_out)))
             _save(trainer, output)
-            _report(log, f"autoencoder step {trainer.count} minute {progress * minutes:.1f} PSNR {curve[-1][1]:.2f} dB")
+            pace.report(
+                f"autoencoder step {trainer.count} minute {progress * pace.minutes:.1f} PSNR {curve[-1][1]:.2f} dB"
+            )
     if rank == 0:
         curve.append((trainer.count, _evaluate(trainer, held_out)))
         _save(trainer, output)
-        _report(log, f"autoencoder done: {trainer.count} steps, PSNR {curve[-1][1]:.2f} dB")
+        pace.report(f"autoencoder done: {trainer.count} steps, PSNR {curve[-1][1]:.2f} dB")
     return curve
 
 
@@ -60,10 +59,3 @@ def _evaluate(trainer: Trainer, held_out: torch.Tensor) -> float:
 
 def _save(trainer: Trainer, output: str) -> None:
     save_file({k: v.contiguous() for k, v in trainer.ema["autoencoder"].state_dict().items()}, output)
-
-
-def _report(log: str | None, line: str) -> None:
-    logging.info(line)
-    if log is not None:
-        with Path(log).open("a") as file:
-            file.write(line + "\n")

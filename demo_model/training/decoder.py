@@ -20,6 +20,7 @@ AUTOENCODER = "first_stage_model."
 LATENT_NOISE = 0.06  # at most: what the UNet draws is not exactly what the encoder writes
 EDGES = 0.25  # weight of the difference between neighbouring pixels, where fringes show
 FIRST_HELD_OUT = 300_000
+SEED = 0
 SAY_EVERY = 20.0  # seconds
 
 
@@ -56,13 +57,13 @@ def edge_error(error: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
-def train_decoder(renders: Path, weights: Path, output: Path, minutes: float, batch: int, device: str, seed: int = 0):
+def train_decoder(renders: Path, weights: Path, output: Path, minutes: float, batch: int, device: str):
     """Train for `minutes` on uint8 pictures [N, 128, 128, 3]; write `weights` with the new decoder to `output`.
 
     Returns (step, PSNR in dB of the held-out pictures of all styles) for every line of the log.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
     network = load_autoencoder(weights).to(device)
     network.encoder.requires_grad_(False)
     pictures = torch.from_numpy(np.load(renders)).to(device)

@@ -4,10 +4,10 @@ v-prediction (Salimans and Ho 2022, appendix D) on Stable Diffusion's noise sche
 min(1, 5/SNR), after min-SNR (Hang et al. 2023).
 """
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.clip_model
@@ -20,12 +20,13 @@ from ..autoencoder import LightAutoencoder
 from ..networks import DemoClipModel, build_diffusion_model
 from .captions import CaptionSampler, Vocabulary
 from .optimizer import Trainer
-from .parallel import shared_progress
+from .parallel import Pace
 from .renders import to_pixels, training_scene
 
 UNET_PREFIX = "model.diffusion_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
 VAE_PREFIX = "first_stage_model."
+SAVE_EVERY = 120.0  # seconds
 
 
 @contextmanager
@@ -87,24 +88,24 @@ def stratified_timesteps(count: int, levels: int) -> Tensor:
     return levels_drawn.long().clamp(max=levels - 1)  # float rounding can reach the very end
 
 
+@dataclass(frozen=True)
+class Leg:
+    """`warm_start`: continues from a file that an earlier call wrote; give it a lower `matrix_lr` then."""
+
+    matrix_lr: float = 0.02
+    warm_start: str | None = None
+
+
 @_differentiable_text_layers()
 def train_diffusion(
     rank: int,
     latents: str,
     autoencoder: str,
     output: str,
-    minutes: float,
-    batch: int = 24,
-    log: str | None = None,
-    warmup: int = 60,
-    matrix_lr: float = 0.02,
-    warm_start: str | None = None,
-    save_every: float = 120,
+    pace: Pace,
+    leg: Leg = Leg(),
 ) -> list[tuple[int, float]]:
-    """Train for `minutes` with `batch` latents on each rank; returns (step, running v error) and writes `output`.
-
-    `warm_start` continues from a file that an earlier call wrote; give it a lower `matrix_lr` then.
-    """
+    """Train on latents; returns (step, running v error) and writes `output`."""
     stored = load_file(latents)
     data, scale = stored["latents"].float() * stored["scale_factor"], stored["scale_factor"]
     scenes = [training_scene(i) for i in range(len(data))]
@@ -114,9 +115,9 @@ def train_diffusion(
     unet, text = host_model.diffusion_model, DemoClipModel(dtype=torch.float32).clip_l.transformer
     _initialize_unet(unet)
     _initialize_text(text, vocabulary)
-    if warm_start is not None:
+    if leg.warm_start is not None:
         for module, prefix in ((unet, UNET_PREFIX), (text, TEXT_PREFIX)):
-            state = {k[len(prefix) :]: v for k, v in load_file(warm_start).items() if k.startswith(prefix)}
+            state = {k[len(prefix) :]: v for k, v in load_file(leg.warm_start).items() if k.startswith(prefix)}
             module.load_state_dict(state)
     unet.requires_grad_(True).train()
     text.requires_grad_(True).train()
@@ -124,21 +125,22 @@ def train_diffusion(
     sigmas = host_model.model_sampling.sigmas
     trainer = Trainer(
         {"unet": unet, "text": text},
-        matrix_lr,
-        matrix_lr / 10,
+        leg.matrix_lr,
+        leg.matrix_lr / 10,
         0.998,
         keep_adam=("embed", "out.2", "input_blocks.0."),
-        warmup=warmup,
+        warmup=pace.warmup,
     )
     sampler = CaptionSampler(vocabulary, seed=200 + rank)
     torch.manual_seed(300 + rank)
     curve: list[tuple[int, float]] = []
-    running, start, reported, saved = 1.0, time.monotonic(), -1e9, time.monotonic()
-    while (progress := shared_progress(rank, (time.monotonic() - start) / (60 * minutes))) < 1:
-        picked = torch.randint(len(data), (batch,))
-        t = stratified_timesteps(batch, len(sigmas))
+    pace.start()
+    running, reported, saved = 1.0, -1e9, time.monotonic()
+    while (progress := pace.progress()) < 1:
+        picked = torch.randint(len(data), (pace.batch,))
+        t = stratified_timesteps(pace.batch, len(sigmas))
         alpha_bar = (1 / (1 + sigmas[t] ** 2)).view(-1, 1, 1, 1)
-        x0, eps = data[picked], torch.randn(batch, *data.shape[1:])
+        x0, eps = data[picked], torch.randn(pace.batch, *data.shape[1:])
         rows, weights = sampler([scenes[i] for i in picked.tolist()])
         context = _encode(text, rows, weights)
         v = unet(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps, t.float(), context=context)
@@ -150,14 +152,14 @@ def train_diffusion(
         if rank == 0 and time.monotonic() - reported > 30:
             reported = time.monotonic()
             curve.append((trainer.count, running))
-            _report(log, f"diffusion step {trainer.count} minute {progress * minutes:.1f} v error {running:.4f}")
-        if rank == 0 and time.monotonic() - saved > save_every:
+            pace.report(f"diffusion step {trainer.count} minute {progress * pace.minutes:.1f} v error {running:.4f}")
+        if rank == 0 and time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
             _save(trainer, autoencoder, scale, output)
     if rank == 0:
         curve.append((trainer.count, running))
         _save(trainer, autoencoder, scale, output)
-        _report(log, f"diffusion done: {trainer.count} steps, v error {running:.4f}")
+        pace.report(f"diffusion done: {trainer.count} steps, v error {running:.4f}")
     return curve
 
 
@@ -177,10 +179,3 @@ def _save(trainer: Trainer, autoencoder: str, scale: Tensor, output: str) -> Non
     partial = f"{output}.part"
     save_file({k: v.contiguous().clone() for k, v in state.items()}, partial)
     Path(partial).replace(output)
-
-
-def _report(log: str | None, line: str) -> None:
-    logging.info(line)
-    if log is not None:
-        with Path(log).open("a") as file:
-            file.write(line + "\n")

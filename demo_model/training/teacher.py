@@ -141,9 +141,9 @@ def _draw_batch(teacher: Teacher, pairs: PairFolder, seeds: Sequence[int]) -> No
         pairs.write(str(seed), sources[index], edited[index], area, caption)
 
 
-def draw_share(share: int, shares: int, device: str, name: str, jobs: Sequence[Job], steps: int, batch: int) -> None:
-    """`draw_pairs` of every `shares`-th seed, in a process of its own."""
+def draw_share(share: slice, device: str, name: str, jobs: Sequence[Job], steps: int, batch: int) -> None:
+    """`draw_pairs` of some of each job's seeds, in a process of its own."""
     from ..distill_students import quiet_host
 
     quiet_host(device)
-    draw_pairs(name, [replace(job, seeds=job.seeds[share::shares]) for job in jobs], steps, batch)
+    draw_pairs(name, [replace(job, seeds=job.seeds[share]) for job in jobs], steps, batch)

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,7 @@ def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     Tensors that enter the graph must be cloned first, see `clone_inference`, and compiled modules be `uncompiled`.
     Quantized layers multiply in the precision of their input meanwhile.
 
-    Raises:
-        ValueError: also while it is active, in the user's words: a layer of the model has no derivative.
+    Raises ValueError: also while it is active, in the user's words: a layer of the model has no derivative.
     """
     modules = list(model.modules())
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
@@ -309,8 +309,8 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
     def _linear(self, x, weight, bias=None):
         return _Linear.apply(x, self._stable(weight), bias)
 
-    def _conv2d(self, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        return _Conv2d.apply(x, self._stable(weight), bias, stride, padding, dilation, groups)
+    def _conv2d(self, x, weight, bias=None, *geometry, **named):
+        return _Conv2d.apply(x, self._stable(weight), bias, *_Geometry(*geometry, **named))
 
 
 def _call(func, args, kwargs):
@@ -367,12 +367,21 @@ class _Linear(torch.autograd.Function):
         return gradient @ _dense(_kept_weight(ctx)).to(gradient.dtype), None, None
 
 
+class _Geometry(NamedTuple):
+    """What a convolution is given after its bias."""
+
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+
+
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+    def forward(ctx, x, weight, bias, *geometry):
         _keep_weight(ctx, weight)
-        ctx.input_shape, ctx.geometry = x.shape, (stride, padding, dilation, groups)
-        return F.conv2d(x, _dense(weight), bias, stride, padding, dilation, groups)
+        ctx.input_shape, ctx.geometry = x.shape, geometry
+        return F.conv2d(x, _dense(weight), bias, *geometry)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -8,6 +8,7 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ...attention_patches.attention import AttentionSite, Layer, cross_attention_sites, layers, size_after
@@ -25,19 +26,17 @@ def graph_memory(
     latent_shape: tuple[int, ...],
     mode: str,
     dtype: torch.dtype,
-    last_site: AttentionSite | None = None,
     constant_weights: bool = True,
     tokens: int = TOKENS,
 ) -> int:
     """Bytes that one guided pass of ComfyUI's UNetModel needs at its peak, activations of an ordinary pass included.
 
     `latent_shape`: [B, C, H, W] of the latent. `mode`: see `checkpointing.checkpointed`. `dtype`: of the computation.
-    `last_site`: where recording ends, the last cross-attention if None. `constant_weights`: False where weights are
+    `constant_weights`: False where weights are
     cast or moved for each layer, so that the pass holds copies of them. `tokens`: of the text.
     """
     item = dtype.itemsize
-    sites = cross_attention_sites(unet)
-    last_site = last_site or sites[-1]
+    last_site = cross_attention_sites(unet)[-1]  # where recording ends
     kept = working = copies = one_copy = 0
     ended = False
     for layer, pixels in _sized_layers(unet, latent_shape):
@@ -179,7 +178,7 @@ def map_memory(unet: torch.nn.Module, latent_shape: tuple[int, ...], tokens: int
 
 
 def guided_pass_memory(
-    model, latent_shape: tuple[int, ...], mode: str, tokens: int = TOKENS, records: bool = False
+    model: ModelPatcher, latent_shape: tuple[int, ...], mode: str, tokens: int = TOKENS, records: bool = False
 ) -> int:
     """`graph_memory` of a MODEL as it is loaded now. `latent_shape`: [B, C, H, W].
 
@@ -192,7 +191,7 @@ def guided_pass_memory(
     return graph + (map_memory(base.diffusion_model, latent_shape, tokens) if records else 0)
 
 
-def affordable_mode(model, x: torch.Tensor, least: str, **needs) -> str:
+def affordable_mode(model: ModelPatcher, x: torch.Tensor, least: str, **needs) -> str:
     """The checkpointing mode for guiding `x` [B, C, H, W]: `least`, or the first after it that fits in free memory.
 
     Copies of weights that are cast or moved for each layer count, so that a model that is offloaded since it does not
@@ -205,7 +204,7 @@ def affordable_mode(model, x: torch.Tensor, least: str, **needs) -> str:
     return MODES[-1]
 
 
-def affordable_rows(model, x: torch.Tensor, mode: str, entries: int = 1, **needs) -> int:
+def affordable_rows(model: ModelPatcher, x: torch.Tensor, mode: str, entries: int = 1, **needs) -> int:
     """How many latents like those of `x` [B, C, H, W] can be guided at once with a checkpointing mode, at least 1.
 
     At most B times `entries`, the number of texts that draw each of them. `needs`: see `guided_pass_memory`.
@@ -215,7 +214,7 @@ def affordable_rows(model, x: torch.Tensor, mode: str, entries: int = 1, **needs
     return next((rows for rows in sizes if guided_pass_memory(model, (rows, *x.shape[1:]), mode, **needs) <= free), 1)
 
 
-def announce_memory(model, amount: int):
+def announce_memory(model: ModelPatcher, amount: int) -> ModelPatcher:
     """A clone of the MODEL for whose sampling the host keeps `amount` bytes more free."""
     model = model.clone()
 

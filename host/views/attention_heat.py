@@ -235,6 +235,6 @@ def _draw(heat: torch.Tensor, label: str, image: torch.Tensor | None, scale: int
     line = max(36, round(min(height, width) / 14))
     sheet = charts.Sheet(width, height + line)
     sheet.paste(Image.fromarray(colours.round().astype(np.uint8)), 0, 0, width, height, Image.Resampling.NEAREST)
-    sheet.text(12, height + line / 2, label, 0.5 * line, anchor="lm", within=0.6 * width)
-    sheet.text(width - 12, height + line / 2, f"up to {high:.0%} of attention", 0.4 * line, charts.FAINT_INK, "rm")
+    sheet.text((12, height + line / 2), label, 0.5 * line, anchor="lm", within=0.6 * width)
+    sheet.text((width - 12, height + line / 2), f"up to {high:.0%} of attention", 0.4 * line, charts.FAINT_INK, "rm")
     return sheet.finish()

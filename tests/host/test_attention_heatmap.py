@@ -156,9 +156,9 @@ def test_without_words_every_word_but_little_ones_gets_a_picture(model, clip, in
     labels = []
     text = charts.Sheet.text
 
-    def note(sheet, x, y, label, *args, **kwargs):
+    def note(sheet, at, label, *args, **kwargs):
         labels.append(label)
-        text(sheet, x, y, label, *args, **kwargs)
+        text(sheet, at, label, *args, **kwargs)
 
     monkeypatch.setattr(charts.Sheet, "text", note)
     pictures = shown(run_node, model, inversion, clip)

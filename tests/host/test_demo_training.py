@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from pix2pix_zero.demo_model import loader
 from pix2pix_zero.demo_model.train import Recipe, train
-from pix2pix_zero.demo_model.training import autoencoder, diffusion
+from pix2pix_zero.demo_model.training import autoencoder, diffusion, parallel
 from pix2pix_zero.demo_model.training.diffusion import stratified_timesteps
 from pix2pix_zero.demo_model.training.optimizer import orthogonalize
 
@@ -33,7 +34,9 @@ def run(tmp_path_factory):
     torch.set_num_threads(1)
     # By the time that this process had, so that it learns as much on a busy machine.
     clock = SimpleNamespace(monotonic=time.process_time)
-    with patch.object(autoencoder, "time", clock), patch.object(diffusion, "time", clock):
+    with ExitStack() as clocks:
+        for stage in (autoencoder, diffusion, parallel):
+            clocks.enter_context(patch.object(stage, "time", clock))
         weights = train(work, SMALL)
     yield weights, (work / "train.log").read_text()
     torch.set_num_threads(threads)

@@ -174,3 +174,30 @@ def test_what_only_the_owner_knows_is_left_open_and_named_for_the_owner():
     for key in ("PublisherId", "Icon", "Banner"):
         assert f'{key} = "' in project and f"`{key}`" in page, key
     assert "REGISTRY_ACCESS_TOKEN" in page
+
+
+MOST_PARAMETERS = 6
+SIGNATURES_OF_OTHERS = {
+    "_carry_out": "wraps ComfyUI's apply_model",
+    "execute": "a node's sockets",
+}
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Those that a caller has to know, without the object itself and what is only passed on."""
+    arguments = function.args
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls", "ctx")]
+
+
+def test_no_function_has_a_long_list_of_parameters():
+    """Knobs travel in objects named for what they are. Tests have fixtures, and a helper there may take what it likes."""
+    long = {
+        (path.relative_to(ROOT).as_posix(), node.name)
+        for path in tracked("*.py")
+        if path.relative_to(ROOT).parts[0] != "tests"
+        for node in ast.walk(ast.parse(read(path)))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and len(parameters(node)) > MOST_PARAMETERS
+    }
+    assert {place for place in long if place[1] not in SIGNATURES_OF_OTHERS} == set()
+    assert {name for _, name in long} == set(SIGNATURES_OF_OTHERS), "an exception that is none any more"
