@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..demo_model.scene import FURS, POSES, STYLES, SUBJECTS, sample_scene
 from ..demo_model.scene_captions import caption
 from ..demo_model.scene_renders import render, subject_mask
-from .sockets import CATEGORY
+from .sockets import CATEGORY, seed_input
 
 RANDOM = "random"
 
@@ -56,14 +56,7 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                     default="cat",
                     tooltip="The animal. Change only this to see what a perfect cat to dog edit looks like.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Picks the pose, place, background and everything set to random.",
-                ),
+                seed_input("Picks the pose, place, background and everything set to random."),
                 combo("fur", list(FURS), RANDOM, "Colour of the coat. Zebras are always striped."),
                 combo("glasses", ["yes", "no"], "no", "Whether the animal wears glasses."),
                 combo("time_of_day", ["day", "night"], "day", "Day is easier to look at, night the harder edit."),

@@ -15,7 +15,7 @@ from ..host.sampling.invert import (
     inverted_noise,
     reconstruction_report,
 )
-from .sockets import CATEGORY, Inversion, scheduler_input
+from .sockets import CATEGORY, Inversion, scheduler_input, seed_input
 
 DEFAULTS = InversionSettings()
 
@@ -59,14 +59,9 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     tooltip="More steps redraw the picture more faithfully and take longer. Below 20 details drift. A number "
                     "that does not divide 1000 is rounded up a little, to fit the grid of ddim_uniform.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Draws the shifts of the noise regularization. It changes the result little; keep it fixed "
-                    "so that the inversion is reused.",
+                seed_input(
+                    "Draws the shifts of the noise regularization. It changes the result little; keep it fixed "
+                    "so that the inversion is reused."
                 ),
                 io.Float.Input(
                     "autocorrelation_weight",

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.sampling.checks import SCHEDULERS
 from ..host.sampling.reference import ReferenceSettings, generate_reference
-from .sockets import CATEGORY, Inversion, scheduler_input
+from .sockets import CATEGORY, Inversion, scheduler_input, seed_input
 
 
 class Pix2PixZeroReference(io.ComfyNode):
@@ -43,14 +43,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                     tooltip="How strictly the picture follows the prompt. Use the same value on the guided sampler, or "
                     "the background of the edit drifts.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The noise the picture is drawn from. Change it for another picture.",
-                ),
+                seed_input("The noise the picture is drawn from. Change it for another picture."),
                 scheduler_input(),
             ],
             outputs=[

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..editing.sentences import concept_sentences
-from .sockets import CATEGORY
+from .sockets import CATEGORY, seed_input
 
 
 class Pix2PixZeroSentences(io.ComfyNode):
@@ -31,14 +31,7 @@ class Pix2PixZeroSentences(io.ComfyNode):
                     tooltip="How many sentences. More make the direction steadier and encoding slower; above 1000 "
                     "nothing is gained.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Picks the sentences. Use the same seed for source and target.",
-                ),
+                seed_input("Picks the sentences. Use the same seed for source and target."),
             ],
             outputs=[io.String.Output(display_name="sentences", tooltip="One sentence per line.")],
         )

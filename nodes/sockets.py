@@ -17,6 +17,12 @@ CATEGORY = "pix2pix-zero"
 Item = TypeVar("Item")
 
 
+def seed_input(tooltip: str) -> io.Int.Input:
+    """Of the nodes that draw something at random. It stays as it is from run to run, so that results are reused."""
+    fixed = io.ControlAfterGenerate.fixed
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=fixed, tooltip=tooltip)
+
+
 def scheduler_input() -> io.Combo.Input:
     """Of the nodes that lay out the steps of an inversion."""
     return io.Combo.Input(
