@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     halvings: int
 
 
-def is_unet(diffusion_model) -> bool:
+def is_unet(diffusion_model: torch.nn.Module) -> bool:
     """Whether it is built of input, middle and output blocks, as ComfyUI's UNetModel is."""
     return hasattr(diffusion_model, "input_blocks")
 
@@ -66,7 +66,7 @@ def size_after(halvings: int, size: tuple[int, int]) -> tuple[int, int]:
     return tuple(math.ceil(side / 2**halvings) for side in size)
 
 
-def cross_attention_sites(unet) -> list[AttentionSite]:
+def cross_attention_sites(unet: torch.nn.Module) -> list[AttentionSite]:
     """Every cross-attention layer of ComfyUI's UNetModel in the order of its forward pass.
 
     SD 1.x and 2.x have 16, SDXL has 70 (several per transformer, told apart by `index`). Raises ValueError for a model
@@ -86,14 +86,14 @@ def cross_attention_sites(unet) -> list[AttentionSite]:
     ]
 
 
-def attends_to_itself(unet, site: AttentionSite) -> bool:
+def attends_to_itself(unet: torch.nn.Module, site: AttentionSite) -> bool:
     """Whether the transformer block of a site has self-attention; a few small models attend to the text twice instead."""
     blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}
     (transformer,) = (layer for layer in blocks[site.block][site.number] if isinstance(layer, SpatialTransformer))
     return not transformer.transformer_blocks[site.index].disable_self_attn
 
 
-def site_halvings(unet) -> dict[AttentionSite, int]:
+def site_halvings(unet: torch.nn.Module) -> dict[AttentionSite, int]:
     """How often the picture was halved on the way to each transformer block of ComfyUI's UNetModel."""
     return {
         AttentionSite(layer.block, layer.number, index): layer.halvings
@@ -102,7 +102,7 @@ def site_halvings(unet) -> dict[AttentionSite, int]:
     }
 
 
-def map_shapes(unet, size: tuple[int, int]) -> dict[AttentionSite, tuple[int, int]]:
+def map_shapes(unet: torch.nn.Module, size: tuple[int, int]) -> dict[AttentionSite, tuple[int, int]]:
     """(height, width) of the maps at each cross-attention site for a latent of a size (height, width)."""
     halvings = site_halvings(unet)
     return {site: size_after(halvings[site], size) for site in cross_attention_sites(unet)}

@@ -61,8 +61,7 @@ class Graph:
     def api(self, object_info: dict) -> dict:
         """The API form, as the frontend sends it: with the nodes' own defaults where none was given.
 
-        Raises:
-            KeyError: A node is not known to the server.
+        Raises KeyError: a node is not known to the server.
         """
         return {
             key: {**node, "inputs": {**_defaults(object_info[node["class_type"]]), **node["inputs"]}}

@@ -176,8 +176,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def rewrite(page: str, info: dict, texts: dict, language: str) -> str:
     """A help page with its title and tables brought up to date.
 
-    Raises:
-        ValueError: The page lacks a title or the marks around a table.
+    Raises ValueError: the page lacks a title or the marks around a table.
     """
     words = LANGUAGES[language]
     page, titles = re.subn(r"\A# .*$", lambda _: f"# {texts['display_name']}", page, flags=re.MULTILINE)

@@ -316,8 +316,7 @@ def strengths() -> Picture:
 def draw_pictures(names: list[str]) -> None:
     """Run the recipes, all or those named, and write their pictures.
 
-    Raises:
-        DevError: There is no such recipe, or its graph failed.
+    Raises DevError: there is no such recipe, or its graph failed.
     """
     if unknown := set(names) - set(RECIPES):
         raise DevError(f"There is no picture {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}.")

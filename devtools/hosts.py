@@ -43,8 +43,7 @@ def named_versions(names: str | None) -> list[str | None]:
 
     None, for the one that is used where nobody names one, stays None.
 
-    Raises:
-        DevError: One is not in the table.
+    Raises DevError: one is not in the table.
     """
     if names is None:
         return [None]
@@ -69,8 +68,7 @@ class ComfyUI:
 def choose(version: str | None) -> ComfyUI:
     """The ComfyUI to use; its tree may still have to be installed.
 
-    Raises:
-        DevError: `COMFYUI_PATH` is no ComfyUI, or the version is not in the table.
+    Raises DevError: `COMFYUI_PATH` is no ComfyUI, or the version is not in the table.
     """
     own = os.environ.get("COMFYUI_PATH")
     if own and version is None:
@@ -114,8 +112,7 @@ class Download:
     def finish(self) -> None:
         """Wait for the download and put the tree in place.
 
-        Raises:
-            DevError: No network, another SHA-256, a broken archive.
+        Raises DevError: no network, another SHA-256, a broken archive.
         """
         self._job.finish(f"download ComfyUI {self.comfyui.version}")
         archives = list(self._folder.glob("*.tar.gz"))
@@ -127,8 +124,7 @@ class Download:
 def unpack(archive: Path, destination: Path) -> None:
     """Extract `vendor/ComfyUI` of a source distribution to `destination`, all of it or nothing.
 
-    Raises:
-        DevError: The archive is broken, holds no ComfyUI, or names a path outside its own folder.
+    Raises DevError: the archive is broken, holds no ComfyUI, or names a path outside its own folder.
     """
     with tempfile.TemporaryDirectory(prefix="unpack-", dir=destination.parent) as folder:
         tree = Path(folder) / "ComfyUI"

@@ -59,8 +59,7 @@ class Job:
     def finish(self, what: str) -> None:
         """Wait for the end.
 
-        Raises:
-            DevError: The command failed; names `what` could not be done, the likely cause and the log.
+        Raises DevError: the command failed; names `what` could not be done, the likely cause and the log.
         """
         if self._process.wait() != 0:
             cause = cause_of(self.log.read_text(encoding="utf-8", errors="replace"))

@@ -110,8 +110,7 @@ def read_image_processor(folder: Path, socket: str) -> tuple[dict, Path] | None:
 def read_weights(path: Path, socket: str, prefix: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file whose key starts with `prefix`, without it, in float32.
 
-    Raises:
-        ValueError: naming `socket`, the file is missing or damaged.
+    Raises ValueError, naming `socket`: the file is missing or damaged.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -142,8 +141,7 @@ def _is_shard(name: object) -> bool:
 def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None:
     """Fetch the files `artefacts` of `repo_id` from the Hugging Face hub into `folder`, nothing else.
 
-    Raises:
-        ValueError: the download failed; a later run goes on where it stopped.
+    Raises ValueError: the download failed; a later run goes on where it stopped.
     """
     from huggingface_hub import snapshot_download
 
@@ -163,8 +161,7 @@ def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None
 def _safetensors_revision(repo_id: str) -> str:
     """The revision of `repo_id` that holds safetensors: main, else the hub's own automatic conversion.
 
-    Raises:
-        FileNotFoundError: the repository offers its weights only as a pickle.
+    Raises FileNotFoundError: the repository offers its weights only as a pickle.
     """
     from huggingface_hub import HfApi
 

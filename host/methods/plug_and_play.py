@@ -15,6 +15,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
@@ -30,7 +31,7 @@ KEY = "pix2pix_zero_plug_and_play"
 
 def with_source_features(
     model: ModelPatcher, inversion: Inversion, feature_until: float, attention_until: float, negative_alpha: float = 1.0
-):
+) -> ModelPatcher:
     """A clone of the MODEL that draws with the layout of an inverted picture, in whatever sampler it is put.
 
     `feature_until`, `attention_until`: the part of the inversion's steps, 0..1 from the noisiest on, in which the
@@ -205,7 +206,9 @@ class SourceFeatures:
     _features: dict = field(default_factory=dict)  # by conditioning area
     _areas: dict = field(default_factory=dict)  # by entry of the conditioning
 
-    def put_into(self, model, conds, x_in, timestep, model_options) -> dict:
+    def put_into(
+        self, model: BaseModel, conds: list, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict
+    ) -> dict:
         """Model options of the edit's evaluation at this noise level, see `prepare_with`.
 
         The source is evaluated once for all evaluations at it and each area of `conds`.
@@ -278,7 +281,7 @@ def _area(entry: dict) -> tuple | None:
 
 
 def read_features(
-    model, entries: list[dict], x: torch.Tensor, sigma: float, sites: Iterable[Site], model_options: dict
+    model: BaseModel, entries: list[dict], x: torch.Tensor, sigma: float, sites: Iterable[Site], model_options: dict
 ) -> dict[Site, tuple[torch.Tensor, ...]]:
     """What the UNet computes at `sites` for latents [B, C, H, W] at a noise level, by site, see `tapped`.
 

@@ -12,7 +12,7 @@ from comfy import samplers
 from comfy.k_diffusion.sampling import sample_euler
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider
+from comfy.samplers import CFGGuider, Sampler
 from comfy.sd import CLIP
 
 from ...attention_patches.attention import attends_to_itself, cross_attention_sites, site_halvings, size_after
@@ -185,7 +185,7 @@ def _predict_noise(executor, x, timestep, model_options={}, seed=None):
     return sampling.predict_noise(executor, x, timestep, model_options, seed)
 
 
-def takes_ddim_steps(sampler) -> bool | None:
+def takes_ddim_steps(sampler: Sampler) -> bool | None:
     """Whether a sampler goes from level to level along the estimate alone, as DDIM does: euler and ddim do.
 
     None for one that is not the host's own, which is to be seen.

@@ -122,8 +122,7 @@ def step_hook(progress: comfy.utils.ProgressBar, done: int) -> Callable:
 def load_captioner(model_name: str, allow_download: bool = False) -> Captioner:
     """Load the captioner that a user chose from `model_names(BLIP)`.
 
-    Raises:
-        ValueError: the folder is missing, incomplete, damaged, outside models/blip or not a BLIP captioning model.
+    Raises ValueError: the folder is missing, incomplete, damaged, outside models/blip or not a BLIP captioning model.
     """
     if model_name == DEMO:
         return load_demo_captioner()

@@ -142,8 +142,7 @@ def model_folder(kind: ModelKind, name: str) -> Path:
     A well-known id stands for the folder of the same last part, which is also where it is downloaded to, or for that of
     the hub's cache.
 
-    Raises:
-        ValueError: the name is no text, or points outside the folders for models.
+    Raises ValueError: the name is no text, or points outside the folders for models.
     """
     known = name in kind.well_known
     names = [name.rsplit("/", 1)[-1], "models--" + name.replace("/", "--")] if known else [name]
@@ -157,8 +156,7 @@ def model_folder(kind: ModelKind, name: str) -> Path:
 def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     """Where the files of a whole model lie, downloaded first if the user ticked that and it is a well-known one.
 
-    Raises:
-        ValueError: the folder is missing, incomplete or outside the folders for models, or the download failed.
+    Raises ValueError: the folder is missing, incomplete or outside the folders for models, or the download failed.
     """
     folder = model_folder(kind, name)
     if allow_download and name in kind.well_known and missing_files(kind, snapshot(folder)):

@@ -57,9 +57,8 @@ def read_network(
 
     `options` go to its class in transformers.
 
-    Raises:
-        ValueError: it is of another kind, its configuration cannot be, or a weight is missing, left over or of another
-            shape.
+    Raises ValueError: it is of another kind, its configuration cannot be, or a weight is missing, left over or of
+    another shape.
     """
     import transformers
 
@@ -146,8 +145,7 @@ def read_tokenizer(kind: ModelKind, folder: Path) -> "PreTrainedTokenizerFast":
 def read_picture_preparation(kind: ModelKind, folder: Path, size: int) -> "BaseImageProcessor":
     """What prepares pictures for a network that takes them `size` pixels wide and high.
 
-    Raises:
-        ValueError: naming its file, it is damaged or makes pictures of another size.
+    Raises ValueError, naming its file: it is damaged or makes pictures of another size.
     """
     import transformers
 

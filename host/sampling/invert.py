@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import ModelSamplingDiscrete
 
 from ...attention_patches.attention import cross_attention_sites, is_unet
 from ...editing.inversion import (
@@ -95,7 +96,7 @@ def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list
     return inversion_transitions(sigmas)
 
 
-def places_on_table(sampling, sigmas: torch.Tensor) -> torch.Tensor:
+def places_on_table(sampling: ModelSamplingDiscrete, sigmas: torch.Tensor) -> torch.Tensor:
     """The index of each noise level [N] in a model sampling's table: int64 [N]. Only in a table of 1000 is it the timestep."""
     return (sigmas[:, None].log() - sampling.log_sigmas.to(sigmas)).abs().argmin(1)
 

@@ -80,7 +80,7 @@ def _partners(clip: CLIP, sources: Sequence[str], targets: Sequence[str], length
 
 
 def encode_sentences(
-    clip, sentences: Sequence[str], progress: comfy.utils.ProgressBar | None = None
+    clip: CLIP, sentences: Sequence[str], progress: comfy.utils.ProgressBar | None = None
 ) -> Iterator[Encoding]:
     """Encode sentences as CLIPTextEncode would, many at a time; yields dicts of float tensors with n rows each.
 

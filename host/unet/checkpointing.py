@@ -31,8 +31,7 @@ def checkpointed(unet: torch.nn.Module, mode: str, last_site: AttentionSite | No
     `last_site`: recording ends inside the transformer block of this cross-attention, so it keeps what it needs at
     "blocks"; its backward is the first to run.
 
-    Raises:
-        ValueError: an unknown mode.
+    Raises ValueError: an unknown mode.
     """
     with contextlib.ExitStack() as stack:
         for module in recomputed_modules(unet, mode, last_site):

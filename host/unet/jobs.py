@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
@@ -70,7 +71,7 @@ class UNetCall:
     total: int | None = None
 
     @property
-    def model(self):
+    def model(self) -> BaseModel:
         """The host's BaseModel."""
         return self.executor.class_obj
 

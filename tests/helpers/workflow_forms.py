@@ -18,8 +18,7 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 def api_form(workflow: dict, object_info: dict) -> dict:
     """`{node id: {class_type, inputs, _meta}}` of a UI graph without subgraphs, muted or bypassed nodes.
 
-    Raises:
-        ValueError: The file does not fit the schemas: an unknown node, or not one value per widget.
+    Raises ValueError: the file does not fit the schemas: an unknown node, or not one value per widget.
     """
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     api = {}
