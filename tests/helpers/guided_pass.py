@@ -88,7 +88,7 @@ class Distance:
         return sum(self.terms.values())
 
 
-def pass_gradient(model, x_source, x, text, level="none", around=None, grad=torch.autograd.grad):
+def pass_gradient(model, x_source, x, text, mode="none", around=None, grad=torch.autograd.grad):
     """The gradient [B, C, H, W], taken in inference mode by `input_gradients` inside the guider's own UNet call.
 
     `around`: called with (BaseModel, take) where `take()` runs the pass and returns the gradient. `grad`: takes it.
@@ -108,7 +108,7 @@ def pass_gradient(model, x_source, x, text, level="none", around=None, grad=torc
                 pass
 
         def take():
-            with input_gradients(executor.class_obj), checkpointed(unet, level, sites[-1]):
+            with input_gradients(executor.class_obj), checkpointed(unet, mode, sites[-1]):
                 variable = x.clone().requires_grad_(True)
                 options = clone_skips(differentiable_attention(transformer_options))
                 call(variable, tapped(options, sites, distance.match), clone_inference)
@@ -177,9 +177,9 @@ def relative_error(ours, expected) -> float:
     return float((ours.double() - expected).norm() / expected.norm())
 
 
-def assert_right_gradient(model, weights=None, levels=MODES, tolerance=5e-5, text=None):
+def assert_right_gradient(model, weights=None, modes=MODES, tolerance=5e-5, text=None):
     x_source, x = latents(model)
     text = text or conditioning(seed=1)
     expected = float64_gradient(model, x_source, x, text, weights)
-    for level in levels:
-        assert relative_error(pass_gradient(model, x_source, x, text, level), expected) <= tolerance, level
+    for mode in modes:
+        assert relative_error(pass_gradient(model, x_source, x, text, mode), expected) <= tolerance, mode

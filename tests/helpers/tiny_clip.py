@@ -9,6 +9,8 @@ import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
 
+from nodes import CLIPTextEncode
+
 WIDTH_L, WIDTH_G = 32, 48
 
 
@@ -93,3 +95,9 @@ def tiny_clip(kind: str = "sd1", seed: int = 0) -> comfy.sd.CLIP:
         else:
             weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
     return clip
+
+
+def encode(clip, text):
+    """The CONDITIONING that CLIP Text Encode makes of a text."""
+    with torch.inference_mode():
+        return CLIPTextEncode().encode(clip, text)[0]

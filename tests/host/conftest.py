@@ -1,5 +1,8 @@
 """What most tests of the host work on; a file that needs another model or CLIP has a fixture of its own."""
 
+import shutil
+from dataclasses import fields
+
 import pytest
 
 
@@ -19,6 +22,16 @@ def clip():
     return tiny_clip()
 
 
+@pytest.fixture
+def plain_direction():
+    """An edit direction of random numbers, of no text encoder at hand."""
+    import torch
+    from pix2pix_zero.editing.directions import EditDirection
+
+    tensors = {"cond": torch.randn(1, 77, 8), "pooled_output": torch.randn(1, 4)}
+    return EditDirection(tensors, "SD1Model-0123-layer-1", "cat", "dog", 256, torch.randn(8))
+
+
 @pytest.fixture(autouse=True)
 def without_dead_models():
     """ComfyUI forgets the models of a test that has ended.
@@ -30,3 +43,70 @@ def without_dead_models():
 
     loaded = comfy.model_management.current_loaded_models
     loaded[:] = [model for model in loaded if not model.is_dead()]
+
+
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory):
+    """A whole folder of a tiny BLIP."""
+    from tiny_blip import make_blip_folder
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_blip_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def blip_models(blip_folder, tmp_path, monkeypatch):
+    """models/blip in a temporary place, holding a whole folder `tiny`."""
+    import folder_paths
+
+    base = tmp_path / "blip"
+    shutil.copytree(blip_folder, base / "tiny")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "blip", ([str(base)], {".safetensors"}))
+    return base
+
+
+@pytest.fixture(scope="module")
+def tiny_captioner(blip_folder):
+    import torch
+    from pix2pix_zero.host.networks.captioner import load_captioner_folder
+
+    with torch.inference_mode():
+        return load_captioner_folder(blip_folder)
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    """Tiny CLIP, DINO and LPIPS models."""
+    from judge_figures import make_judges
+
+    return make_judges(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def judge_models(judge_folder, tmp_path, monkeypatch):
+    """models/pix2pix_zero/metrics and models/clip_vision in temporary places; the first holds a model of each kind."""
+    import folder_paths
+    from pix2pix_zero.host.networks.model_kinds import METRICS_FOLDER
+
+    base = tmp_path / "metrics"
+    shutil.copytree(judge_folder, base)
+    for name, place in ((METRICS_FOLDER, base), ("clip_vision", tmp_path / "clip_vision")):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(place)], {".safetensors"}))
+    return base
+
+
+@pytest.fixture
+def measure(run_node):
+    """`measure(**inputs)`: (report, {figure: value}) as the executor calls a node that takes lists."""
+    from pix2pix_zero.host.networks.edit_figures import EditFigures
+    from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
+
+    figures = [field.name for field in fields(EditFigures)]
+
+    def run(**inputs):
+        lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
+        report, *values = run_node(Pix2PixZeroEditMetrics, **lists)
+        return report, dict(zip(figures, values, strict=True))
+
+    return run

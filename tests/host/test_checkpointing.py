@@ -13,7 +13,7 @@ from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
 from small_unet import conditioning
 
-RECOMPUTING = [level for level in MODES if level != "none"]
+RECOMPUTING = [mode for mode in MODES if mode != "none"]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def own_forwards(model):
     return {name: m.__dict__["forward"] for name, m in model.model.named_modules() if "forward" in m.__dict__}
 
 
-@pytest.mark.parametrize("level", RECOMPUTING)
+@pytest.mark.parametrize("mode", RECOMPUTING)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_gradient_is_the_same_to_the_last_bit(model, level, batch):
+def test_the_gradient_is_the_same_to_the_last_bit(model, mode, batch):
     x_source, x = latents(model, batch)
     text = conditioning(rows=batch, seed=1)
     plain = pass_gradient(model, x_source, x, text)
-    assert torch.equal(pass_gradient(model, x_source, x, text, level), plain)
+    assert torch.equal(pass_gradient(model, x_source, x, text, mode), plain)
     assert relative_error(plain, float64_gradient(model, x_source, x, text)) <= 5e-5
 
 
@@ -66,8 +66,8 @@ class OtherPack:
         return q * (1 + 0.02 * options["block"][1]), k, v
 
 
-@pytest.mark.parametrize("level", RECOMPUTING)
-def test_patches_of_other_packs_see_the_same_layer_each_time(model, level):
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_patches_of_other_packs_see_the_same_layer_each_time(model, mode):
     other = OtherPack()
     patched = model.clone()
     for site in cross_attention_sites(model.model.diffusion_model):
@@ -77,7 +77,7 @@ def test_patches_of_other_packs_see_the_same_layer_each_time(model, level):
     text = conditioning(seed=1)
     plain = pass_gradient(patched, x_source, x, text)
     places = set(other.seen)
-    assert torch.equal(pass_gradient(patched, x_source, x, text, level), plain)
+    assert torch.equal(pass_gradient(patched, x_source, x, text, mode), plain)
     assert set(other.seen) == places
     assert not torch.equal(plain, pass_gradient(model, x_source, x, text))
 
@@ -100,11 +100,11 @@ def in_a_thread(outputs, inputs):
     return results
 
 
-@pytest.mark.parametrize("level", MODES)
-def test_the_backward_pass_may_run_in_another_thread(model, level):
+@pytest.mark.parametrize("mode", MODES)
+def test_the_backward_pass_may_run_in_another_thread(model, mode):
     x_source, x = latents(model)
     text = conditioning(seed=1)
-    elsewhere = pass_gradient(model, x_source, x, text, level, grad=in_a_thread)
+    elsewhere = pass_gradient(model, x_source, x, text, mode, grad=in_a_thread)
     assert torch.equal(elsewhere, pass_gradient(model, x_source, x, text))
 
 
@@ -140,12 +140,12 @@ def test_an_interruption_while_recomputing_is_heard_and_leaves_no_trace(model):
     assert torch.equal(pass_gradient(model, x_source, x, text, "blocks"), before)
 
 
-@pytest.mark.parametrize("level", RECOMPUTING)
+@pytest.mark.parametrize("mode", RECOMPUTING)
 @pytest.mark.parametrize("call", [1, 2], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     "layer", ["output_blocks.1.1.transformer_blocks.0.ff.net.0.proj", "input_blocks.1.0.in_layers.0"]
 )
-def test_running_out_of_memory_anywhere_lets_the_next_pass_run(model, level, layer, call, monkeypatch):
+def test_running_out_of_memory_anywhere_lets_the_next_pass_run(model, mode, layer, call, monkeypatch):
     x_source, x = latents(model)
     text = conditioning(seed=1)
     before = pass_gradient(model, x_source, x, text, "blocks")
@@ -161,7 +161,7 @@ def test_running_out_of_memory_anywhere_lets_the_next_pass_run(model, level, lay
     with monkeypatch.context() as patch:
         patch.setitem(module.__dict__, "forward", fail)
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            pass_gradient(model, x_source, x, text, level)
+            pass_gradient(model, x_source, x, text, mode)
     # The error is still held, as where a pass is tried again while it is handled.
     assert caught.value is not None
     saved = torch.tensor(1.0, requires_grad=True)
@@ -169,15 +169,15 @@ def test_running_out_of_memory_anywhere_lets_the_next_pass_run(model, level, lay
     assert torch.equal(pass_gradient(model, x_source, x, text, "blocks"), before)
 
 
-@pytest.mark.parametrize("level", RECOMPUTING)
-def test_modules_are_as_before_even_after_an_error(model, level):
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_modules_are_as_before_even_after_an_error(model, mode):
     unet = model.model.diffusion_model
     theirs = {module: (lambda *args, _forward=module.forward: _forward(*args)) for module in modules_of(unet)[:7]}
     for module, forward in theirs.items():
         module.forward = forward
     try:
         before = own_forwards(model)
-        with pytest.raises(KeyError), checkpointed(unet, level):
+        with pytest.raises(KeyError), checkpointed(unet, mode):
             assert own_forwards(model) != before
             raise KeyError
         assert own_forwards(model) == before

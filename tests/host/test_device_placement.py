@@ -3,8 +3,7 @@
 The other device is simulated (`other_device`): what CUDA would refuse raises there, and the numbers have to be the same.
 """
 
-import contextlib
-from functools import cached_property, partial
+from functools import partial
 
 import comfy.cli_args
 import comfy.model_management
@@ -16,11 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import attention_pytorch
-from other_device import OTHER, OtherTensor, other_device
+from other_device import OTHER
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
-from pix2pix_zero.editing.directions import EditDirection
-from pix2pix_zero.editing.trajectory import Inversion, KeptMaps, decode
+from pix2pix_zero.editing.trajectory import KeptMaps, decode
 from pix2pix_zero.host.distilled import run as distilled_run
 from pix2pix_zero.host.distilled.pair_sets import pair_up, save_pairs
 from pix2pix_zero.host.networks import model_kinds
@@ -33,75 +30,27 @@ from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel, Pix2PixZeroDemoScene
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from pix2pix_zero.nodes.distillation import Pix2PixZeroDistill
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
-from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.metrics import Pix2PixZeroEditMetrics
 from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
 from pix2pix_zero.nodes.reference import Pix2PixZeroReference
-from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
-from small_unet import CONFIG, conditioning, latent, small_model
-from tiny_clip import tiny_clip
+from small_unet import conditioning
 from tiny_judges import make_clip_folder, make_dino_folder, make_lpips_file
-
-CPU = torch.device("cpu")
-STEPS = 2
-SMALLER = {"transformer_depth": [0, 1], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1]}
-TEXT = "a cat on a sofa"
-ROOM = 2**36
-
-
-@contextlib.contextmanager
-def host_on(device, intermediate=CPU):
-    """While active, ComfyUI computes on this device. `intermediate`: where tensors are between nodes."""
-    host = comfy.model_management
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("get_torch_device", "text_encoder_device", "vae_device"):
-            patch.setattr(host, name, lambda: device)
-        if device == CPU:
-            yield
-            return
-        for name in ("get_free_memory", "get_total_memory"):
-            patch.setattr(host, name, lambda dev=None, both=False, **_both: (ROOM, ROOM) if both or _both else ROOM)
-        patch.setattr(host, "text_encoder_initial_device", lambda *args, **kwargs: CPU)
-        patch.setattr(host, "should_use_fp16", lambda *args, **kwargs: False)
-        patch.setattr(host, "intermediate_device", lambda: intermediate)
-        with other_device() as other:
-            yield other
-
-
-def pytorchs_attention(func, *args, **kwargs):
-    return attention_pytorch(*args, **kwargs)
-
-
-class Workplace:
-    """The same models on one device."""
-
-    def __init__(self, device):
-        self.device = device
-        self.model = self.new_model()
-        self.clip = tiny_clip()
-
-    def new_model(self, **options):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in SMALLER.items():
-                patch.setitem(CONFIG, name, value)
-            model = small_model(**options).model
-        patcher = comfy.model_patcher.ModelPatcher(model, load_device=self.device, offload_device=CPU)
-        # As the host chooses on a GPU; on a CPU it would sum in another order.
-        patcher.model_options["transformer_options"]["optimized_attention_override"] = pytorchs_attention
-        return patcher
-
-    @cached_property
-    def inversion(self):
-        return invert(self)[0]
-
-    @cached_property
-    def inversion_of_text(self):
-        return invert(self, [self.encode(TEXT)])[0]
-
-    def encode(self, text):
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+from workplaces import (
+    CPU,
+    STEPS,
+    TEXT,
+    Workplace,
+    assert_same,
+    edit,
+    host_on,
+    invert,
+    kept_levels,
+    left_half,
+    parts,
+    sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,105 +87,6 @@ def same_on_both(workplaces):
         return results[1]
 
     return check
-
-
-def parts(value):
-    """Tensors, texts and numbers in what a node returns."""
-    if isinstance(value, Inversion):
-        value = value.trajectory, value.sigmas, value.residuals, value.noise_mask, value.reconstruction_psnr
-    if isinstance(value, EditDirection):
-        value = value.tensors, value.first_token, value.encoder
-    if isinstance(value, dict):
-        value = [value[name] for name in sorted(value)]
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from parts(item)
-    else:
-        yield value
-
-
-def kept_levels(inversion):
-    levels = range(1, inversion.steps + 1)
-    return [level for level in levels if inversion.maps is not None and inversion.maps.get(level, CPU) is not None]
-
-
-def assert_same(ours, expected, tolerance):
-    if not isinstance(expected, torch.Tensor):
-        assert ours == (pytest.approx(expected, rel=1e-4, nan_ok=True) if isinstance(expected, float) else expected)
-        return
-    assert not isinstance(ours, OtherTensor), "it was left on the other device"
-    assert ours.dtype == expected.dtype
-    assert float((ours - expected).abs().max()) <= tolerance * float(expected.abs().max())
-
-
-def handed_over(value):
-    """What a node gives or takes, with its tensors where ComfyUI has them between nodes."""
-    if isinstance(value, torch.Tensor):
-        return value.to(comfy.model_management.intermediate_device())
-    if isinstance(value, dict):
-        return {name: handed_over(item) for name, item in value.items()}
-    return [handed_over(item) for item in value] if isinstance(value, list) else value
-
-
-def invert(workplace, texts=None, batch=1, noise_mask=None, model=None, **changes):
-    settings = dict(
-        steps=STEPS,
-        seed=0,
-        autocorrelation_weight=20.0,
-        kl_weight=1.0,
-        regularization_steps=1,
-        autocorrelation_rolls=2,
-        method="direct",
-    )
-    picture = latent(batch, 8, 12) | ({} if noise_mask is None else {"noise_mask": noise_mask})
-    inputs = {name: [value] for name, value in (settings | changes).items()}
-    model = workplace.model if model is None else model
-    result = Pix2PixZeroInversion.execute(
-        model=[model],
-        positive=handed_over(texts or [conditioning()]),
-        latent_image=[handed_over(picture)],
-        **inputs,
-    ).result
-    return [output for (output,) in result]
-
-
-def edit(workplace, inversion=None, texts=None, edits=None, model=None, **changes):
-    settings = dict(
-        cfg=2.0,
-        guidance_strength=6e-4,
-        start_percent=0.0,
-        end_percent=1.0,
-        preset="default",
-        local_blend=0.2,
-        feature_until=0.0,
-    )
-    inputs = {name: [value] for name, value in (settings | changes).items()}
-    (latents,), (area,) = Pix2PixZeroKSampler.execute(
-        model=[workplace.model if model is None else model],
-        inversion=[inversion or workplace.inversion],
-        positive=handed_over(edits or [conditioning(seed=1)]),
-        negative=handed_over(texts or [conditioning()]),
-        **handed_over(inputs),
-    ).result
-    return latents, area
-
-
-def sample(workplace, model, inversion, positive, negative):
-    """The stock guider from the inversion's noise."""
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(2.0)
-    noise = workplace.model.model.process_latent_out(inversion.trajectory[-1])
-    euler = comfy.samplers.sampler_object("euler")
-    return guider.sample(torch.zeros_like(noise), noise, euler, inversion.sigmas.flip(0), seed=0).to(
-        comfy.model_management.intermediate_device()
-    )
-
-
-def left_half():
-    mask = torch.zeros(1, 64, 96)
-    mask[:, :, :48] = 1
-    return mask
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,8 +16,8 @@ def vega(tmp_path_factory):
 
 
 def test_a_guided_pass_in_16_bit_takes_what_is_asked_for_or_a_little_less(vega):
-    for level, peak in vega["peak"].items():
-        assert 1.0 <= vega["estimate"][level] / peak <= 1.25, level
+    for mode, peak in vega["peak"].items():
+        assert 1.0 <= vega["estimate"][mode] / peak <= 1.25, mode
     assert vega["maps"] == vega["maps_estimate"]
 
 

@@ -113,5 +113,5 @@ def test_operations_of_other_packs_on_their_own_weights(model, name):
     patched.set_model_attn2_replace(patch, "input", 1)
     x_source, x = latents(model)
     expected = float64_gradient(model, x_source, x, conditioning(seed=1), foreign={("input", 1, 0): patch})
-    for level in ("none", "blocks"):
-        assert relative_error(pass_gradient(patched, x_source, x, conditioning(seed=1), level), expected) <= 5e-5
+    for mode in ("none", "blocks"):
+        assert relative_error(pass_gradient(patched, x_source, x, conditioning(seed=1), mode), expected) <= 5e-5

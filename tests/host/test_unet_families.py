@@ -135,7 +135,7 @@ def test_a_guided_edit_changes_the_picture_and_none_gives_it_back(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "level"),
+    ("family", "mode"),
     [
         ("sd15", "none"),
         ("sd20", "feed-forward"),
@@ -150,7 +150,7 @@ def test_a_guided_edit_changes_the_picture_and_none_gives_it_back(family):
         ("sd15-pix2pix", "none"),
     ],
 )
-def test_gradient_is_that_of_ordinary_autograd_in_float64(family, level):
+def test_gradient_is_that_of_ordinary_autograd_in_float64(family, mode):
     model = loaded(family)
     source, positive = texts(family), texts(family, seed=1)
     generator = torch.Generator().manual_seed(1)
@@ -160,7 +160,7 @@ def test_gradient_is_that_of_ordinary_autograd_in_float64(family, level):
     found = []
 
     def act(passes, sigma):
-        passes.checkpointing.mode = level
+        passes.checkpointing.mode = mode
         reference = passes.record_maps("source", x_source.clone(), sigma)
         found.extend(passes.map_gradient("positive", x.clone(), sigma, reference))
 
@@ -172,7 +172,7 @@ def test_gradient_is_that_of_ordinary_autograd_in_float64(family, level):
 
 
 @pytest.mark.parametrize(
-    ("family", "level"),
+    ("family", "mode"),
     [
         ("sd15", "none"),
         ("sdxl", "feed-forward"),
@@ -181,7 +181,7 @@ def test_gradient_is_that_of_ordinary_autograd_in_float64(family, level):
         ("koala-700m", "blocks"),
     ],
 )
-def test_memory_of_a_guided_pass_is_what_is_asked_for_or_a_little_less(family, level, monkeypatch):
+def test_memory_of_a_guided_pass_is_what_is_asked_for_or_a_little_less(family, mode, monkeypatch):
     model = loaded(family)
     side = 32
     x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
@@ -195,7 +195,7 @@ def test_memory_of_a_guided_pass_is_what_is_asked_for_or_a_little_less(family, l
 
     def act(passes, sigma):
         nonlocal held
-        passes.checkpointing.mode = level
+        passes.checkpointing.mode = mode
         reference = passes.record_maps("source", x.clone(), sigma)
         held = sum(maps.nbytes for maps in reference.values())
         with monkeypatch.context() as patch:
@@ -203,7 +203,7 @@ def test_memory_of_a_guided_pass_is_what_is_asked_for_or_a_little_less(family, l
             passes.denoise_and_match(1.1 * x, sigma, reference)
 
     in_guider(model, texts(family), texts(family, seed=1), act, (side, side))
-    estimate = guided_pass_memory(model, x.shape, level, TOKENS)
+    estimate = guided_pass_memory(model, x.shape, mode, TOKENS)
     assert 1.0 <= estimate / memory.peak <= 1.2
-    assert guided_pass_memory(model, x.shape, level, TOKENS, records=True) == estimate + held
-    assert guided_pass_memory(model, x.shape, level, 20 * TOKENS) > estimate, "longer texts have larger maps"
+    assert guided_pass_memory(model, x.shape, mode, TOKENS, records=True) == estimate + held
+    assert guided_pass_memory(model, x.shape, mode, 20 * TOKENS) > estimate, "longer texts have larger maps"

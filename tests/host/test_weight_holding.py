@@ -126,9 +126,9 @@ def test_a_lora_that_a_partially_loaded_model_computes_on_the_fly(little_memory)
         assert not has_constant_weights(base_model, CPU)
         return take()
 
-    for level in MODES:
-        ours = pass_gradient(patched, x_source, x, conditioning(seed=1), level, check)
-        assert relative_error(ours, expected) <= 5e-5, level
+    for mode in MODES:
+        ours = pass_gradient(patched, x_source, x, conditioning(seed=1), mode, check)
+        assert relative_error(ours, expected) <= 5e-5, mode
 
 
 class CastBuffers:
