@@ -44,10 +44,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices [N, rows, columns], up to singular values in about 0.7..1.2."""
+    """The nearest semi-orthogonal matrices [..., rows, columns], up to singular values in about 0.7..1.2."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    flipped = x.shape[1] > x.shape[2]
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    flipped = x.shape[-2] > x.shape[-1]
     x = x.mT if flipped else x
     for _ in range(ITERATIONS):
         gram = x @ x.mT

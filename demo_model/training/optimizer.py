@@ -7,17 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix up to singular values in about 0.7..1.2 (Jordan et al. 2024, Newton-Schulz)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    flipped = x.shape[0] > x.shape[1]
-    x = x.T if flipped else x
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if flipped else x
+from ...distillation.optimizer import orthogonalize
 
 
 class Muon:
