@@ -18,8 +18,8 @@ class AttentionHeat:
     def add(self, maps: torch.Tensor, shape: tuple[int, int]) -> None:
         """Count one layer's maps [B, heads, pixels, tokens] in one step; `shape` is their (height, width).
 
-        Texts of a batch are repeated to a common length (`host.batching`); their repeats count as one. Raises ValueError
-        for maps of another size.
+        Texts of a batch are repeated to a common length (`host.text.conditionings`); their repeats count as one. Raises
+        ValueError for maps of another size.
         """
         if maps.shape[2] != shape[0] * shape[1]:
             raise ValueError(
