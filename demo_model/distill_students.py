@@ -1,4 +1,4 @@
-"""Trains the students that ship with the demo: ``python dev.py train distilled --work FOLDER --edit cat2dog``.
+"""Trains the students that ship with the demo: `python dev.py train distilled --work FOLDER --edit cat2dog`.
 
 The pack's own guided edit of training scenes makes the pairs; a student learns from them alone. It is measured on the test
 scenes of `bench quality`, and written to FOLDER/EDIT/ with a sheet of test scenes (source, teacher, student). Pairs and

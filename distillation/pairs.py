@@ -9,8 +9,6 @@
 `edited/KEY.png` is written last and each file by renaming, so a pair is either whole or not there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -44,7 +42,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str) -> Pairs:
+    def to(self, device: torch.device | str) -> "Pairs":
         """The same on another device."""
         return Pairs(self.keys, self.sources.to(device), self.edited.to(device), self.areas.to(device))
 
@@ -53,14 +51,14 @@ class Pairs:
         chosen = torch.as_tensor(indices, device=self.sources.device)
         return tuple(data[chosen].float() / 255 for data in (self.sources, self.edited, self.areas))
 
-    def split(self) -> tuple[Pairs, Pairs]:
+    def split(self) -> tuple["Pairs", "Pairs"]:
         """(to train on, held out): a tenth by key, the same whatever else is in the set. Neither is empty."""
         held = [is_held_out(key) for key in self.keys]
         if all(held) or not any(held):
             held = [index == 0 for index in range(len(held))]
         return self._where([not flag for flag in held]), self._where(held)
 
-    def _where(self, flags: list[bool]) -> Pairs:
+    def _where(self, flags: list[bool]) -> "Pairs":
         indices = [index for index, flag in enumerate(flags) if flag]
         keys = [self.keys[index] for index in indices]
         return Pairs(keys, self.sources[indices], self.edited[indices], self.areas[indices])
@@ -137,8 +135,7 @@ class PairFolder:
     def read(self, keys: Iterable[str] | None = None) -> Pairs:
         """Load pairs, all of them if no keys are given.
 
-        Raises:
-            PairError: There is none, a file cannot be read, or not all are of one size; it names them.
+        Raises PairError: there is none, a file cannot be read, or not all are of one size; it names them.
         """
         keys = self.keys() if keys is None else list(keys)
         if not keys:

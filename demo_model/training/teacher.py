@@ -1,7 +1,5 @@
 """Pairs for the demo's students: training scenes, edited by the pack's own nodes."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import time

@@ -1,7 +1,5 @@
 """Data sets of pairs below ComfyUI's output folder: filled by Save Edit Pair, learnt by Distill Edit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a user sees of a student: a preview while it trains, a strip of held-out pairs, a report."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +52,7 @@ def framed(picture: torch.Tensor) -> torch.Tensor:
     return marked
 
 
-def write_report(wish: Wish, run: Training, errors: list[float]) -> str:
+def write_report(wish: "Wish", run: Training, errors: list[float]) -> str:
     """What was trained on what, and how near it comes to edits that it has not seen."""
     pairs = len(run.pairs) + len(run.held_out)
     height, width = run.pairs.sources.shape[-2:]

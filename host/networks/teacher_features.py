@@ -1,7 +1,5 @@
 """The teacher's own networks as a feature extractor: no other network has to be downloaded."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """An edit distilled on a real server, and its file in the stock nodes of a server that does not have this pack."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
