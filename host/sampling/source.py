@@ -7,6 +7,7 @@ not for the source, nor the other way round. So the source's are loaded with the
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -29,12 +30,9 @@ class EditGuider(CFGGuider):
 
     def __init__(self, model: ModelPatcher):
         super().__init__(model.clone())
-        self.model_patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pix2pix_zero_source", self._load)
-
-    def _load(self, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
-        real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
-        self._source = conds[SOURCE]
-        return real_model, {name: entries for name, entries in conds.items() if name != SOURCE}, models
+        self._loaded = {}  # not `self`, which the MODEL would hold in a circle
+        wrapper = partial(_load_and_take_out, self._loaded)
+        self.model_patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pix2pix_zero_source", wrapper)
 
     def add_source(self, picture: torch.Tensor) -> None:
         """Put the source beside the other conditionings, once a sampler runs. The host cleans it up with them.
@@ -42,7 +40,14 @@ class EditGuider(CFGGuider):
         `picture`: the model's latent [B, C, H, W] that it describes.
         """
         device = self.model_patcher.load_device
-        self.conds[SOURCE] = _process(self.inner_model, self._source, picture.to(device), device)
+        self.conds[SOURCE] = _process(self.inner_model, self._loaded[SOURCE], picture.to(device), device)
+
+
+def _load_and_take_out(loaded: dict, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
+    """A PREPARE_SAMPLING wrapper: the source is loaded with the other conditionings, and then stands in `loaded` alone."""
+    real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
+    loaded[SOURCE] = conds[SOURCE]
+    return real_model, {name: entries for name, entries in conds.items() if name != SOURCE}, models
 
 
 def load_with_source(inversion: Inversion, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:

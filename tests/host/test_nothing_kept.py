@@ -1,12 +1,14 @@
 """A guided step leaves no tensor behind once its gradient is taken."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 from guided_pass import latents, loaded_model
 from pix2pix_zero.attention_patches import attention
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
+from pix2pix_zero.host.sampling.source import EditGuider
 from pix2pix_zero.host.unet.checkpointing import MODES
 from pix2pix_zero.host.unet.map_jobs import Checkpointing
 from plain_unet import PlainUNet, guider_gradient
@@ -47,3 +49,15 @@ def test_a_gradient_that_overflows_is_taken_again_at_a_smaller_scale(monkeypatch
     expected, _ = PlainUNet(model).gradient(text[0][0], x_source, x)
     assert len(scales) >= 2 and scales[1] == scales[0] / 64
     assert float((gradient - expected).norm() / expected.norm()) <= 0.01
+
+
+def test_the_model_of_an_edit_goes_with_its_guider():
+    """The host counts models without a ModelPatcher, so none may wait for the garbage collector."""
+    guider = EditGuider(loaded_model())
+    patcher = weakref.ref(guider.model_patcher)
+    gc.disable()
+    try:
+        del guider
+        assert patcher() is None
+    finally:
+        gc.enable()
