@@ -234,6 +234,24 @@ def prompt_to_prompt() -> Picture:
 
 
 @recipe
+def flow_edit() -> Picture:
+    demo = Demo(seed=12)
+    row = {"source": demo.scene[0]}
+    texts = {"source": demo.source[0], "target": demo.apply()[0]}
+    for skip in (0.0, 0.33, 0.6):
+        edited = demo.add(
+            "Pix2PixZeroFlowEdit",
+            model=demo.model[0],
+            latent_image=demo.latent[0],
+            cfg=demo.edit.cfg,
+            skip=skip,
+            **texts,
+        )
+        row[f"skip {skip:g}"] = demo.decode(edited[0])
+    return demo, row
+
+
+@recipe
 def distilled() -> Picture:
     demo = Demo("day2night")
     scene, caption = demo.scene, demo.caption

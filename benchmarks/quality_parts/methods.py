@@ -10,6 +10,7 @@ from torch import Tensor
 import nodes as host_nodes
 
 from ...host.sampling.edit import EditSettings, sample_edit
+from ...host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from ...host.sampling.invert import inverted_noise
 from ...nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from ...nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
@@ -122,6 +123,12 @@ def plug_and_play_shorter(bench: Workbench, cfg: float) -> Tensor:
     return plug_and_play(bench, cfg, feature_until=0.5)
 
 
+def flow_edit(bench: Workbench, cfg: float, **changes) -> Tensor:
+    """FlowEdit, which needs no inversion, with the node's defaults. `changes`: of its settings."""
+    settings = FlowEditing(steps=bench.steps, cfg=cfg, **changes)
+    return flow_edit_latent(bench.model, bench.described, bench.moved, None, {"samples": bench.latent}, settings)[0]
+
+
 def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float) -> Tensor:
     (guider,) = stock.CFGGuider.execute(model, positive, negative, cfg).result
     (nothing,) = stock.DisableNoise.execute().result
@@ -142,4 +149,5 @@ METHODS = [
     Method("Prompt-to-Prompt", "cfg", CFG, prompt_to_prompt),
     Method("Plug-and-Play", "cfg", (*CFG, 7.5), plug_and_play),
     Method("Plug-and-Play 0.5", "cfg", (*CFG, 7.5), plug_and_play_shorter),
+    Method("FlowEdit", "cfg", CFG, flow_edit),
 ]

@@ -77,7 +77,7 @@ class _LockstepSampling:
         """Sample with the source's conditioning at hand in the model options."""
         self._check_start(noise, args[0] if args else kwargs.get("latent_image"))
         with processed_source(guider, self.inversion) as source:
-            mask = NoiseMask(self.inversion, guider, extra_args["model_options"], sigmas)
+            mask = NoiseMask(self.inversion.noise_mask, guider, extra_args["model_options"], sigmas)
             extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 

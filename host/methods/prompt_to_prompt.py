@@ -142,7 +142,7 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
         with processed_source(guider, edit.inversion) as source:
             if source[0].get("area") is not None:
                 raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
-            mask = NoiseMask(edit.inversion, guider, options, sigmas)
+            mask = NoiseMask(edit.inversion.noise_mask, guider, options, sigmas)
             kept = KeptEstimate(edit.inversion, mask, sigmas, takes_ddim_steps(executor.class_obj))
             options["transformer_options"][KEY] = Sampling(edit, guider, source, kept)
             return executor(guider, sigmas, {**extra_args, "model_options": options}, callback, noise, *args, **kwargs)

@@ -159,7 +159,7 @@ class _Edit:
         arguments = {**run.extra_args, "model_options": self._with_source_features(run)}
         passes = UNetPasses(run.model_k, arguments, cross_attention_sites(unet), self._checkpointing(run))
         blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
-        noise_mask = NoiseMask(inversion, run.guider, run.model_options, run.sigmas)
+        noise_mask = NoiseMask(inversion.noise_mask, run.guider, run.model_options, run.sigmas)
         # The stock sampler masks with a step's noise level before the step and after it.
         kept = KeptSource(inversion, lambda level: noise_mask.at(float(inversion.sigmas[max(level, 1)]), x), blend)
         shapes = map_shapes(unet, inversion.trajectory.shape[-2:])

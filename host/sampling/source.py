@@ -5,6 +5,7 @@ not for the source, nor the other way round. So the source's are loaded with the
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -78,13 +79,13 @@ def _process(model: BaseModel, source: list[dict], picture: torch.Tensor, device
 
 
 class NoiseMask:
-    """The inversion's noise mask in one sampling, as Differential Diffusion and the like change it along the way.
+    """A noise mask in one sampling, as Differential Diffusion and the like change it along the way.
 
-    `sigmas`: the noise levels of that sampling, descending.
+    `mask`: of any size, None where everything may change. `sigmas`: the noise levels of that sampling, descending.
     """
 
-    def __init__(self, inversion: Inversion, guider: CFGGuider, model_options: dict, sigmas: torch.Tensor):
-        self.mask = inversion.noise_mask
+    def __init__(self, mask: torch.Tensor | None, guider: CFGGuider, model_options: dict, sigmas: torch.Tensor):
+        self.mask = mask
         self.change = model_options.get("denoise_mask_function")
         self.context = {"model": guider, "sigmas": sigmas}
 
@@ -98,29 +99,41 @@ class NoiseMask:
         return self.change(like.new_full((len(like),), sigma), mask, extra_options=self.context)
 
 
-def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
-    """The inversion limited to a MASK [B or 1, height, width] as well, 1 where the picture may change.
+def limited(noise_mask: torch.Tensor | None, mask: torch.Tensor | None, latent: torch.Tensor) -> torch.Tensor | None:
+    """A latent's noise mask limited to a MASK [B or 1, height, width] as well, 1 where the picture may change.
 
     Raises ValueError for NaN.
     """
+    for tensor, socket in ((noise_mask, "latent_image"), (mask, "mask")):
+        if tensor is not None:
+            check_finite(tensor, socket, "Draw the mask again.")
+    both = [_latent_mask(tensor, latent) for tensor in (mask, noise_mask) if tensor is not None]
+    return math.prod(both) if both else None
+
+
+def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
+    """The inversion `limited` to a MASK [B or 1, height, width] as well."""
     if mask is None:
         return inversion
-    check_finite(mask, "mask", "Draw it again.")
-    mask = _latent_mask(mask, inversion.trajectory[0])
-    if inversion.noise_mask is not None:
-        mask = mask * _latent_mask(inversion.noise_mask, inversion.trajectory[0])
-    return replace(inversion, noise_mask=mask)
+    return replace(inversion, noise_mask=limited(inversion.noise_mask, mask, inversion.trajectory[0]))
 
 
 def edited_area(model: ModelPatcher, inversion: Inversion, blend_mask: torch.Tensor | None) -> torch.Tensor:
+    """`area_of` an inverted picture."""
+    return area_of(model, inversion.trajectory[0], inversion.noise_mask, blend_mask)
+
+
+def area_of(
+    model: ModelPatcher, latent: torch.Tensor, noise_mask: torch.Tensor | None, blend_mask: torch.Tensor | None
+) -> torch.Tensor:
     """Where a picture could change in an edit, as a MASK [B, height, width] of the picture's size.
 
-    `blend_mask`: [B, 1, H, W] in 0..1, what a local blend has found, if there is one.
+    `latent`: the source's, [B, C, H, W]. `noise_mask`: of any size. `blend_mask`: [B, 1, H, W] in 0..1, what a local blend
+    has found. Both None where nothing limits the edit.
     """
-    latent = inversion.trajectory[0]
     area = torch.ones_like(latent[:, :1])
-    if inversion.noise_mask is not None:
-        area = _latent_mask(inversion.noise_mask, latent)[:, :1]
+    if noise_mask is not None:
+        area = _latent_mask(noise_mask, latent)[:, :1]
     if blend_mask is not None:
         area = area * blend_mask.to(area)
     ratio = pixels_per_latent(model)

@@ -20,11 +20,12 @@ NAMES = [
     "compare_methods",
     "edit_a_generated_image",
     "edit_your_picture",
+    "flowedit",
     "plug_and_play",
     "prompt_to_prompt",
     "sdedit_and_word_swap",
 ]
-ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture"]
+ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture", "flowedit"]
 SUBGRAPHS = ROOT / "subgraphs"
 TITLE_HEIGHT = 30
 
