@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -157,7 +158,7 @@ def _root(failure: BaseException) -> str:
     """The innermost reason, without the objects that it is wrapped in."""
     reason = getattr(failure.args[0], "reason", None) if failure.args else None
     words = str(reason or failure)
-    return words.rpartition(": ")[2] or type(failure).__name__
+    return re.sub(r"^\[Errno \d+\] ", "", words.rpartition(": ")[2]) or type(failure).__name__
 
 
 def _refusal(answer: requests.Response) -> str:

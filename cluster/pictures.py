@@ -56,9 +56,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self._fresh) + len(self._again)
 
-    def take(self, server: object, ready: set[object]) -> tuple[Task, bytes] | None:
-        """The next one for a server. One that failed goes to another of those that are ready, if it can."""
-        for task in [task for task in self._again if server not in task.failed_by or ready <= task.failed_by]:
+    def take(self, server: object, servers: set[object]) -> tuple[Task, bytes] | None:
+        """The next one for a server. One that failed goes to another one of `servers`, those that can be counted on."""
+        for task in [task for task in self._again if server not in task.failed_by or servers <= task.failed_by]:
             self._again.remove(task)
             if content := self._read(task):
                 return task, content

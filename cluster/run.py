@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .comfyui import Start
+from .comfyui import START_PATIENCE, Start
 from .pictures import Pictures, Progress, Task, list_pictures
 from .results import Results
 from .worker import FAILED, LOST, MADE, UNFIT, Answer, ServerSpec, Worker
@@ -38,6 +40,7 @@ class Server:
 
     name: str
     actor: object
+    asked: float = 0.0  # when it was asked to start
     ready: bool = False
     blames: int = 0
     last_words: str = ""
@@ -60,12 +63,13 @@ def _work(pictures: Pictures, servers: list[Server], progress: Progress) -> None
     """Hand pictures to servers until none is left."""
     import ray
 
-    running: dict = {server.actor.start.remote(): (server, None) for server in servers}
+    running: dict = {_start(server): (server, None) for server in servers}
     while True:
         busy = {server for server, _ in running.values()}
         ready = {server for server in servers if server.ready}
+        soon = {server for server in servers if time.monotonic() - server.asked < START_PATIENCE}
         for server in ready - busy:
-            if taken := pictures.take(server, ready):
+            if taken := pictures.take(server, ready | soon):
                 task, content = taken
                 running[server.actor.edit.remote(content, task.path.suffix)] = (server, task)
         if not len(pictures) and not any(task for _, task in running.values()):
@@ -85,9 +89,14 @@ def _work(pictures: Pictures, servers: list[Server], progress: Progress) -> None
                 _blame(task.failed_by, server, servers)
             else:
                 if _failed(server, task, answer, servers):
-                    running[server.actor.start.remote()] = (server, None)
+                    running[_start(server)] = (server, None)
                 pictures.put_back(task)
         progress.tell(sum(server.ready for server in servers))
+
+
+def _start(server: Server) -> object:
+    server.asked = time.monotonic()
+    return server.actor.start.options(max_task_retries=-1).remote()
 
 
 def _answer(reference) -> Answer:
@@ -145,6 +154,7 @@ def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
     import ray
     from ray import cloudpickle
 
+    _check_address(settings.address)
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not settings.address:
         # on the loopback address, and with no more shared memory than some pictures need
@@ -167,6 +177,16 @@ def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
         _end(servers)
 
 
+def _check_address(address: str) -> None:
+    """Raises ClusterError if nothing listens there, where Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 10).close()
+        except OSError as failure:
+            raise ClusterError(f"--address: no Ray answers at {address} ({failure.strerror or failure}).") from failure
+
+
 def _actors(settings: Settings, workflow: Workflow) -> list[Server]:
     import ray
 
@@ -179,7 +199,7 @@ def _actors(settings: Settings, workflow: Workflow) -> list[Server]:
             "let several share one with --gpus-each."
         )
     # a picture is tried again here, perhaps elsewhere; a start waits until Ray has brought a lost actor back
-    options = {"max_restarts": -1, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
+    options = {"max_restarts": -1, "max_concurrency": 2, "scheduling_strategy": "SPREAD", "num_cpus": 0}
     servers = []
     for number, spec in enumerate(settings.servers, 1):
         actor = ray.remote(**options, num_gpus=0 if spec.url else each)(Worker).remote(spec, workflow)

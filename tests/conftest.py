@@ -46,6 +46,7 @@ LONGEST = (
     "server",
     "browser",
     "test_quality_benchmark.py",
+    "test_cluster.py",
     "test_composition.py",
     "test_demo_training.py",
     "test_demo_edit.py",

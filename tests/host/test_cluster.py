@@ -7,8 +7,10 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cluster_runs import Program, cluster_python, edit_workflow, pixels, write_scenes
+from PIL import Image
 from pix2pix_zero.devtools import server as servers
 from pix2pix_zero.devtools.environment import running
 from pix2pix_zero.devtools.process import one_thread
@@ -52,16 +54,19 @@ def asked(work: Path, out: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def expected(python, work) -> dict[str, bytes]:
-    """The pairs of a run on one server, which somebody else has started."""
-    with (
-        servers.Server(
-            running(), keep=work / "base", options=["--disable-api-nodes"], gpu=False, variables=one_thread()
-        ) as up,
-        Program(python, [*asked(work, work / "one"), "--servers", up.url], work) as program,
-    ):
-        assert "8 of 8" in program.end()
-        assert program.process.returncode == 0
+def one_server(work):
+    """A server that somebody else has started."""
+    options = ["--disable-api-nodes"]
+    with servers.Server(running(), keep=work / "base", options=options, gpu=False, variables=one_thread()) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def expected(python, work, one_server) -> dict[str, bytes]:
+    """The pairs of a run on one server."""
+    with Program(python, [*asked(work, work / "one"), "--servers", one_server.url], work) as program:
+        told = program.end()
+        assert program.process.returncode == 0 and "8 of 8" in told, told
         assert program.nothing_is_left()
     found = pixels(work / "one")
     assert len(found) == 3 * SCENES
@@ -78,21 +83,23 @@ def is_complete(out: Path, expected: dict[str, bytes]) -> bool:
     return pixels(out) == expected and sum(name.endswith(".txt") for name in files) == SCENES
 
 
-def test_no_pair_is_lost_when_an_actor_is_killed(python, work, command, expected):
+def test_no_pair_is_lost_when_the_actors_are_killed(python, work, command, expected):
     out = work / "actor"
     with Program(python, command(out), work) as program:
         program.wait_for(lambda: made(out) >= 2, "two pairs")
-        server = program.servers()[0]
-        actor = server.parent()
-        assert "ray" in actor.name().lower()
-        actor.kill()
+        killed = program.servers()
+        assert len(killed) == 2
+        for server in killed:
+            actor = server.parent()
+            assert "ray" in actor.name().lower()
+            actor.kill()
         told = program.end()
         assert program.process.returncode == 0, told
         assert is_complete(out, expected)
-        assert not server.is_running() and program.nothing_is_left()
+        assert not any(server.is_running() for server in killed) and program.nothing_is_left()
 
 
-def test_no_pair_is_lost_when_a_server_is_killed(python, work, command, expected):
+def test_no_pair_is_lost_when_the_servers_are_killed(python, work, command, expected):
     out = work / "server"
     with Program(python, command(out), work) as program:
         program.wait_for(lambda: made(out) >= 2, "two pairs")
@@ -128,3 +135,46 @@ def test_ctrl_c_ends_in_order(python, work, command, expected):
         assert "Stopped. What is done is kept" in program.end()
         assert program.process.returncode == 130
         assert program.nothing_is_left()
+
+
+def test_a_folder_with_broken_pictures_is_edited_but_for_those(python, work, one_server, tmp_path):
+    """Stock nodes only; the server's words are told, and nothing of the pictures stays in its output."""
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "mine.png"}, "_meta": {"title": "source"}},
+        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "mine"}},
+    }
+    (tmp_path / "edit.json").write_text(json.dumps(graph))
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    whole = (work / "pictures" / "0.png").read_bytes()
+    for name, content in (("whole.png", whole), ("cut.png", whole[:300]), ("words.jpg", b"no picture")):
+        (folder / name).write_bytes(content)
+    with Program(python, [*asked(tmp_path, out), "--servers", one_server.url], work) as program:
+        told = program.end()
+        assert program.process.returncode == 1 and "3 of 3, 2 failed (failed.jsonl)" in told, told
+    noted = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert {Path(line["picture"]).name for line in noted} == {"cut.png", "words.jpg"}
+    assert all(len(line["words"]) == 3 and "LoadImage (node 1): " in line["words"][0] for line in noted)
+    (edited,) = (np.asarray(Image.open(path), dtype=int) for path in out.glob("whole-*.png"))
+    assert (edited == 255 - np.asarray(Image.open(folder / "whole.png"), dtype=int)).all()
+    assert not list((work / "base" / "output").glob("*.png"))
+
+
+def test_a_node_that_a_real_server_does_not_know_is_told(python, work, one_server, tmp_path):
+    graph = edit_workflow()
+    graph["9"]["class_type"] = "NodeOfAnotherPack"
+    (tmp_path / "edit.json").write_text(json.dumps(graph))
+    command = [
+        "pairs",
+        "--workflow",
+        tmp_path / "edit.json",
+        "--pictures",
+        work / "pictures",
+        "--out",
+        tmp_path / "out",
+    ]
+    with Program(python, [*command, "--servers", one_server.url], work) as program:
+        assert "it does not know NodeOfAnotherPack. Install the packs" in program.end()
+        assert program.process.returncode == 1
+    assert not pixels(tmp_path / "out")
