@@ -32,6 +32,21 @@ def _counted(part: str) -> tuple[int, str]:
     return (int(part), "") if part.isdecimal() else (-1, part.lower())
 
 
+def is_cut_off(content: bytes) -> bool:
+    """Whether a file ends before its picture does. ComfyUI would take it, and draw the rest grey."""
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return int.from_bytes(content[4:8], "little") + 8 > len(content)
+    if content.startswith(b"\xff\xd8"):
+        place = 2
+        # segments up to the scan, which a thumbnail in one of them does not end
+        while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+        return b"\xff\xd9" not in content[place:]
+    return False
+
+
 @dataclass(eq=False)
 class Task:
     """A picture that is to be made. `words`: of each try that failed; `failed_by`: the servers of those."""
@@ -89,13 +104,14 @@ class Pictures:
 
     def _read(self, task: Task) -> bytes:
         try:
-            content, words = task.path.read_bytes(), "it is empty"
+            content, words = task.path.read_bytes(), "its end is missing"
         except OSError as failure:
             content, words = b"", f"it cannot be read ({failure.strerror or failure})"
-        if not content:
-            task.words.append(words)
-            self._give_up(task)
-        return content
+        if content and not is_cut_off(content):
+            return content
+        task.words.append(words)
+        self._give_up(task)
+        return b""
 
     def _give_up(self, task: Task) -> None:
         self._results.fail(task.key, task.path, task.words)

@@ -154,10 +154,12 @@ def test_a_folder_with_broken_pictures_is_edited_but_for_those(python, work, one
         told = program.end()
         assert program.process.returncode == 1 and "3 of 3, 2 failed (failed.jsonl)" in told, told
     noted = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
-    assert {Path(line["picture"]).name for line in noted} == {"cut.png", "words.jpg"}
-    assert all(len(line["words"]) == 3 and "LoadImage (node 1): " in line["words"][0] for line in noted)
+    words = {Path(line["picture"]).name: line["words"] for line in noted}
+    assert words["cut.png"] == ["its end is missing"]
+    assert len(words["words.jpg"]) == 3 and "LoadImage (node 1): " in words["words.jpg"][0]
     (edited,) = (np.asarray(Image.open(path), dtype=int) for path in out.glob("whole-*.png"))
-    assert (edited == 255 - np.asarray(Image.open(folder / "whole.png"), dtype=int)).all()
+    source = np.asarray(Image.open(folder / "whole.png"), dtype=int)
+    assert abs(edited - (255 - source)).max() <= 1  # the host rounds down
     assert not list((work / "base" / "output").glob("*.png"))
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pix2pix_zero.cluster import pack as packing
 from pix2pix_zero.cluster import results as folder_of_results
 from pix2pix_zero.cluster.commands import main
-from pix2pix_zero.cluster.pictures import Pictures, list_pictures
+from pix2pix_zero.cluster.pictures import Pictures, is_cut_off, list_pictures
 from pix2pix_zero.cluster.results import Results
 from pix2pix_zero.cluster.workflow import ClusterError, Workflow, read_workflow
 from pix2pix_zero.devtools.hosts import ROOT
@@ -279,6 +279,24 @@ def test_a_folder_without_pictures_is_told(tmp_path, folder, words):
         list_pictures(tmp_path / folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.png", {}),
+        ("a.webp", {}),
+        ("a.jpg", {}),
+        ("a.jpg", {"progressive": True}),
+        ("a.jpg", {"exif": b"Exif\0\0\xff\xd9"}),
+    ],
+)
+def test_a_file_that_was_cut_off_is_recognized(tmp_path, name, options):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / name, **options)
+    content = (tmp_path / name).read_bytes()
+    assert not is_cut_off(content) and not is_cut_off(content + b"a trailer")
+    assert all(is_cut_off(content[:end]) for end in (len(content) // 2, len(content) - 20))
+
+
 @pytest.fixture
 def three(tmp_path, workflow):
     """(pictures, out): three files, two of them equal, and an empty one."""
@@ -295,7 +313,7 @@ def test_equal_pictures_are_handed_out_once_and_empty_ones_are_listed(three):
     handed = [pictures.take("a", {"a"}) for _ in range(3)]
     assert [taken and taken[1] for taken in handed] == [b"p", b"q", None]
     assert (pictures.there, pictures.failed, len(pictures)) == (1, 1, 0)
-    assert json.loads((out / "failed.jsonl").read_text())["words"] == ["it is empty"]
+    assert json.loads((out / "failed.jsonl").read_text())["words"] == ["its end is missing"]
 
 
 def test_a_picture_that_failed_goes_to_another_server_and_is_given_up_after_three_tries(three):
