@@ -90,3 +90,8 @@ def sample_scene(seed: int | random.Random, **fixed: object) -> Scene:
         seed=seed,
     )
     return replace(scene, **fixed)
+
+
+def further_away(scene: Scene, distance: float) -> Scene:
+    """The scene with its animal `distance` times as far away: smaller, and as much closer to the horizon."""
+    return replace(scene, size=scene.size / distance, y=scene.horizon - (scene.horizon - scene.y) / distance)

@@ -208,33 +208,38 @@ def _draw_subject(image: Image.Image, scene: Scene, n: int) -> None:
     _HEADS[scene.subject](_Pen(*position, scene.tilt, scene.flip, tint), scene, coat)
 
 
-_ROWS, _COLUMNS = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-_HATCHING = (0.5 + 0.5 * np.sin(2 * np.pi * (_ROWS + _COLUMNS) / 8))[..., None]
-_BLOTCHES = (np.sin(2 * np.pi * _ROWS / 16) * np.sin(2 * np.pi * _COLUMNS / 16))[..., None]
+def _rows_and_columns(picture: np.ndarray) -> np.ndarray:
+    """Of the picture as it is at 128x128, each [height, width, 1]."""
+    size = picture.shape[0]
+    return np.mgrid[0:size, 0:size].astype(np.float32)[..., None] * (SIZE / size)
 
 
 def _pencil(picture: np.ndarray) -> np.ndarray:
+    rows, columns = _rows_and_columns(picture)
+    hatching = 0.5 + 0.5 * np.sin(2 * np.pi * (rows + columns) / 8)
     light = picture @ np.array([[0.30], [0.59], [0.11]], np.float32)
     padded = np.pad(light, ((1, 1), (1, 1), (0, 0)), mode="edge")
     edges = np.hypot(padded[2:, 1:-1] - padded[:-2, 1:-1], padded[1:-1, 2:] - padded[1:-1, :-2])
-    grey = 0.98 - (1 - light) * (0.48 + 0.22 * _HATCHING) - 0.7 * edges
+    grey = 0.98 - (1 - light) * (0.48 + 0.22 * hatching) - 0.7 * edges
     return np.repeat(grey, 3, axis=2) * np.array([1.0, 0.99, 0.96], np.float32)
 
 
 def _pastel(picture: np.ndarray) -> np.ndarray:
+    rows, columns = _rows_and_columns(picture)
+    blotches = np.sin(2 * np.pi * rows / 16) * np.sin(2 * np.pi * columns / 16)
     mean = picture.mean(axis=2, keepdims=True)
     warm = (mean + 1.45 * (picture - mean)) * np.array([1.10, 0.98, 0.78], np.float32) + np.array(
         [0.05, 0.0, 0.03], np.float32
     )
-    return warm * (1 + 0.11 * _BLOTCHES)
+    return warm * (1 + 0.11 * blotches)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw `scene`: uint8 RGB array of shape [128, 128, 3]."""
-    n = SIZE * SUPERSAMPLING
+def render(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """Draw `scene`: uint8 RGB array of shape [size, size, 3]. The demo model knows pictures of 128."""
+    n = size * SUPERSAMPLING
     image = _draw_background(scene, n)
     _draw_subject(image, scene, n)
-    image = image.resize((SIZE, SIZE), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(0.8))
+    image = image.resize((size, size), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(0.8))
     picture = np.asarray(image, dtype=np.float32) / 255
     if scene.style == "pencil sketch":
         picture = _pencil(picture)
@@ -243,13 +248,13 @@ def render(scene: Scene) -> np.ndarray:
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def subject_mask(scene: Scene) -> np.ndarray:
-    """Where the animal is: bool array of shape [128, 128], true in every pixel it touches."""
-    n = SIZE * SUPERSAMPLING
+def subject_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """Where the animal is: bool array of shape [size, size], true in every pixel it touches."""
+    n = size * SUPERSAMPLING
     drawn = []
     for backdrop in ((255, 0, 255), (0, 255, 0)):
         image = Image.new("RGB", (n, n), backdrop)
         _draw_subject(image, scene, n)
         drawn.append(np.asarray(image))
     covered = (drawn[0] == drawn[1]).all(axis=-1)
-    return covered.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING).any(axis=(1, 3))
+    return covered.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).any(axis=(1, 3))

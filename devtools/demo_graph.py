@@ -18,6 +18,21 @@ class Demo(Graph):
         self.latent = self.add("VAEEncode", pixels=self.scene[0], vae=self.model[2])
         self.inversion = self.invert()
 
+    def work_on(self, picture: Node, **knobs: object) -> None:
+        """Caption and invert another picture, the first output of a node. `knobs`: of the inversion."""
+        self.scene = picture
+        self.caption = self.copy(self.caption, image=picture[0])
+        self.source = self.encode(self.caption[0])
+        self.latent = self.copy(self.latent, pixels=picture[0])
+        self.inversion = self.invert(**knobs)
+
+    def work_on_part(self, context: float) -> Node:
+        """Work on the part of the scene around its animal; the node that cuts it out."""
+        image, mask = self.scene[0], self.scene[1]
+        part = self.add("Pix2PixZeroCrop", image=image, mask=mask, model_size=128, context=context, shape="square")
+        self.work_on(part)
+        return part
+
     def encode(self, text: object) -> Node:
         """The conditioning of a text."""
         return self.add("CLIPTextEncode", clip=self.model[1], text=text)

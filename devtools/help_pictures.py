@@ -163,11 +163,7 @@ def saved_direction() -> Picture:
     row = {}
     demo = Demo(seed=8)
     for number, seed in enumerate((5, 8, 11), start=1):
-        demo.scene = demo.copy(demo.scene, seed=seed)
-        demo.caption = demo.copy(demo.caption, image=demo.scene[0])
-        demo.source = demo.encode(demo.caption[0])
-        demo.latent = demo.copy(demo.latent, pixels=demo.scene[0])
-        demo.inversion = demo.invert()
+        demo.work_on(demo.copy(demo.scene, seed=seed))
         row[f"{number}"] = demo.scene[0]
         row[f"{number}, cat to dog"] = demo.edited()
     return demo, row
@@ -200,6 +196,20 @@ def sampler_cfg() -> Picture:
     row = {f"cfg {value:g}": demo.edited(cfg=value) for value in (1.0, 1.5, 3.0)}
     row |= {f"guidance {value:g}": demo.edited(cfg=3.0, guidance_strength=value) for value in (0.1, 1.0)}
     return demo, row
+
+
+@recipe
+def paste() -> Picture:
+    demo = Demo(seed=11)
+    scene = demo.scene = demo.copy(demo.scene, side=512, distance=3.0)
+    crop = demo.work_on_part(context=1.2)
+    mask = demo.add("GrowMask", mask=crop[1], expand=14, tapered_corners=True)
+    sampled = demo.sample(mask=mask[0], feature_until=demo.edit.feature_until)
+    edited = demo.decode(sampled[0])
+    pasted = demo.add(
+        "Pix2PixZeroPasteEdit", source=scene[0], edited=edited, edited_area=sampled[1], crop_region=crop[2]
+    )
+    return demo, {"source 512x512": scene[0], "crop 128x128": crop[0], "edited": edited, "pasted": pasted[0]}
 
 
 @recipe
@@ -254,13 +264,9 @@ def flow_edit() -> Picture:
 @recipe
 def distilled() -> Picture:
     demo = Demo("day2night")
-    scene, caption = demo.scene, demo.caption
     sources, edits = [], []
     for seed in range(100, 164):
-        demo.scene = demo.copy(scene, seed=seed)
-        demo.source = demo.encode(demo.copy(caption, image=demo.scene[0])[0])
-        demo.latent = demo.copy(demo.latent, pixels=demo.scene[0])
-        demo.inversion = demo.invert(steps=10)
+        demo.work_on(demo.copy(demo.scene, seed=seed), steps=10)
         sources.append(demo.scene[0])
         edits.append(demo.edited(local_blend=0.0))
     source, edited = (functools.reduce(demo.batch, pictures) for pictures in (sources, edits))

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..demo_model.scene import FURS, POSES, STYLES, SUBJECTS, sample_scene
+from ..demo_model.scene import FURS, POSES, SIZE, STYLES, SUBJECTS, further_away, sample_scene
 from ..demo_model.scene_captions import caption
 from ..demo_model.scene_renders import render, subject_mask
 from .sockets import CATEGORY, seed_input
@@ -63,16 +63,40 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                 combo("season", ["summer", "winter"], RANDOM, "Green ground or snow."),
                 combo("style", list(STYLES), "flat", "How it is drawn. Flat is what the model draws best."),
                 combo("pose", list(POSES), RANDOM, "Sitting animals are the easier edit."),
+                io.Int.Input(
+                    "side",
+                    default=SIZE,
+                    min=SIZE,
+                    max=8 * SIZE,
+                    step=SIZE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Side of the picture. The demo model draws 128: a larger one wants Crop to Edit.",
+                ),
+                io.Float.Input(
+                    "distance",
+                    default=1.0,
+                    min=1.0,
+                    max=8.0,
+                    step=0.5,
+                    round=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How far away the animal is. At 3 it is a third as large: a small subject in a large picture, "
+                    "for Crop to Edit and Paste Edit.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The scene, 128x128."),
+                io.Image.Output(display_name="image", tooltip="The scene, 128x128 unless side says more."),
                 io.Mask.Output(display_name="mask", tooltip="Where the animal is."),
                 io.String.Output(display_name="caption", tooltip="What the picture shows, in one sentence."),
             ],
         )
 
     @classmethod
-    def execute(cls, subject, seed, fur, glasses, time_of_day, season, style, pose) -> io.NodeOutput:
+    def execute(
+        cls, subject, seed, fur, glasses, time_of_day, season, style, pose, side=SIZE, distance=1.0
+    ) -> io.NodeOutput:
         asked = {
             "fur": fur,
             "glasses": glasses if glasses == RANDOM else glasses == "yes",
@@ -82,9 +106,9 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
             "pose": pose,
         }
         fixed = {name: value for name, value in asked.items() if value != RANDOM}
-        scene = sample_scene(seed, subject=subject, **fixed)
-        image = torch.from_numpy(render(scene)).float().div(255)[None]
-        mask = torch.from_numpy(subject_mask(scene)).float()[None]
+        scene = further_away(sample_scene(seed, subject=subject, **fixed), distance)
+        image = torch.from_numpy(render(scene, side)).float().div(255)[None]
+        mask = torch.from_numpy(subject_mask(scene, side)).float()[None]
         return io.NodeOutput(image, mask, caption(scene))
 
 

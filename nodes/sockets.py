@@ -12,6 +12,9 @@ Inversion = io.Custom("P2PZ_INVERSION")
 Direction = io.Custom("P2PZ_DIRECTION")
 Captioner = io.Custom("P2PZ_CAPTIONER")
 
+Box = io.Custom("BOUNDING_BOX")
+"""ComfyUI's own, by name: not all supported versions have its class."""
+
 CATEGORY = "pix2pix-zero"
 
 Item = TypeVar("Item")

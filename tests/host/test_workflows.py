@@ -222,13 +222,22 @@ def test_without_an_edit_the_generated_picture_comes_back(server):
 
 def test_without_an_edit_the_inverted_picture_comes_back(server):
     api = without_strip(with_strength(quick(read_api("cat_to_dog_demo")), 0.0))
-    (encode,), (saved,) = ids_of(api, "VAEEncode"), ids_of(api, "SaveImage")
+    (encode,) = ids_of(api, "VAEEncode")
     vae = api[encode]["inputs"]["vae"]
     api["1001"] = {"class_type": "VAEDecode", "inputs": {"samples": [encode, 0], "vae": vae}}
-    api["1002"] = {"class_type": "PreviewImage", "inputs": {"images": ["1001", 0]}}
+    for key, picture in (("1002", ["1001", 0]), ("1003", only(api, "Pix2PixZeroPasteEdit")["inputs"]["edited"])):
+        api[key] = {"class_type": "PreviewImage", "inputs": {"images": picture}}
     outputs = server.run(api)
     best = picture_of(server, outputs, "1002")
-    assert np.abs(picture_of(server, outputs, saved) - best).max() <= 2
+    assert np.abs(picture_of(server, outputs, "1003") - best).max() <= 2
+
+
+def test_outside_the_edited_area_the_saved_picture_is_the_source(server):
+    api = showing_the_source(without_strip(quick(read_api("cat_to_dog_demo"), steps=10)))
+    outputs = server.run(api)
+    source, edit = picture_of(server, outputs, "1000"), picture_of(server, outputs, ids_of(api, "SaveImage")[0])
+    assert (source == edit).all(-1).mean() > 0.3
+    assert np.abs(source - edit).mean() > 1
 
 
 def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(server):
