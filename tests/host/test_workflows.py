@@ -19,6 +19,7 @@ NAMES = [
     "cat_to_dog_demo",
     "compare_methods",
     "edit_a_generated_image",
+    "edit_a_small_subject",
     "edit_your_picture",
     "flowedit",
     "plug_and_play",
@@ -156,7 +157,7 @@ def on_the_demo_model(api: dict) -> dict:
     only(api, "CheckpointLoaderSimple").update(class_type="Pix2PixZeroDemoModel", inputs={})
     scene = only(read_api("cat_to_dog_demo"), "Pix2PixZeroDemoScene")
     only(api, "LoadImage").update(class_type="Pix2PixZeroDemoScene", inputs=scene["inputs"])
-    only(api, "ImageScale")["inputs"].update(width=128, height=128)
+    only(api, "Pix2PixZeroCrop")["inputs"].update(model_size=128)
     only(api, "Pix2PixZeroLoadCaptioner")["inputs"]["model_name"] = "demo"
     return api
 
