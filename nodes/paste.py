@@ -92,6 +92,7 @@ class Pix2PixZeroPasteEdit(io.ComfyNode):
                 Box.Input(
                     "crop_region",
                     optional=True,
+                    extra_dict={"forceInput": True},  # newer frontends would show four numbers in the place of a socket
                     tooltip="Which part of the source was edited: crop_region of Crop to Edit, or the box of Image Crop. "
                     "Without it, the edited picture is taken for the whole source, or for its middle if its proportions "
                     "differ.",
