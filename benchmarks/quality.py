@@ -2,7 +2,8 @@
 
 Every method has one knob. It is set on tuning scenes: of the values that make the edit in 95 % of them, the one with the
 lowest error to the true picture. Then the method is measured on test scenes. Edits of the whole picture (day to night,
-a style) leave no background, so background figures are left out there. Writes tables, bench_quality.json, the trade-off
+a style) leave no background, so background figures are left out there. A second table is of the edits pasted back into
+their sources, by Paste Edit. Writes tables, bench_quality.json, the trade-off
 curves bench_quality.png and a contact sheet for each edit to demo_output/.
 """
 
@@ -22,7 +23,7 @@ host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI t
 from pix2pix_zero.benchmarks.judge import load_judge  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.drawing import contact_sheet, trade_off  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.methods import METHODS, SETTINGS  # noqa: E402
-from pix2pix_zero.benchmarks.quality_parts.report import table  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.report import pasted_table, table  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.tuning import compare, unedited  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench  # noqa: E402
@@ -103,8 +104,10 @@ def main(arguments: list[str] | None = None) -> None:
             results[name].append(result)
             sheet[f"{method.name}\n{result.knob} {result.value:g}"] = edited
         print(f"\n{name}, {options.scenes} test scenes, {options.steps} steps\n\n{table(results[name])}", flush=True)
+        print(f"\n{name}, pasted back into the source:\n\n{pasted_table(results[name])}", flush=True)
         contact_sheet(sheet).save(options.output / f"bench_quality_{name}.png")
         write(results, options)
+    print("\nPasted: each in its own area; errors to the rendered pictures, not to what the autoencoder makes of them.")
     print("\nMeans over the test scenes, with 95 % intervals. * under 95 % hits at any knob value on the tuning scenes")
     print(f"wrote bench_quality.json, bench_quality.png and the contact sheets to {options.output.name}/")
 

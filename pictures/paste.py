@@ -67,11 +67,23 @@ def paste_edit(
     for number, picture in enumerate(result):
         place, change = region.of(picture), _one(edited, number).to(source.device)
         before = scaled(rgb(place[None]), *small)
-        mask = before.new_ones(1, *small) if area is None else scaled_mask(_one(area, number), *small)
-        if seam.keep_below:
-            mask = mask * changed_area(before, rgb(change), seam.keep_below)
-        _paste(place, before, change, feathered(mask, seam), seam.match_colours)
+        share = edit_share(before, rgb(change), None if area is None else _one(area, number), seam)
+        _paste(place, before, change, share, seam.match_colours)
     return result
+
+
+def edit_share(
+    before: torch.Tensor, after: torch.Tensor, area: torch.Tensor | None = None, seam: Seam = Seam()
+) -> torch.Tensor:
+    """How much of each pixel is taken from the edit: MASK [B, H, W] in 0..1, 0 where the source stays.
+
+    `before`, `after`: [B, H, W, 3]. `area`: MASK [1 or B, *, *], None for all.
+    """
+    small = tuple(before.shape[1:3])
+    mask = before.new_ones(len(before), *small) if area is None else scaled_mask(area, *small)
+    if seam.keep_below:
+        mask = mask * changed_area(before, after, seam.keep_below)
+    return feathered(mask, seam)
 
 
 def changed_area(before: torch.Tensor, after: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -44,20 +44,15 @@ class Method:
 def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes) -> Tensor:
     """The guided sampler's node with its defaults, but for the bench's settings and `changes`."""
     values = {name: node_default(Pix2PixZeroKSampler, name) for name in SETTINGS} | bench.settings | changes
-    return sample_edit(
-        bench.model,
-        bench.inversion(steps),
-        bench.moved,
-        bench.described,
-        EditSettings(
-            cfg,
-            values["guidance_strength"],
-            (values["start_percent"], values["end_percent"]),
-            values["preset"],
-            values["local_blend"],
-            values["feature_until"],
-        ),
-    )[0]
+    settings = EditSettings(
+        cfg,
+        values["guidance_strength"],
+        (values["start_percent"], values["end_percent"]),
+        values["preset"],
+        values["local_blend"],
+        values["feature_until"],
+    )
+    return bench.keep_area(sample_edit(bench.model, bench.inversion(steps), bench.moved, bench.described, settings))
 
 
 def fast(bench: Workbench, cfg: float) -> Tensor:

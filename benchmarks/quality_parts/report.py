@@ -12,19 +12,39 @@ COLUMNS = {
     "ssim": ("SSIM", 3),
 }
 
+PASTED = {
+    "hit": ("hit", 2),
+    "whole_before": ("whole before", 2),
+    "whole": ("whole", 2),
+    "outside": ("outside", 2),
+    "kept": ("kept", 2),
+}
+
 
 def table(results: list[Result]) -> str:
     """Means over the test scenes with their 95 % intervals, a row for each method."""
-    measured = [name for name in COLUMNS if name in results[0].test]
-    head = ("", "knob", *(COLUMNS[name][0] for name in measured), "s/picture")
+    seconds = [f"{result.seconds:.1f}" if result.seconds is not None else "" for result in results]
+    return _table(results, COLUMNS, [result.test for result in results], {"s/picture": seconds})
+
+
+def pasted_table(results: list[Result]) -> str:
+    """The same of the pictures pasted back into the renders."""
+    return _table(results, PASTED, [result.pasted for result in results])
+
+
+def _table(
+    results: list[Result], columns: dict[str, tuple[str, int]], figures: list[dict], more: dict[str, list[str]] = {}
+) -> str:
+    measured = [name for name in columns if name in figures[0]]
+    head = ("", "knob", *(columns[name][0] for name in measured), *more)
     rows = [
         (
             result.method + missed(result),
             f"{result.knob} {result.value:g}" if result.knob else "",
-            *(_shown(result.test[name], COLUMNS[name][1]) for name in measured),
-            f"{result.seconds:.1f}" if result.seconds is not None else "",
+            *(_shown(found[name], columns[name][1]) for name in measured),
+            *(column[number] for column in more.values()),
         )
-        for result in results
+        for number, (result, found) in enumerate(zip(results, figures))
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     return "\n".join(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..judge import Judge
 from .figures import measure, summarize
 from .methods import Method, reconstruction
+from .pasting import measure_pasted
 from .workbench import Workbench
 
 ENOUGH = 0.95
@@ -20,7 +21,9 @@ UNEDITED = {
 
 @dataclass
 class Result:
-    """A method's figures on one edit. `curve`: knob value and figures on the tuning scenes, in the knob's order."""
+    """A method's figures on one edit. `curve`: knob value and figures on the tuning scenes, in the knob's order. `pasted`: of the
+    pictures pasted back into the renders.
+    """
 
     method: str
     knob: str
@@ -29,13 +32,15 @@ class Result:
     seconds: float | None
     curve: list[tuple[float, dict[str, list[float]]]] = field(default_factory=list)
     each: dict[str, list[float]] = field(default_factory=dict)
+    pasted: dict[str, list[float]] = field(default_factory=dict)
 
 
 def unedited(test: Workbench, judge: Judge) -> tuple[list[Result], dict[str, Tensor]]:
     """What the figures of the test scenes are to be held against: (results, pictures)."""
     pictures = {name: make(test) for name, make in UNEDITED.items()}
     figures = {name: summarize(measure(test, judge, rows)) for name, rows in pictures.items()}
-    return [Result(name, "", None, figures[name], None) for name in pictures], pictures
+    pasted = {name: summarize(measure_pasted(test, judge, rows)) for name, rows in pictures.items()}
+    return [Result(name, "", None, figures[name], None, pasted=pasted[name]) for name in pictures], pictures
 
 
 def compare(
@@ -52,7 +57,8 @@ def compare(
     pictures, seconds = test.timed(method.draw, frozen)
     figures = measure(test, judge, pictures)
     each = {name: values.tolist() for name, values in figures.items()}
-    return Result(method.name, method.knob, frozen, summarize(figures), seconds, curve, each), pictures
+    pasted = summarize(measure_pasted(test, judge, pictures))
+    return Result(method.name, method.knob, frozen, summarize(figures), seconds, curve, each, pasted), pictures
 
 
 def choose(curve: list[tuple[float, dict[str, list[float]]]]) -> float:

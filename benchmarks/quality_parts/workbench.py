@@ -66,6 +66,7 @@ class Workbench:
         self.truth = self.vae.decode(self.vae.encode(scenes.truths))
         self._kept: dict[object, tuple[object, float]] = {}
         self._saved = 0.0
+        self.area: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -87,6 +88,11 @@ class Workbench:
         latent = {"samples": self.latent}
         return invert_latent(self.model, self.described, latent, InversionSettings(steps, 0, regularization, method))
 
+    def keep_area(self, edited: tuple[Tensor, Tensor]) -> Tensor:
+        """The samples of an edit; the area that it tells is kept in `area` until the next is timed."""
+        samples, self.area = edited
+        return samples
+
     def once(self, key: object, make: Callable[[], object]):
         """What `make` returns, kept for every knob and method that asks for the same; its seconds count each time."""
         if key in self._kept:
@@ -98,7 +104,7 @@ class Workbench:
 
     def timed(self, draw: Callable[["Workbench", float], Tensor], knob: float) -> tuple[Tensor, float]:
         """(pictures [B, H, W, 3], seconds per picture with encoding left out and the inversion counted in)."""
-        self._saved = 0.0
+        self._saved, self.area = 0.0, None
         start = time.perf_counter()
         pictures = self.vae.decode(draw(self, knob))
         return pictures, (time.perf_counter() - start + self._saved) / len(self)

@@ -61,6 +61,18 @@ def test_source_and_ground_truth_are_the_ends_of_the_scale(results):
     assert truth["hit"][0] == 1
 
 
+def test_pasted_edits_are_the_source_outside_their_area_and_nearer_to_the_render(results):
+    for name, result in results.items():
+        pasted = {figure: mean for figure, (mean, _, _) in result["pasted"].items()}
+        assert pasted["outside"] == 0
+        assert 0 <= pasted["kept"] <= 1
+        if pasted["kept"] > 0.1:
+            assert pasted["whole"] < pasted["whole_before"], name
+    source = results["source, unchanged"]["pasted"]
+    assert source["kept"][0] < 1 and source["whole"][0] > 0
+    assert results["default"]["pasted"]["kept"][0] >= results["without blend"]["pasted"]["kept"][0]
+
+
 def test_methods_differ_from_each_other(results):
     errors = [results[name]["test"]["whole"][0] for name in METHODS]
     assert len({round(error, 4) for error in errors}) == len(METHODS)
