@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .learning import Training
 
-FIXED = ("batch", "crop", "learning_rate", "seed")  # settings that a run keeps when it is resumed
+FIXED = ("batch", "crop", "learning_rate", "sharpness", "seed")  # settings that a run keeps when it is resumed
 
 
 def checkpoint_settings(path: Path) -> dict[str, object]:
@@ -27,9 +27,9 @@ def checkpoint_settings(path: Path) -> dict[str, object]:
 def write_checkpoint(path: Path, run: Training) -> None:
     """Write everything that the next step depends on, by renaming."""
     tensors: dict[str, Tensor] = {"generator": run.generator.get_state()}
-    for name, module in (("student", run.student), ("average", run.average)):
+    for name, module in run.networks().items():
         tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-    for number, optimizer in enumerate(run.optimizers):
+    for number, optimizer in enumerate(run.all_optimizers()):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
@@ -55,11 +55,11 @@ def read_checkpoint(path: Path, run: Training) -> None:
         return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
     try:
-        run.student.load_state_dict(part("student"))
-        run.average.load_state_dict(part("average"))
+        for name, module in run.networks().items():
+            module.load_state_dict(part(name))
     except RuntimeError as failure:
         raise ValueError(f"{path}: it was made by training of another size. Delete it to begin anew.") from failure
-    for number, optimizer in enumerate(run.optimizers):
+    for number, optimizer in enumerate(run.all_optimizers()):
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in part(f"optimizer{number}").items():
             index, _, name = key.partition(".")

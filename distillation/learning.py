@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .adversary import BEGINS, Adversary
 from .checkpoints import read_checkpoint, write_checkpoint
 from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights
 from .optimizer import make_optimizers
 from .pairs import Pairs
+from .processes import average_gradients, place, share
 
 LOOKED_AT = 64  # held-out pairs that are measured while it trains
 TOGETHER = 2**18  # pixels of held-out pictures that are measured at once
@@ -34,7 +36,8 @@ class Settings:
     """How to train. The length is `steps`, or `minutes` where that is not None: then the learning rate follows the clock.
 
     `average`: of the weights' running mean, which is what is kept. `half`: fp16 where the device gains by it. `crop`: side in
-    pixels of the squares that are trained on, 0 for whole pictures.
+    pixels of the squares that are trained on, 0 for whole pictures. `sharpness`: of the adversary's gradient beside the other
+    losses', 0 for none. `batch` is that of all processes together.
     """
 
     steps: int = 4000
@@ -46,6 +49,7 @@ class Settings:
     half: bool = False
     crop: int = 0
     seed: int = 0
+    sharpness: float = 0.0
     weights: LossWeights = field(default_factory=LossWeights)
     save_seconds: float = 30.0
 
@@ -80,13 +84,25 @@ class Training:
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.optimizers = make_optimizers(student, settings.learning_rate)
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.device = next(student.parameters()).device
+        self.adversary: Adversary | None = None
+        if settings.sharpness:
+            self.adversary = Adversary(settings.sharpness, settings.learning_rate, settings.seed, self.device)
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.losses: list[float] = []
         self._last: Tensor | None = None
-        self.device = next(student.parameters()).device
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.half)
         if checkpoint is not None and checkpoint.is_file():
             read_checkpoint(checkpoint, self)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """All that a checkpoint holds, by name."""
+        found = {"student": self.student, "average": self.average}
+        return found if self.adversary is None else found | {"discriminator": self.adversary.discriminator}
+
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The student's, then the discriminator's."""
+        return self.optimizers if self.adversary is None else [*self.optimizers, self.adversary.optimizer]
 
     @property
     def progress(self) -> float:
@@ -119,7 +135,9 @@ class Training:
         return self.average
 
     def save(self) -> None:
-        """Write the checkpoint, unless the last step has gone wrong."""
+        """Write the checkpoint, unless the last step has gone wrong. Of several processes the first does it."""
+        if place()[0]:
+            return
         if self._last is None or self._last.isfinite():
             write_checkpoint(self.checkpoint, self)
 
@@ -128,11 +146,26 @@ class Training:
         counted = pixel_weights(source, target, area, self.settings.weights)
         with torch.autocast(self.device.type, torch.float16) if self.settings.half else contextlib.nullcontext():
             output = self.student(source)
-        loss = pixel_loss(output.float(), target, counted)
+        output = output.float()
+        loss = pixel_loss(output, target, counted)
         if self.features is not None and self.settings.weights.features:
-            loss = loss + self.settings.weights.features * feature_loss(self.features, output.float(), target)
+            loss = loss + self.settings.weights.features * feature_loss(self.features, output, target)
+        opposed = self.adversary is not None and self.progress >= BEGINS
+        whole = loss + self.adversary.toward_teacher(source, output, target, loss) if opposed else loss
+        self._descend(whole)
+        if opposed:
+            self.adversary.learn(source, output, target, self._rate())
+        self._follow()
+        self._last = whole.detach()
+        self.step += 1
+        if self.step % 10 == 1:  # reading it waits for the device
+            self._note(loss.item())
+
+    def _descend(self, loss: Tensor) -> None:
+        """One step of the student's optimizers."""
         self.student.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
+        average_gradients(self.student)
         for optimizer in self.optimizers:
             self._scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -141,33 +174,23 @@ class Training:
                 group["lr"] = group["peak"] * self._rate()
             self._scaler.step(optimizer)
         self._scaler.update()
-        self._follow()
-        self._last = loss.detach()
-        self.step += 1
-        if self.step % 10 == 1:  # reading it waits for the device
-            self._note(loss.item())
 
     def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch, each pair flipped or not. Convolutions are faster on channels that lie together."""
-        chosen = torch.randint(len(self.pairs), (self.settings.batch,), generator=self.generator)
-        flipped = torch.rand(self.settings.batch, generator=self.generator) < 0.5
-        source, target, area = (data.to(self.device) for data in self._cut(*self.pairs.take(chosen)))
+        """This process's part of a batch, each pair cut and flipped or not. Convolutions are faster on channels that lie
+        together."""
+        batch = self.settings.batch
+        chosen = torch.randint(len(self.pairs), (batch,), generator=self.generator)
+        flipped = share(torch.rand(batch, generator=self.generator) < 0.5)
+        height, width = self.pairs.sources.shape[-2:]
+        size = [min(self.settings.crop or side, side) for side in (height, width)]
+        corners = [
+            share(torch.randint(side - kept + 1, (batch,), generator=self.generator)).tolist() if kept < side else None
+            for side, kept in zip((height, width), size)
+        ]
+        data = _cut(self.pairs.take(share(chosen)), corners, size)
         flipped = flipped.to(self.device).view(-1, 1, 1, 1)
-        source, target, area = (torch.where(flipped, data.flip(-1), data) for data in (source, target, area))
+        source, target, area = (torch.where(flipped, one.flip(-1), one) for one in (x.to(self.device) for x in data))
         return source.contiguous(memory_format=torch.channels_last), target, area
-
-    def _cut(self, *data: Tensor) -> tuple[Tensor, ...]:
-        """A random square of each pair."""
-        height, width = data[0].shape[-2:]
-        rows, columns = (min(self.settings.crop or side, side) for side in (height, width))
-        if (rows, columns) == (height, width):
-            return data
-        tops, lefts = (
-            torch.randint(side - kept + 1, (self.settings.batch,), generator=self.generator).tolist()
-            for side, kept in ((height, rows), (width, columns))
-        )
-        places = [(slice(top, top + rows), slice(left, left + columns)) for top, left in zip(tops, lefts)]
-        return tuple(torch.stack([picture[:, y, x] for picture, (y, x) in zip(one, places)]) for one in data)
 
     def _rate(self) -> float:
         warm = min(1.0, (self.step + 1) / self.settings.warmup)
@@ -208,3 +231,12 @@ class Training:
             difference = (self.average(source).clamp(0, 1) - target).abs().mean(1, keepdim=True)
             found.append(torch.stack([(difference * where).sum((1, 2, 3)), where.sum((1, 2, 3))], 1).cpu())
         return torch.cat(found)
+
+
+def _cut(data: tuple[Tensor, ...], corners: list[list[int] | None], size: list[int]) -> tuple[Tensor, ...]:
+    """A rectangle of `size` of each picture of each [B, C, H, W]. `corners`: first rows and first columns, None where whole."""
+    if corners == [None, None]:
+        return data
+    tops, lefts = (given or [0] * len(data[0]) for given in corners)
+    places = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in zip(tops, lefts)]
+    return tuple(torch.stack([picture[:, y, x] for picture, (y, x) in zip(one, places)]) for one in data)
