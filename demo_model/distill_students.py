@@ -38,6 +38,7 @@ class Recipe:
     tests: int = 64
     pair_batch: int = 8
     batch: int = 16
+    crop: int = 96
     workers: int = 1
     learning_rate: float = 2e-3
     features: float = 0.1
@@ -117,6 +118,7 @@ def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.M
     settings = Settings(
         minutes=recipe.minutes,
         batch=recipe.batch,
+        crop=recipe.crop,
         learning_rate=recipe.learning_rate,
         half=recipe.half,
         seed=recipe.seed,
@@ -220,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--workers", type=int, help="processes that draw pairs (default: 4 on cuda, else the cores)")
     add("--pair-batch", type=int, help="pictures that are edited at once (default: 64 on cuda, else 8)")
     add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 8)")
+    add("--crop", type=int, default=Recipe.crop, help="side of the squares that are trained on (default: %(default)s)")
     add("--learning-rate", type=float, default=Recipe.learning_rate, help="default: %(default)s")
     add("--features", type=float, default=Recipe.features, help="weight of the feature loss (default: %(default)s)")
     add("--half", action="store_true", help="train in fp16, mixed precision")
