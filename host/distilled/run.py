@@ -39,6 +39,7 @@ class Wish:
     size: str = "small"
     settings: Settings = Settings()
     resume: bool = True
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _facts(wish: Wish, run: Training, errors: list[float]) -> dict[str, object]:
     """The metadata of the file."""
     height, width = run.pairs.sources.shape[-2:]
     return {
+        "description": wish.description.strip() or "an edit of " + wish.dataset.strip(),
         "dataset": wish.dataset.strip(),
         "pairs": len(run.pairs) + len(run.held_out),
         "pictures": f"{width}x{height}",
@@ -165,6 +167,7 @@ def _facts(wish: Wish, run: Training, errors: list[float]) -> dict[str, object]:
         "crop": wish.settings.crop,
         "learning_rate": wish.settings.learning_rate,
         "seed": wish.settings.seed,
+        "sharpness": wish.settings.sharpness,
         "vae_features": run.features is not None,
         "agreement": {"inside": round(sum(errors) / len(errors), 3), "worst": round(max(errors), 3)},
     }
