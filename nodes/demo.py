@@ -85,17 +85,31 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                     tooltip="How far away the animal is. At 3 it is a third as large: a small subject in a large picture, "
                     "for Crop to Edit and Paste Edit.",
                 ),
+                io.Int.Input(
+                    "count",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    force_input=True,
+                    tooltip="How many scenes, of this seed and those after it; one if nothing is connected. For a batch, such as "
+                    "pairs to distil an edit from.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The scene, 128x128 unless side says more."),
+                io.Image.Output(
+                    display_name="image", tooltip="The scene, 128x128 unless side says more; a batch of count scenes."
+                ),
                 io.Mask.Output(display_name="mask", tooltip="Where the animal is."),
-                io.String.Output(display_name="caption", tooltip="What the picture shows, in one sentence."),
+                io.String.Output(
+                    display_name="caption", tooltip="What the picture shows, in one sentence; a line for each scene."
+                ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, subject, seed, fur, glasses, time_of_day, season, style, pose, side=SIZE, distance=1.0
+        cls, subject, seed, fur, glasses, time_of_day, season, style, pose, side=SIZE, distance=1.0, count=1
     ) -> io.NodeOutput:
         asked = {
             "fur": fur,
@@ -106,10 +120,12 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
             "pose": pose,
         }
         fixed = {name: value for name, value in asked.items() if value != RANDOM}
-        scene = further_away(sample_scene(seed, subject=subject, **fixed), distance)
-        image = torch.from_numpy(render(scene, side)).float().div(255)[None]
-        mask = torch.from_numpy(subject_mask(scene, side)).float()[None]
-        return io.NodeOutput(image, mask, caption(scene))
+        scenes = [
+            further_away(sample_scene(seed + number, subject=subject, **fixed), distance) for number in range(count)
+        ]
+        image = torch.stack([torch.from_numpy(render(scene, side)) for scene in scenes]).float() / 255
+        mask = torch.stack([torch.from_numpy(subject_mask(scene, side)) for scene in scenes]).float()
+        return io.NodeOutput(image, mask, "\n".join(caption(scene) for scene in scenes))
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDemoModel, Pix2PixZeroDemoScene]

@@ -101,7 +101,13 @@ class Pix2PixZeroSavePair(io.ComfyNode):
                     "them alone. Switch it off if edges of the area show. Without edited_area all is the edit's.",
                 ),
             ],
-            outputs=[io.Int.Output(display_name="pairs", tooltip="How many pairs the data set has now.")],
+            outputs=[
+                io.Int.Output(display_name="pairs", tooltip="How many pairs the data set has now."),
+                io.String.Output(
+                    display_name="dataset",
+                    tooltip="The data set's name, for Distill Edit: connected, it trains after these pairs are saved.",
+                ),
+            ],
         )
 
     @classmethod
@@ -116,7 +122,7 @@ class Pix2PixZeroSavePair(io.ComfyNode):
         flags = list(keep) * len(pairs) if len(keep) == 1 else keep
         kept = [pair for pair, flag in zip(pairs, flags) if flag]
         count, places = save_pairs(dataset[0], kept, keep_background[0])
-        return io.NodeOutput(count, ui={"text": [f"{dataset[0]}: {count} pairs"], "pairs": places})
+        return io.NodeOutput(count, dataset[0], ui={"text": [f"{dataset[0]}: {count} pairs"], "pairs": places})
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroFolderPicture, Pix2PixZeroSavePair]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel, UpscaleModelLoader
 from PIL import Image
-from pix2pix_zero.distillation.learning import Settings
+from pix2pix_zero.distillation.learning import Settings, Training
+from pix2pix_zero.distillation.pairs import Pairs
 from pix2pix_zero.host.distilled import demo_students, pair_sets
 from pix2pix_zero.host.distilled import run as training_run
 from pix2pix_zero.host.networks.students import load_student, make_student, save_student
@@ -212,7 +213,7 @@ def distilled(tmp_path_factory):
         sources = torch.cat([picture(seed) for seed in range(50)])
         pair_sets.save_pairs("swap", pair_sets.pair_up([sources], [swapped(sources)]), True)
         with torch.inference_mode():
-            outputs = Pix2PixZeroDistill.execute(**{**WISH, "steps": 250})
+            outputs = Pix2PixZeroDistill.execute(**{**WISH, "steps": 250, "description": "red to blue"})
         yield base, outputs.result
 
 
@@ -248,6 +249,7 @@ class TestDistillEdit:
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
         with safe_open(path, "pt") as file:
             facts = file.metadata()
+        assert facts["description"] == "red to blue" and facts["sharpness"] == "0.0"
         assert facts["dataset"] == "swap" and facts["pairs"] == "50" and facts["pictures"] == "32x32"
         assert json.loads(facts["agreement"])["inside"] > 0
 
@@ -358,6 +360,36 @@ class TestDistillEdit:
         assert [path.name for path in (folders / "upscale").rglob("*.safetensors")] == ["swap_00001.safetensors"]
 
 
+class TestSizes:
+    @pytest.mark.parametrize("size", ["small", "large"])
+    def test_a_student_begins_as_the_identity_at_any_size_and_loads_as_what_it_is(self, tmp_path, size):
+        student, pictures = make_student(size), torch.rand(1, 3, 44, 60)
+        with torch.no_grad():
+            torch.testing.assert_close(student(pictures), pictures, atol=1e-6, rtol=0)
+            for parameter in student.parameters():
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+            own = student(pictures)
+        save_student(student, tmp_path / "student.safetensors", {})
+        with torch.no_grad():
+            loaded = load_student(tmp_path / "student.safetensors")(pictures)
+        torch.testing.assert_close(loaded, own.clamp(0, 1), atol=2e-2, rtol=0)  # the file is in half precision
+
+    def test_large_learns(self):
+        pair, student = (picture(0), swapped(picture(0))), make_student("large")
+        settings = Settings(steps=4, batch=2, learning_rate=1e-3)
+        run = Training(student, as_pairs([pair, pair]), settings)
+        before = run.held_out_error()
+        run.run()
+        assert run.held_out_error() != before
+
+
+def as_pairs(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
+    """Pairs in memory of IMAGEs [1, H, W, 3]."""
+    sources, edited = (torch.cat(column).movedim(-1, 1).mul(255).byte() for column in zip(*pairs))
+    areas = torch.full((len(pairs), 1, *sources.shape[-2:]), 255, dtype=torch.uint8)
+    return Pairs([str(number) for number in range(len(pairs))], sources, edited, areas)
+
+
 def test_a_student_that_ships_is_loaded_by_its_edit(tmp_path, monkeypatch, run_node):
     save_student(make_student(), tmp_path / "cat2dog.safetensors", {})
     monkeypatch.setattr(demo_students, "FOLDER", tmp_path)
@@ -380,9 +412,12 @@ def test_the_public_contract():
         "Pix2PixZeroFolderPicture": (["folder", "index"], ["IMAGE", "STRING", "INT"]),
         "Pix2PixZeroSavePair": (
             ["source", "edited", "edited_area", "caption", "dataset", "keep", "keep_background"],
-            ["INT"],
+            ["INT", "STRING"],
         ),
-        "Pix2PixZeroDistill": ([*WISH, "vae"], ["UPSCALE_MODEL", "IMAGE", "STRING", "LOSS_MAP"]),
+        "Pix2PixZeroDistill": (
+            [*WISH, "vae", "sharpness", "description"],
+            ["UPSCALE_MODEL", "IMAGE", "STRING", "LOSS_MAP"],
+        ),
     }
     for node in (Pix2PixZeroFolderPicture, Pix2PixZeroSavePair, Pix2PixZeroDistill):
         schema = node.GET_SCHEMA()
