@@ -254,25 +254,13 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
     CONVOLUTIONS = {F.conv2d, torch.conv2d}
     # They keep copies of their weights: few in norms, and in the others met only in patches of other packs.
     OTHERS = {
-        F.group_norm,
-        torch.group_norm,
-        F.layer_norm,
-        torch.layer_norm,
-        F.batch_norm,
-        torch.batch_norm,
-        F.instance_norm,
-        torch.instance_norm,
-        *(getattr(place, "rms_norm") for place in (F, torch) if hasattr(place, "rms_norm")),
-        F.conv1d,
-        torch.conv1d,
-        F.conv3d,
-        torch.conv3d,
-        F.conv_transpose1d,
-        torch.conv_transpose1d,
-        F.conv_transpose2d,
-        torch.conv_transpose2d,
-        F.conv_transpose3d,
-        torch.conv_transpose3d,
+        getattr(place, name)
+        for place in (F, torch)
+        for name in (
+            *("group_norm", "layer_norm", "batch_norm", "instance_norm", "rms_norm"),
+            *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        )
+        if hasattr(place, name)
     }
     LAYERS = {F.linear} | CONVOLUTIONS | OTHERS
 
