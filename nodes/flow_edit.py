@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..editing.flow_edit import FlowEditSettings
 from ..host.running import per_picture
 from ..host.sampling.flow_edit import SCHEDULERS, FlowEditing, flow_edit_latent
-from .sockets import CATEGORY
+from .sockets import CATEGORY, seed_input
 
 DEFAULTS = FlowEditing()
 
@@ -55,14 +55,7 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                     tooltip="Share of the steps, from pure noise on, that are left out. Raise it if the layout or pose "
                     "changes, lower it, down to 0, if the new subject keeps the old one's shape.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The noise that is added on the way. Change it for another edit of the same picture.",
-                ),
+                seed_input("The noise that is added on the way. Change it for another edit of the same picture."),
                 io.Combo.Input(
                     "scheduler",
                     options=list(SCHEDULERS),

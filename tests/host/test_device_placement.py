@@ -41,6 +41,7 @@ from workplaces import (
     CPU,
     STEPS,
     TEXT,
+    ShortOfMemory,
     Workplace,
     assert_same,
     edit,
@@ -252,19 +253,6 @@ def test_previews(same_on_both, monkeypatch):
 
     pictures = same_on_both(run, tolerance=1.5 / 255)
     assert len(pictures) == 2 * STEPS
-
-
-class ShortOfMemory:
-    """An attention patch that runs out of memory in the first passes that record a graph."""
-
-    def __init__(self, times):
-        self.left = times
-
-    def __call__(self, q, k, v, options):
-        if q.requires_grad and self.left:
-            self.left -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return q, k, v
 
 
 def test_out_of_memory(same_on_both, caplog):
