@@ -16,6 +16,7 @@ GROW = 0
 FEATHER = 4
 MATCH_COLOURS = 1.0
 KEEP_BELOW = 0.25
+GAPS = 12  # gaps in a change are as wide as a sixth of the picture at most
 TINT = 0.1  # no model is off by so much
 
 
@@ -89,9 +90,20 @@ def edit_share(
 def changed_area(before: torch.Tensor, after: torch.Tensor, threshold: float) -> torch.Tensor:
     """Where two pictures [B, H, W, 3] differ by more than `threshold` of their strongest difference: MASK [B, H, W].
 
-    Pictures that differ nearly everywhere do so everywhere, as with the sampler's local blend.
+    Places that differ little amidst others that do are part of it: an eye stays an eye, and belongs to the new animal all
+    the same. Pictures that differ nearly everywhere do so everywhere, as with the sampler's local blend.
     """
-    return edit_mask((after - before).abs().mean(-1)[:, None], threshold)[:, 0]
+    mask = edit_mask((after - before).abs().mean(-1)[:, None], threshold)
+    return _closed(mask, max(1, round(min(mask.shape[-2:]) / GAPS)))[:, 0]
+
+
+def _closed(mask: torch.Tensor, reach: int) -> torch.Tensor:
+    """Morphological closing of [B, 1, H, W] by a square: gaps up to twice `reach` are filled."""
+
+    def largest(values: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(values, 2 * reach + 1, stride=1, padding=reach)
+
+    return -largest(-largest(mask))
 
 
 def _one(batch: torch.Tensor, number: int) -> torch.Tensor:

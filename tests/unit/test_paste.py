@@ -175,6 +175,17 @@ def test_without_an_area_it_is_where_the_pictures_differ():
     assert torch.equal(paste_edit(source, source), source)
 
 
+def test_what_agrees_amidst_the_edit_is_part_of_it():
+    """An eye of the old animal would look out of the new one."""
+    source = smooth(128, 128)
+    edited = source.clone()
+    edited[:, 30:90, 30:90] = 1 - source[:, 30:90, 30:90] + 0.3
+    edited[:, 52:64, 52:64] = source[:, 52:64, 52:64] + 0.02
+    result = paste_edit(source, edited.clamp(0, 1), seam=Seam(match_colours=0.0))
+    torch.testing.assert_close(result[:, 52:64, 52:64], edited[:, 52:64, 52:64], atol=1e-6, rtol=0)
+    assert torch.equal(result[:, :10], source[:, :10])
+
+
 # --- batches ------------------------------------------------------------------------------------------------------
 
 
