@@ -86,6 +86,14 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
                     tooltip="Tick to fetch the chosen CLIP or DINO model (0.1 to 1.7 GB) into "
                     "models/pix2pix_zero/metrics if it is not there. Without the tick nothing is ever downloaded.",
                 ),
+                io.String.Input(
+                    "labels",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="What the pictures are called in the report, such as the methods that drew them: a line for "
+                    "each. Left empty, they are numbered.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The means, every picture, and what was not measured."),
@@ -115,6 +123,7 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
         dino_model=(kinds.NONE,),
         lpips_model=(kinds.NONE,),
         allow_download=(False,),
+        labels=("",),
     ) -> io.NodeOutput:
         pictures = pair_pictures(source, edited, mask, source_text, target_text)
         download = first(allow_download, "allow_download")
@@ -126,7 +135,7 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
             load_lpips(lpips) if lpips != kinds.NONE else None,
         )
         figures = measure_edits(pictures, judges)
-        return io.NodeOutput(write_report(figures, pictures, judges), *astuple(mean_figures(figures)))
+        return io.NodeOutput(write_report(figures, pictures, judges, labels), *astuple(mean_figures(figures)))
 
 
 def _model_input(kind: kinds.ModelKind, advice: str) -> io.Combo.Input:

@@ -78,8 +78,8 @@ def pair_pictures(
         _for_each(sources, count, "source", "pictures"),
         _for_each(edits, count, "edited", "pictures"),
         _for_each(_masks(mask) or [None], count, "mask", "masks"),
-        _for_each(_lines(source_text, "source_text") or [""], count, "source_text", "lines"),
-        _for_each(_lines(target_text, "target_text") or [""], count, "target_text", "lines"),
+        _for_each(read_lines(source_text, "source_text") or [""], count, "source_text", "lines"),
+        _for_each(read_lines(target_text, "target_text") or [""], count, "target_text", "lines"),
     )
     pictures = [EditedPicture(*row) for row in zip(*columns)]
     for number, picture in enumerate(pictures, 1):
@@ -111,7 +111,8 @@ def _masks(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return masks
 
 
-def _lines(texts: Sequence[str], socket: str) -> list[str]:
+def read_lines(texts: Sequence[str], socket: str) -> list[str]:
+    """The lines of all texts that are not empty. Raises ValueError, naming `socket`, for what is no text."""
     read = [check_text(text, socket, LONGEST_TEXT) for text in texts]
     return [line.strip() for text in read for line in text.splitlines() if line.strip()]
 

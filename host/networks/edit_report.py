@@ -1,10 +1,10 @@
 """The figures of edits, written down for people."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from .edit_figures import EditedPicture, EditFigures, Judges, mean_figures
+from .edit_figures import EditedPicture, EditFigures, Judges, mean_figures, read_lines
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "psnr": ("PSNR", "{:.2f} dB".format),
@@ -19,14 +19,23 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def write_report(figures: list[EditFigures], pictures: list[EditedPicture], judges: Judges) -> str:
-    """The mean figures, a line for each picture if there are several, and what was not measured and why."""
+def write_report(
+    figures: list[EditFigures], pictures: list[EditedPicture], judges: Judges, labels: Sequence[str] = ()
+) -> str:
+    """The mean figures, a line for each picture if there are several, and what was not measured and why.
+
+    `labels`: what the pictures are called, a text with a line for each or a text for each. Raises ValueError for another
+    number of them.
+    """
+    names = read_lines(labels, "labels") or [f"Picture {number}" for number in range(1, len(figures) + 1)]
+    if len(names) != len(figures):
+        raise ValueError(f"labels: it brings {len(names)} lines for {len(figures)} pictures. Give one for each.")
     masked = any(picture.mask is not None for picture in pictures)
     where = "outside the mask" if masked else "over the whole picture"
     lines = [f"{len(figures)} picture{'s' if len(figures) > 1 else ''}. PSNR, SSIM, MSE and LPIPS {where}."]
     lines.append(f"Mean: {_line(mean_figures(figures))}")
     if len(figures) > 1:
-        lines += [f"Picture {number}: {_line(each)}" for number, each in enumerate(figures, 1)]
+        lines += [f"{name}: {_line(each)}" for name, each in zip(names, figures)]
     return "\n".join([*lines, *(f"Not measured: {reason}" for reason in _missing(figures, pictures, judges))])
 
 

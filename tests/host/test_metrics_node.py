@@ -49,6 +49,16 @@ def test_with_a_mask_only_the_rest_counts_whatever_happens_inside(measure, judge
     assert "outside the mask" in report
 
 
+def test_the_report_calls_the_pictures_by_their_labels(measure):
+    edited = torch.cat([pictures(1, seed=1), pictures(1, seed=2)])
+    numbered, _ = measure(source=pictures(1), edited=edited)
+    for labels in (["one\n\ntwo\n"], ["one", "two"]):
+        report, _ = measure(source=pictures(1), edited=edited, labels=labels)
+        assert report == numbered.replace("Picture 1", "one").replace("Picture 2", "two")
+    with pytest.raises(ValueError, match="^labels: it brings 3 lines for 2 pictures"):
+        measure(source=pictures(1), edited=edited, labels="one\ntwo\nthree")
+
+
 def test_a_mask_of_another_size_is_resized(measure):
     source, mask = pictures(1), box_mask()
     edited = source.clone()

@@ -241,6 +241,20 @@ def test_outside_the_edited_area_the_saved_picture_is_the_source(server):
     assert np.abs(source - edit).mean() > 1
 
 
+def test_no_method_keeps_more_than_the_perfect_edit_and_the_report_names_them(server):
+    api = quick(read_api("compare_methods"))
+    (told,) = ids_of(api, "PreviewAny")[1:]
+    lines = server.run(api)[told]["text"][0].splitlines()
+    psnr = {
+        name: float(figures.split("PSNR ")[1].split(" ")[0])
+        for name, figures in (
+            line.split(": ", 1) for line in lines if "PSNR" in line and ": " in line and not line.startswith("Mean")
+        )
+    }
+    assert list(psnr) == only(api, "Pix2PixZeroStrip")["inputs"]["labels"].splitlines()
+    assert max(psnr, key=psnr.get) == "perfect edit"
+
+
 def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(server):
     api = read_api("edit_your_picture")
     with pytest.raises(GraphError) as refusal:
