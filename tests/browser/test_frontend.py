@@ -40,7 +40,7 @@ WIRE = """() => {
   ['model', 'clip', 'vae'].forEach((name, output) => join(model, output, name));
   join(scene, 0, 'image');
   edit.connect(0, add('PreviewImage', 1400, 200), 0);
-  for (const [name, value] of Object.entries({captioner: 'demo', cfg: 1.5, steps: 10}))
+  for (const [name, value] of Object.entries({captioner: 'demo', cfg: 1.5, steps: 10, model_size: 128}))
     edit.widgets.find(widget => widget.name === name).value = value;
 }"""
 LOADED = "selector => [...document.querySelectorAll(selector)].every(image => image.complete && image.naturalWidth > 0)"
