@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     from .graphs import EDITS
 
     demo = add("demo", _demo, "edit a picture on a real server and save it in demo_output/")
-    demo.add_argument("--seed", type=int, default=7, help="which scene is drawn (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=114, help="which scene is drawn (default: %(default)s)")
     demo.add_argument("--edit", choices=EDITS, default="cat2dog", help="default: %(default)s")
     test = add("test", _test, "lint, then run the tests; other arguments go to pytest", takes_more=True)
     test.add_argument("--gpu", action="store_true", help="then run the tests that need a CUDA device, on it")
@@ -69,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         "train the demo model, or, with `decoder` or `distilled`, those parts; other arguments go to the recipe",
         takes_more=True,
     )
-    add("docs", _docs, "write the tables of help pages and the English texts; --pictures: also their pictures", True)
+    add(
+        "docs",
+        _docs,
+        "write the tables of help pages and the English texts; --pictures: also their pictures; --thumbnails: also those of "
+        "the examples",
+        True,
+    )
     add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
     return parser
 

@@ -38,6 +38,10 @@ class Graph:
         """Set some inputs of a node."""
         self.inputs(node).update(changes)
 
+    def replace(self, node: Node, class_type: str, **inputs: object) -> None:
+        """Put another node in the place of one, under the same links."""
+        self._nodes[node.key] = {"class_type": class_type, "inputs": inputs}
+
     def inputs(self, node: Node) -> dict:
         """The inputs of a node."""
         return self._nodes[node.key]["inputs"]
@@ -110,11 +114,14 @@ EDITS = {
 # label in the comparison and key of the result, in reading order
 PICTURES = {
     "source": "source",
-    "reconstruction": "reconstruction",
-    "unguided": "edit without guidance",
-    "edited": "edit with guidance",
+    "direction": "direction alone",
+    "guided": "+ guidance",
+    "held": "+ shapes, local blend",
+    "edited": "pasted",
     "truth": "ground truth",
 }
+GUIDANCE = 0.1
+"""Of the paper, which has nothing else that holds the picture."""
 
 
 def example_graph() -> Graph:
@@ -127,27 +134,37 @@ def example_graph() -> Graph:
 def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     """The first example with another edit and scene, and the pictures to compare its result with.
 
+    They show what each part does: the direction alone; the paper's guidance with it; the sampler as it is, with the
+    picture's shapes and the local blend; that pasted back into the source; and the true result.
+
     Returns the graph; for each key of `PICTURES` the node that shows it; the node that shows the caption.
     """
     graph = example_graph()
-    scene, direction, sampler, decoder = (
+    scene, direction, sampler, decoder, paste = (
         graph.only(name)
-        for name in ("Pix2PixZeroDemoScene", "Pix2PixZeroEditDirection", "Pix2PixZeroKSampler", "VAEDecode")
+        for name in (
+            "Pix2PixZeroDemoScene",
+            "Pix2PixZeroEditDirection",
+            "Pix2PixZeroKSampler",
+            "VAEDecode",
+            "Pix2PixZeroPasteEdit",
+        )
     )
     graph.change(scene, seed=seed, **edit.scene)
     graph.change(direction, source=edit.source, target=edit.target)
     graph.change(graph.only("Pix2PixZeroApplyDirection"), strength=edit.strength)
     graph.change(sampler, cfg=edit.cfg, feature_until=edit.feature_until)
 
-    def redrawn(**knobs: object) -> Node:
-        return graph.copy(decoder, samples=graph.copy(sampler, **knobs)[0])
+    def redrawn(guidance_strength: float) -> Node:
+        free = graph.copy(sampler, guidance_strength=guidance_strength, local_blend=0.0, feature_until=0.0)
+        return graph.copy(decoder, samples=free[0])
 
-    unedited = graph.inputs(sampler)["negative"]
     results = {
         "source": scene,
-        "reconstruction": redrawn(positive=unedited, cfg=1.0, guidance_strength=0.0),
-        "unguided": redrawn(guidance_strength=0.0),
-        "edited": decoder,
+        "direction": redrawn(0.0),
+        "guided": redrawn(GUIDANCE),
+        "held": decoder,
+        "edited": paste,
         "truth": graph.copy(scene, **edit.edited_scene),
     }
     shown = {name: graph.add("PreviewImage", images=picture[0]).key for name, picture in results.items()}
