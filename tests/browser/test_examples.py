@@ -10,7 +10,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "example_workflows"
 API_COPIES = ROOT / "tests" / "workflows"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
-TO_BRING = {"edit_your_picture": ["CheckpointLoaderSimple", "LoadImage"]}
+TO_BRING = {
+    "edit_your_picture": ["CheckpointLoaderSimple", "LoadImage"],
+    "use_a_distilled_edit": ["LoadImage", "LoadVideo", "UpscaleModelLoader"],
+}
 """The nodes whose files a person has to bring."""
 STEPS = 3
 

@@ -57,7 +57,7 @@ def _widget_values(node: dict, schema: dict) -> dict[str, object]:
             inputs[name] = next(values)
             if settings.get("control_after_generate"):
                 next(values)  # fixed, increment, ...: for the frontend alone
-            if settings.get("image_upload"):
+            if settings.get("image_upload") or settings.get("video_upload"):
                 next(values)  # the upload button
     except StopIteration:
         raise ValueError(f"node {node['id']} ({node['type']}): too few values") from None
