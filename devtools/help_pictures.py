@@ -277,6 +277,16 @@ def distilled() -> Picture:
 
 
 @recipe
+def demo_distilled() -> Picture:
+    demo = Demo()
+    row = {"source": demo.scene[0]}
+    for edit in ("cat2dog", "day2night"):
+        student = demo.add("Pix2PixZeroDemoDistilled", edit=edit)
+        row[edit] = demo.add("ImageUpscaleWithModel", upscale_model=student[0], image=demo.scene[0])[0]
+    return demo, row
+
+
+@recipe
 def feature_pca() -> Picture:
     demo = Demo()
     row = {"source": demo.scene[0]}

@@ -175,5 +175,4 @@ class Pix2PixZeroDemoDistilled(io.ComfyNode):
         return io.NodeOutput(demo_student(edit))
 
 
-# Pix2PixZeroDemoDistilled joins when demo_model/distilled/ holds its files.
-NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDistill]
+NODES: list[type[io.ComfyNode]] = [Pix2PixZeroDistill, Pix2PixZeroDemoDistilled]
