@@ -3,7 +3,8 @@
 A student's file for each edit, named as the edit, is applied to the test scenes of `bench quality`, beside the pack's edit
 with its defaults, the same in 4 steps, and the source unchanged. Errors are means of 0..255, to the teacher's picture and
 to the ground truth, of the whole picture and inside what the edit has to change. Time is that of one picture on one thread,
-from picture to picture. Writes bench_distill.json and a contact sheet for each edit to demo_output/.
+from picture to picture. --ablation trains students that differ in one thing each, --full-size counts what an edit by Stable
+Diffusion 1.5 costs beside a student. Writes bench_distill.json and a contact sheet for each edit to demo_output/.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from comfy.cli_args import args as host_options
 
 host_options.cpu = True  # before anything of ComfyUI that looks for a device: times are those of one thread
 
+from pix2pix_zero.benchmarks.distill_parts.ablation import ablate, ablation_table  # noqa: E402
 from pix2pix_zero.benchmarks.distill_parts.columns import Column, measure, table  # noqa: E402
 from pix2pix_zero.benchmarks.distill_parts.figures import contact_sheet  # noqa: E402
+from pix2pix_zero.benchmarks.distill_parts.full_size import report as full_size  # noqa: E402
 from pix2pix_zero.benchmarks.judge import load_judge  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, draw_scenes  # noqa: E402
 
@@ -38,6 +41,16 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, help="of each edit (default: 64)")
     parser.add_argument("--steps", type=int, help="of the teacher (default: 50)")
     parser.add_argument("--few-steps", type=int, help="of the fast teacher (default: 4)")
+    parser.add_argument(
+        "--full-size", choices=("count", "time"), help="also beside SD 1.5; time needs 6 GB and minutes"
+    )
+    parser.add_argument(
+        "--ablation",
+        type=Path,
+        metavar="WORK",
+        help="only that, on pairs that `dev.py train distilled --work WORK` drew",
+    )
+    parser.add_argument("--ablation-steps", type=int, default=300, help="of each training (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="2 scenes, 4 and 2 steps: to try the benchmark")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (default: demo_output)")
     options = parser.parse_args(arguments)
@@ -45,6 +58,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     options.steps = options.steps or (4 if options.quick else 50)
     options.few_steps = options.few_steps or (2 if options.quick else 4)
     options.edits = options.edits or [name for name in EDITS if (options.students / f"{name}.safetensors").is_file()]
+    if options.ablation:
+        return options
     missing = [name for name in options.edits if not (options.students / f"{name}.safetensors").is_file()]
     if missing or not options.edits:
         parser.error(
@@ -62,6 +77,15 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     judge, results = load_judge(), {}
+    if options.ablation:
+        for name in options.edits:
+            scenes = draw_scenes(EDITS[name], options.scenes, TEST_SEED)
+            found = ablate(EDITS[name], scenes, judge, options.ablation / name, options.ablation_steps, say)
+            print(
+                f"\n{name}, {options.scenes} test scenes, {options.ablation_steps} steps\n\n{ablation_table(found)}",
+                flush=True,
+            )
+        return
     for name in options.edits:
         edit, file = EDITS[name], options.students / f"{name}.safetensors"
         scenes = draw_scenes(edit, options.scenes, TEST_SEED)
@@ -71,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [scenes.sources, *pictures.values()]
         contact_sheet([row[:SHOWN] for row in rows]).save(options.output / f"bench_distill_{name}.png")
         write(results, options)
+    if options.full_size:
+        print(f"\n{full_size(options.full_size == 'time')[1]}")
     print(f"\nRows of the contact sheets: source, {', '.join(pictures)}. Written to {options.output.name}/")
 
 

@@ -74,3 +74,12 @@ def test_without_a_student_it_says_how_to_train_one(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options_of(["--students", str(tmp_path)])
     assert "dev.py train distilled --edit NAME" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_edit_at_the_size_of_sd_15_asks_thousands_of_times_the_operations_of_a_student():
+    from pix2pix_zero.benchmarks.distill_parts.full_size import gmac, times
+
+    costs = gmac()
+    assert 390 < costs["UNet"] < 410  # 0.40 TMAC, as bench cost counts it
+    assert 3800 < times(costs) < 20_000
+    assert times({"UNet": 1.0, "VAE": 10.0, "student": 2.0}) == (50 * 3.8 + 10) / 2

@@ -18,6 +18,7 @@ API_COPIES = ROOT / "tests" / "workflows"
 NAMES = [
     "cat_to_dog_demo",
     "compare_methods",
+    "distill_an_edit",
     "edit_a_generated_image",
     "edit_a_small_subject",
     "edit_your_picture",
@@ -25,6 +26,7 @@ NAMES = [
     "plug_and_play",
     "prompt_to_prompt",
     "sdedit_and_word_swap",
+    "use_a_distilled_edit",
 ]
 ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture", "flowedit"]
 SUBGRAPHS = ROOT / "subgraphs"
@@ -162,6 +164,18 @@ def on_the_demo_model(api: dict) -> dict:
     return api
 
 
+def with_a_shipped_student(api: dict) -> dict:
+    """`use_a_distilled_edit` with a student, a scene and three frames of the demo in the place of files that one has to bring."""
+    api = copy.deepcopy(api)
+    scene = only(read_api("cat_to_dog_demo"), "Pix2PixZeroDemoScene")["inputs"]
+    api["1000"] = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
+    api["1001"] = {"class_type": "Pix2PixZeroDemoScene", "inputs": {**scene, "count": ["1000", 0]}}
+    only(api, "UpscaleModelLoader").update(class_type="Pix2PixZeroDemoDistilled", inputs={"edit": "day2night"})
+    only(api, "LoadImage").update(class_type="Pix2PixZeroDemoScene", inputs=scene)
+    only(api, "LoadVideo").update(class_type="CreateVideo", inputs={"images": ["1001", 0], "fps": 8.0})
+    return api
+
+
 def without_strip(api: dict) -> dict:
     """The graph without the output of a strip over strengths, so that its edits are not drawn."""
     shown = [key for key, node in api.items() if node["_meta"]["title"] == "One edit for each strength"]
@@ -174,7 +188,10 @@ def showing_the_source(api: dict) -> dict:
     return {**api, "1000": {"class_type": "PreviewImage", "inputs": {"images": source}}}
 
 
-GRAPHS = {name: read_api for name in NAMES} | {"edit_your_picture": lambda name: on_the_demo_model(read_api(name))}
+GRAPHS = {name: read_api for name in NAMES} | {
+    "edit_your_picture": lambda name: on_the_demo_model(read_api(name)),
+    "use_a_distilled_edit": lambda name: with_a_shipped_student(read_api(name)),
+}
 
 
 @pytest.mark.parametrize("name", ALONG_A_DIRECTION)
@@ -200,6 +217,27 @@ def test_the_server_runs_all_of_the_example_and_every_picture_in_it_differs(name
     assert all(
         one.shape != other.shape or np.abs(one - other).mean() > 0.05 for one, other in combinations(pictures, 2)
     )
+
+
+def test_a_distilled_edit_makes_night_of_a_picture_and_of_every_frame_of_a_video(server):
+    api = with_a_shipped_student(read_api("use_a_distilled_edit"))
+    (picture,), (apply, frames) = ids_of(api, "SaveImage"), ids_of(api, "ImageUpscaleWithModel")
+    for key, images in (("1002", api[apply]["inputs"]["image"]), ("1003", [frames, 0])):
+        api[key] = {"class_type": "PreviewImage", "inputs": {"images": images}}
+    outputs = server.run(api)
+    day, night = (picture_of(server, outputs, key) for key in ("1002", picture))
+    sky = slice(0, 20)
+    assert day[sky].mean() - night[sky].mean() > 60
+    kept = [
+        np.asarray(Image.open(io.BytesIO(server.view(entry))).convert("RGB")) for entry in outputs["1003"]["images"]
+    ]
+    assert len(kept) == 3 and all(day[sky].mean() - frame[sky].mean() > 60 for frame in kept)
+
+
+def test_the_stock_nodes_are_all_that_a_distilled_edit_needs():
+    assert not [
+        node["type"] for node in read("use_a_distilled_edit")["nodes"] if node["type"].startswith("Pix2PixZero")
+    ]
 
 
 def test_the_edit_stands_beside_its_source_with_a_word_under_each(server):
