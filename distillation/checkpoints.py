@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from ..editing.writing import clear_leftovers, write_whole
 
 if TYPE_CHECKING:
     from .learning import Training
@@ -37,12 +38,8 @@ def write_checkpoint(path: Path, run: Training) -> None:
     numbers["scaler"] = run._scaler.state_dict()
     numbers["settings"] = {name: getattr(run.settings, name) for name in FIXED} | {"features": run.features is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, {"state": json.dumps(numbers)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    clear_leftovers(path.parent)
+    write_whole(path, save(tensors, {"state": json.dumps(numbers)}))
 
 
 def read_checkpoint(path: Path, run: Training) -> None:

@@ -10,6 +10,7 @@
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..editing.writing import clear_leftovers, write_whole
 from .held_out import is_held_out
 
 MANIFEST = "manifest.json"
@@ -93,6 +95,7 @@ class PairFolder:
         manifest = self.folder / MANIFEST
         for name in ("source", "edited", "mask"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.folder / name)
         if manifest.is_file():
             found = json.loads(manifest.read_text(encoding="utf-8"))
             different = sorted(name for name, value in (self.shared or {}).items() if found.get(name) != value)
@@ -102,7 +105,7 @@ class PairFolder:
                     "delete this one."
                 )
         elif self.shared is not None:
-            _replace(manifest, lambda path: path.write_text(json.dumps(self.shared, indent=1) + "\n", "utf-8"))
+            write_whole(manifest, (json.dumps(self.shared, indent=1) + "\n").encode())
 
     def keys(self) -> list[str]:
         """The keys of all whole pairs, sorted."""
@@ -129,7 +132,7 @@ class PairFolder:
         else:
             _write_png(mask, pixels[2])
         if caption:
-            _replace(self.folder / "edited" / f"{key}.txt", lambda path: path.write_text(caption + "\n", "utf-8"))
+            write_whole(self.folder / "edited" / f"{key}.txt", (caption + "\n").encode())
         _write_png(self.folder / "edited" / f"{key}.png", pixels[1])
 
     def read(self, keys: Iterable[str] | None = None) -> Pairs:
@@ -171,14 +174,6 @@ def _read_png(path: Path, mode: str) -> np.ndarray:
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    _replace(path, lambda part: Image.fromarray(pixels).save(part, "PNG", compress_level=3))
-
-
-def _replace(path: Path, write) -> None:
-    """Write a file beside `path`, then put it in its place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG", compress_level=3)
+    write_whole(path, png.getvalue())

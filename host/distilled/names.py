@@ -2,8 +2,9 @@
 
 import re
 
+from ...editing.writing import windows_refuses
+
 LONGEST = 100  # letters
-_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows' own
 
 
 def plain_name(name: str, socket: str) -> str:
@@ -15,6 +16,6 @@ def plain_name(name: str, socket: str) -> str:
         raise ValueError(f"{socket}: the name has {len(plain)} letters. Give one of at most {LONGEST}.")
     if re.search(r'[<>:"/\\|?*\x00-\x1f]', plain) or plain.startswith(".") or plain.endswith("."):
         raise ValueError(f"{socket}: {plain!r} cannot be a name. Use letters, digits, - and _ only; no folders.")
-    if _DEVICES.fullmatch(plain):
+    if windows_refuses(plain):
         raise ValueError(f"{socket}: Windows cannot make files called {plain!r}. Give another name.")
     return plain

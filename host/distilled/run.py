@@ -18,7 +18,8 @@ from torch import nn
 from ...distillation.checkpoints import FIXED, checkpoint_settings
 from ...distillation.learning import Report, Settings, Training
 from ...distillation.pairs import Pairs
-from ..networks.students import make_student, save_student, upscale_model
+from ...editing.writing import write_numbered
+from ..networks.students import make_student, student_bytes, upscale_model
 from ..networks.teacher_features import EncoderFeatures
 from ..running import show
 from .names import plain_name
@@ -175,35 +176,18 @@ def _facts(wish: Wish, run: Training, errors: list[float]) -> dict[str, object]:
 
 def _write(student: nn.Module, name: str, facts: dict[str, object]) -> Path:
     """Write the student beside the earlier ones of its name, numbered."""
+    content = student_bytes(student, facts)
     folder = Path(folder_paths.get_folder_paths("upscale_models")[0]) / FOLDER
-    path = None
+    numbered = re.compile(re.escape(name) + r"_(\d{5,})\.safetensors", re.ASCII)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = _reserve(folder, name)
-        save_student(student, path, facts)
-    except BaseException as failure:
-        if path is not None:
-            path.unlink(missing_ok=True)
-        if isinstance(failure, OSError):
-            raise ValueError(
-                f"name: {folder} cannot be written ({failure.strerror or failure}). Make room and run again: the training "
-                "is kept."
-            ) from failure
-        raise
+        taken = [int(found[1]) for item in folder.iterdir() if (found := numbered.fullmatch(item.name))]
+        next_one = max(taken, default=0) + 1
+        path = write_numbered(folder, lambda number: f"{name}_{number:05}.safetensors", content, next_one)
+    except OSError as failure:
+        raise ValueError(
+            f"name: {folder} cannot be written ({failure.strerror or failure}). Make room and run again: the training "
+            "is kept."
+        ) from failure
     logging.info("pix2pix-zero: saved the student as %s", path)
     return path
-
-
-def _reserve(folder: Path, name: str) -> Path:
-    """A new empty file with the next number, that no other run can take."""
-    numbered = re.compile(re.escape(name) + r"_(\d{5,})\.safetensors")
-    taken = [int(found[1]) for item in folder.iterdir() if (found := numbered.fullmatch(item.name))]
-    number = max(taken, default=0)
-    while True:
-        number += 1
-        path = folder / f"{name}_{number:05}.safetensors"
-        try:
-            path.touch(exist_ok=False)
-            return path
-        except FileExistsError:
-            continue

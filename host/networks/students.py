@@ -6,13 +6,14 @@ spandrel, which ComfyUI brings, is imported late: it is not one of its essential
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from ...editing.writing import write_whole
 
 NOISE_LEVEL = 15 / 255  # the fourth channel that spandrel gives a DRUNet
 SMALL_WIDTHS = (8, 24, 64, 96)  # 0.74 million weights, 1.5 MB in half precision
@@ -104,20 +105,20 @@ def make_student(size: str = "small", seed: int = 0) -> nn.Module:
 
 
 def save_student(student: nn.Module, path: Path, facts: dict[str, object]) -> None:
-    """Write a student as *Load Upscale Model* reads it, in half precision, by renaming. `facts` go to its metadata."""
+    """Write a student as *Load Upscale Model* reads it, whole or not at all. `facts` go to its metadata."""
+    content = student_bytes(student, facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+
+
+def student_bytes(student: nn.Module, facts: dict[str, object]) -> bytes:
+    """The safetensors file of a student, in half precision. Raises ValueError if its weights are not finite."""
     state = {
         key: value.detach().half().cpu().contiguous().clone() for key, value in student.network.state_dict().items()
     }
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError("The student's weights are NaN or infinite. Train again with a lower learning rate.")
-    metadata = {"format": FORMAT} | {name: _text(value) for name, value in facts.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(state, part, metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    return save(state, {"format": FORMAT} | {name: _text(value) for name, value in facts.items()})
 
 
 def _text(value: object) -> str:

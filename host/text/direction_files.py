@@ -4,8 +4,6 @@ import hashlib
 import logging
 import os
 import re
-import time
-import uuid
 from pathlib import Path, PurePosixPath
 
 import folder_paths
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ...editing.directions import EditDirection
+from ...editing.writing import windows_refuses, write_numbered
 from ..files import files_fingerprint, register_folder
 
 FOLDER = "pix2pix_zero_directions"
@@ -24,10 +23,6 @@ _TENSOR_PREFIX = "direction."
 _ADDED = "added_words"
 _CHECKSUM = "sha256"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TEMPORARY = ".pix2pix_zero_"
-_STALE_SECONDS = 3600
-# Names that Windows gives to devices: a file so called could not travel there.
-_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def register_directions_folder() -> None:
@@ -49,13 +44,14 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
     """
     prefix = _inside(filename_prefix, "filename_prefix")
     for part in PurePosixPath(prefix).parts:
-        if _DEVICES.fullmatch(part) or part.endswith((".", " ")):
+        if windows_refuses(part):
             raise ValueError(f'filename_prefix: Windows cannot make files called "{part}". Give another name.')
     root = Path(folder_paths.get_folder_paths(FOLDER)[0])
     made = [folder for folder in (root / prefix).parents if folder.is_relative_to(root) and not os.path.isdir(folder)]
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
-        path = _write(_as_bytes(direction), Path(folder), name, counter)
+        content = _as_bytes(direction)
+        path = write_numbered(Path(folder), lambda number: f"{name}_{number:05}_.safetensors", content, counter)
     except (OSError, UnicodeError) as error:
         for folder in made:
             _remove_empty(folder)
@@ -92,26 +88,6 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(content: bytes, folder: Path, name: str, counter: int) -> Path:
-    """Write a new numbered file, whole or not at all."""
-    for old in folder.glob(f"{_TEMPORARY}*"):  # of a run that was killed
-        if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-            old.unlink(missing_ok=True)
-    temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
-    path = None
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        path = _reserve(folder, name, counter)
-        os.replace(temporary, path)
-    except BaseException:
-        for left in (temporary, path):
-            if left is not None:
-                left.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _remove_empty(folder: Path) -> None:
@@ -180,17 +156,6 @@ def _inside(name: str, socket: str) -> str:
     if re.search(r'[<>:"|?*\x00-\x1f\ud800-\udfff]', name):
         raise ValueError(f"{socket}: {name!r} has characters that file names cannot have.")
     return str(parts)
-
-
-def _reserve(folder: Path, name: str, counter: int) -> Path:
-    """A new empty file that no other save can take."""
-    while True:
-        path = folder / f"{name}_{counter:05}_.safetensors"
-        try:
-            path.touch(exist_ok=False)
-            return path
-        except FileExistsError:
-            counter += 1
 
 
 def _check_format(direction_name: str, metadata: dict[str, str]) -> None:

@@ -13,8 +13,9 @@ from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel, UpscaleModel
 from PIL import Image
 from pix2pix_zero.distillation.learning import Settings, Training
 from pix2pix_zero.distillation.pairs import Pairs
+from pix2pix_zero.editing import writing
+from pix2pix_zero.editing.writing import TEMPORARY
 from pix2pix_zero.host.distilled import demo_students, pair_sets
-from pix2pix_zero.host.distilled import run as training_run
 from pix2pix_zero.host.networks.students import load_student, make_student, save_student
 from pix2pix_zero.nodes.distillation import Pix2PixZeroDemoDistilled, Pix2PixZeroDistill
 from pix2pix_zero.nodes.pairs import Pix2PixZeroFolderPicture, Pix2PixZeroSavePair
@@ -197,7 +198,7 @@ class TestSaveEditPair:
         monkeypatch.setattr(Image.Image, "save", full)
         with pytest.raises(ValueError, match="^dataset: .*No space left on device"):
             save(run_node, picture(0), swapped(picture(0)))
-        assert not [path for path in folders.rglob("*") if path.suffix in (".png", ".part")]
+        assert not [path for path in folders.rglob("*") if path.suffix == ".png" or path.name.startswith(TEMPORARY)]
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,7 @@ class TestDistillEdit:
 
     def test_nothing_is_left_of_a_finished_training(self, distilled):
         base, _ = distilled
-        assert not list((base / "output").rglob("*.safetensors")) and not list(base.rglob("*.part"))
+        assert not list((base / "output").rglob("*.safetensors")) and not list(base.rglob(f"{TEMPORARY}*"))
 
     def test_cancelled_and_resumed_it_ends_where_a_whole_training_does(self, folders, run_node, monkeypatch):
         fill(run_node)
@@ -352,10 +353,10 @@ class TestDistillEdit:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(training_run, "save_student", full)
+            patch.setattr(writing, "write_whole", full)
             with pytest.raises(ValueError, match="^name: .*No space left on device.*the training is kept"):
                 run_node(Pix2PixZeroDistill, **{**WISH, "steps": 20})
-        assert not list((folders / "upscale").rglob("*.safetensors"))
+        assert not [path for path in (folders / "upscale").rglob("*") if path.is_file()]
         run_node(Pix2PixZeroDistill, **{**WISH, "steps": 20})
         assert [path.name for path in (folders / "upscale").rglob("*.safetensors")] == ["swap_00001.safetensors"]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pix2pix_zero.distillation.pairs import PairError, PairFolder, is_held_out, pair_key
+from pix2pix_zero.editing.writing import TEMPORARY
 
 
 def picture(seed: int, size: int = 16) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_a_pair_whose_writing_was_cut_off_is_not_there_and_leaves_nothing(folder
     with pytest.raises(OSError, match="No space"):
         folder.write("a", picture(0), picture(1), torch.ones(16, 16))
     assert folder.keys() == []
-    assert not [path for path in folder.folder.rglob("*") if path.name.endswith(".part")]
+    assert not [path for path in folder.folder.rglob("*") if path.name.startswith(TEMPORARY)]
     monkeypatch.undo()
     folder.write("a", picture(0), picture(1), torch.ones(16, 16))
     assert folder.keys() == ["a"]
