@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from .trajectory import Inversion, ddim_step, predicted_eps
+from .trajectory import DIFFUSION, Inversion, NoisePath, ddim_step, predicted_eps
 
 Maps = dict[Any, torch.Tensor]
 
@@ -112,9 +112,9 @@ def logits_gradient(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     return error.mul_(maps).mul_(2 / maps.shape[1])
 
 
-def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float) -> torch.Tensor:
-    """One gradient step of size `strength` on the latent as the UNet sees it, x / sqrt(1 + sigma^2), written in x."""
-    return -strength * (1 + sigma**2) * gradient
+def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float, path: NoisePath = DIFFUSION) -> torch.Tensor:
+    """One gradient step of size `strength` on the variance-preserving latent, x / sqrt(1 + sigma^2), written in x."""
+    return -strength * path.power(sigma) * gradient
 
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
@@ -228,7 +228,8 @@ def sample_guided(
             kept.blend.observe(passes.contrast(x, sigma), 1 - level / inversion.steps)
         here, estimate = x, denoised
         if gradient is not None:
-            shift = guidance_shift(gradient, sigma, strength * REFERENCE_STEPS / inversion.steps)
+            size = strength * REFERENCE_STEPS / inversion.steps
+            shift = guidance_shift(gradient, sigma, size, inversion.path)
             here = x + kept.guided_part(shift)
             estimate = passes.estimate_elsewhere(denoised, x, here, sigma)
         x = ddim_step(here, predicted_eps(here, estimate, sigma), sigma, sigma_next)

@@ -1,13 +1,15 @@
 """Inversion: an image's latent walked up the DDIM grid to noise, with every latent and estimate on the way kept."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from .trajectory import ddim_step, predicted_eps, rescale
+from .trajectory import DIFFUSION, NoisePath, ddim_step, predicted_eps
+
+# Where so little is left of the picture, the noise in a latent is the latent itself: a substitution goes by the velocity.
+FAINT = 0.05
 
 Denoise = Callable[[torch.Tensor, float, int], torch.Tensor]
 """`denoise(x, sigma, level)`: the model's estimate of the clean latent at `x`. `level`: that of the trajectory which `x`
@@ -52,23 +54,31 @@ def invert(
     denoise: Denoise,
     regularize: Callable[[torch.Tensor], torch.Tensor],
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
+    path: NoisePath = DIFFUSION,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Deterministic DDIM inversion with regularized noise maps (pix2pix-zero eq. 1 and 3).
 
     `latent`: clean latent [B, C, H, W]. `on_step(index, denoised, x)` is called after every step. Returns the latents at
     the start and after each transition, and the estimates made at all of them but the last.
     """
-    x = rescale(latent, 0.0, transitions[0].sigma_from)
+    x = path.rescale(latent, 0.0, transitions[0].sigma_from)
     visited, estimates = [x], []
     for index, (sigma_from, sigma_model, sigma_to) in enumerate(transitions):
-        seen = rescale(x, sigma_from, sigma_model)
+        seen = path.rescale(x, sigma_from, sigma_model)
         denoised = denoise(seen, sigma_model, index)
-        eps = regularize(predicted_eps(seen, denoised, sigma_model))
-        x = ddim_step(x, eps, sigma_from, sigma_to)
+        noise = regularize(path.noise_in(seen, denoised, sigma_model))
+        x = path.step(x, noise, sigma_from, sigma_to)
         visited.append(x)
         estimates.append(denoised)
         on_step(index, denoised, x)
     return visited, estimates
+
+
+class FixedPoint(NamedTuple):
+    """`iterations`: substitutions in each step, see `invert_fixed_point`. `path`: how latents mix picture and noise."""
+
+    iterations: int = 1
+    path: NoisePath = DIFFUSION
 
 
 def invert_fixed_point(
@@ -77,7 +87,7 @@ def invert_fixed_point(
     denoise: Denoise,
     regularize: Callable[[torch.Tensor], torch.Tensor],
     on_step: Callable[[int, torch.Tensor, torch.Tensor], Any],
-    iterations: int,
+    how: FixedPoint,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Inversion whose every step the sampler's step undoes (Pan et al. 2023, AIDI; Garibi et al. 2024, ReNoise).
 
@@ -86,7 +96,7 @@ def invert_fixed_point(
 
         x_i = x_{i-1} + (sigma_i - sigma_{i-1}) eps(x_i, sigma_i),
 
-    by `iterations` substitutions into its right-hand side, starting along the regularized `expected_eps`. A picture that a
+    by `how.iterations` substitutions into its right-hand side, starting along the regularized `expected_eps`. A picture that a
     substitution takes further from solving it stays at the best latent. Without iterations it takes no more evaluations
     than `invert`.
 
@@ -94,19 +104,19 @@ def invert_fixed_point(
     every step, with the estimate at x, the latent it leads to. Returns the N+1 latents, and the estimates made at all of
     them but the first.
     """
-    levels = sigmas.tolist()
-    seen = rescale(latent, 0.0, levels[1])
-    eps = predicted_eps(seen, denoise(seen, levels[1], 0), levels[1])
+    levels, path = sigmas.tolist(), how.path
+    seen = path.rescale(latent, 0.0, levels[1])
+    noise = path.noise_in(seen, denoise(seen, levels[1], 0), levels[1])
     visited, estimates, found = [latent], [], []
     for level in range(1, len(levels)):
-        equation = _StepDown(visited[-1], levels[level - 1], levels[level], denoise)
+        equation = _StepDown(visited[-1], levels[level - 1], levels[level], denoise, path)
         if found:
-            eps = expected_eps(found, levels[level])
-        start = equation.step_up(regularize(eps))
-        x, denoised = _solve(equation, start, level, iterations)
+            noise = expected_eps(found, levels[level], path)
+        start = equation.step_up(regularize(noise))
+        x, denoised = _solve(equation, start, level, how.iterations)
         visited.append(x)
         estimates.append(denoised)
-        found = [*found[-1:], (levels[level], predicted_eps(x, denoised, levels[level]))]
+        found = [*found[-1:], (levels[level], path.noise_in(x, denoised, levels[level]))]
         on_step(level - 1, denoised, x)
     return visited, estimates
 
@@ -119,14 +129,18 @@ class _StepDown:
     sigma_before: float
     sigma: float
     denoise: Denoise
+    path: NoisePath = DIFFUSION
 
-    def step_up(self, eps: torch.Tensor) -> torch.Tensor:
-        return ddim_step(self.before, eps, self.sigma_before, self.sigma)
+    def step_up(self, noise: torch.Tensor) -> torch.Tensor:
+        return self.path.step(self.before, noise, self.sigma_before, self.sigma)
 
     def substitute(self, x: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x, the estimate there, the equation's right-hand side)."""
         denoised = self.denoise(x, self.sigma, level)
-        return x, denoised, self.step_up(predicted_eps(x, denoised, self.sigma))
+        if self.path.picture(self.sigma) < FAINT:
+            velocity = predicted_eps(x, denoised, self.sigma)
+            return x, denoised, ddim_step(self.before, velocity, self.sigma_before, self.sigma)
+        return x, denoised, self.step_up(self.path.noise_in(x, denoised, self.sigma))
 
 
 def _solve(equation: _StepDown, x: torch.Tensor, level: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,16 +160,17 @@ def _solve(equation: _StepDown, x: torch.Tensor, level: int, iterations: int) ->
     return best[:2]
 
 
-def expected_eps(found: list[tuple[float, torch.Tensor]], sigma: float) -> torch.Tensor:
+def expected_eps(found: list[tuple[float, torch.Tensor]], sigma: float, path: NoisePath = DIFFUSION) -> torch.Tensor:
     """The noise to expect at the next level: that of the last one, or on a line through the last two (sigma, eps).
 
-    The line is drawn over atan(sigma), the angle between picture and noise in a variance-preserving latent (Salimans and
+    The line is drawn over the angle between picture and noise in a variance-preserving latent (Salimans and
     Ho 2022, appendix D), along which they turn evenly.
     """
     if len(found) == 1:
         return found[0][1]
     (sigma_a, eps_a), (sigma_b, eps_b) = found
-    ahead = (math.atan(sigma) - math.atan(sigma_b)) / (math.atan(sigma_b) - math.atan(sigma_a))
+    angle_a, angle_b, angle = map(path.angle, (sigma_a, sigma_b, sigma))
+    ahead = (angle - angle_b) / (angle_b - angle_a)
     return torch.lerp(eps_a, eps_b, 1 + ahead)
 
 
@@ -166,7 +181,11 @@ def _unsolved(substitution: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> 
 
 
 def on_grid(
-    visited: list[torch.Tensor], transitions: list[Transition], latent: torch.Tensor, sigmas: torch.Tensor
+    visited: list[torch.Tensor],
+    transitions: list[Transition],
+    latent: torch.Tensor,
+    sigmas: torch.Tensor,
+    path: NoisePath = DIFFUSION,
 ) -> torch.Tensor:
     """The visited latents as a trajectory on the sampler's grid: [N+1, B, C, H, W] on the CPU.
 
@@ -176,9 +195,9 @@ def on_grid(
     levels = [transitions[0].sigma_from, *(transition.sigma_to for transition in transitions)]
     grid = sigmas.tolist()
     offset = len(grid) - len(levels)
-    clean = [rescale(latent, 0.0, sigma) for sigma in grid[: max(offset, 1)]]
+    clean = [path.rescale(latent, 0.0, sigma) for sigma in grid[: max(offset, 1)]]
     kept = [
-        rescale(x, level, sigma)
+        path.rescale(x, level, sigma)
         for x, level, sigma in zip(visited[len(clean) - offset :], levels[len(clean) - offset :], grid[len(clean) :])
     ]
     return torch.stack([x.cpu() for x in clean + kept])

@@ -4,7 +4,7 @@ import torch
 
 from .guidance import DenoisingPasses, GuidanceSchedule, KeptSource, OnStep, guidance_shift
 from .inversion import Transition
-from .trajectory import Inversion, ddim_step, predicted_eps, rescale
+from .trajectory import DIFFUSION, Inversion, ddim_step, predicted_eps
 
 
 def official_transitions(timesteps: torch.Tensor, table: torch.Tensor) -> list[Transition]:
@@ -57,7 +57,7 @@ def sample_official(
         x = shifted["negative"]
         x = ddim_step(x, predicted_eps(x, denoised, sigma), sigma, sigma_next)
         if level == 1:
-            x = rescale(x, guidance.final_sigma, 0.0)
+            x = DIFFUSION.rescale(x, guidance.final_sigma, 0.0)
         x = kept.restore(x, level - 1)
         on_step(step, denoised, x, distance)
     return x

@@ -4,8 +4,12 @@ Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0) in sigma space, in bo
 latent `x_vp` at noise level `alpha_bar` is held as `x = x_vp * sqrt(1 + sigma^2)` with
 `sigma = sqrt((1 - alpha_bar) / alpha_bar)`. In these coordinates DDIM is one line whatever the model predicts:
 `x(sigma') = denoised + eps * sigma'` with `eps = (x - denoised) / sigma`.
+
+A flow model mixes picture and noise along a straight line, `x = (1 - sigma) * picture + sigma * noise` (Liu et al. 2023,
+Lipman et al. 2023). The same line then is Euler's step along its velocity `(x - denoised) / sigma`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +20,48 @@ import torch
 FIXED_POINT_STEPS = 65535
 
 
-def rescale(x: torch.Tensor, sigma_from: float, sigma_to: float) -> torch.Tensor:
-    """The same variance-preserving latent, written at another noise level: what the UNet sees stays the same."""
-    return x * ((1 + sigma_to**2) / (1 + sigma_from**2)) ** 0.5
+@dataclass(frozen=True)
+class NoisePath:
+    """How picture and noise mix on the way from one to the other: `x = picture(sigma) * clean + sigma * noise`.
+
+    `straight`: as in flow models, where `sigma` goes from 0 to 1 and `picture` is 1 - sigma. Else as in models that
+    diffuse, in sigma space, where `picture` is 1. Both are the same way, up to a factor: what diffuses at sigma flows at
+    sigma / (1 + sigma).
+    """
+
+    straight: bool = False
+
+    def picture(self, sigma: float) -> float:
+        """The share of the clean picture in a latent."""
+        return 1.0 - sigma if self.straight else 1.0
+
+    def power(self, sigma: float) -> float:
+        """The variance of a latent whose picture and noise have variance 1."""
+        return self.picture(sigma) ** 2 + sigma**2
+
+    def angle(self, sigma: float) -> float:
+        """The angle between picture and noise in a variance-preserving latent, in radians, 0 for the clean picture."""
+        return math.atan2(sigma, self.picture(sigma))
+
+    def rescale(self, x: torch.Tensor, sigma_from: float, sigma_to: float) -> torch.Tensor:
+        """The same variance-preserving latent, written at another noise level: what the UNet sees stays the same."""
+        return x * (self.power(sigma_to) / self.power(sigma_from)) ** 0.5
+
+    def noise_in(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The noise map that an estimate leaves of `x`. `sigma` > 0."""
+        return (x - self.picture(sigma) * denoised) / sigma
+
+    def step(self, x: torch.Tensor, noise: torch.Tensor, sigma_from: float, sigma_to: float) -> torch.Tensor:
+        """`x` at another noise level, taken to hold this noise map. A flow model's `sigma_from` is below 1."""
+        ratio = self.picture(sigma_to) / self.picture(sigma_from)
+        return ratio * x + noise * (sigma_to - ratio * sigma_from)
+
+
+DIFFUSION, FLOW = NoisePath(), NoisePath(straight=True)
 
 
 def predicted_eps(x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The predicted noise map, for eps- and v-prediction models alike. `sigma` > 0."""
+    """What `ddim_step` goes along: a diffusing model's noise map, whatever it predicts, a flow's velocity. `sigma` > 0."""
     return (x - denoised) / sigma
 
 
@@ -121,7 +160,7 @@ class Inversion(list):
     `maps`: the source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
     `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
     `fingerprint`: the model's identity when `model` is gone, "" if it has none. `latent_format`: the host's object that
-    tells how its latents are scaled.
+    tells how its latents are scaled. `path`: how its latents mix picture and noise.
 
     As a list it is that of the tensors it holds: ComfyUI's cache counts those that it finds in lists, and nothing else.
     """
@@ -136,6 +175,7 @@ class Inversion(list):
     reconstruction_psnr: torch.Tensor | None = None
     fingerprint: str = ""
     latent_format: Any = None
+    path: NoisePath = DIFFUSION
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         held = (self.trajectory, self.sigmas, self.noise_mask, self.residuals, self.reconstruction_psnr)

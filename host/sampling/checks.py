@@ -12,7 +12,8 @@ import torch
 from comfy import model_sampling as kinds
 from comfy.model_patcher import ModelPatcher
 
-from ...editing.trajectory import Inversion
+from ...attention_patches.attention import is_unet
+from ...editing.trajectory import DIFFUSION, FLOW, Inversion, NoisePath
 from ..unet.jobs import CACHES
 
 SCHEDULERS = ("ddim_uniform", "simple")
@@ -32,11 +33,29 @@ KEYED = ("wrappers", "callbacks")
 MIXING = ("sampler_", "denoise_mask_function", "disable_cfg1_optimization")
 
 
-def check_diffusion(model: ModelPatcher) -> None:
-    """Raise ValueError unless a MODEL diffuses on discrete, variance-preserving steps and predicts eps or v."""
+def noise_path(model: ModelPatcher) -> NoisePath:
+    """How a MODEL's latents mix picture and noise."""
+    return FLOW if isinstance(model.get_model_object("model_sampling"), kinds.CONST) else DIFFUSION
+
+
+def check_diffusion(model: ModelPatcher, flow: bool = False) -> None:
+    """Raise ValueError unless a MODEL diffuses on discrete, variance-preserving steps and predicts eps or v.
+
+    `flow`: a UNet that flows in straight lines from standard noise (rectified flow) will do as well.
+    """
+    if flow and _is_flow_unet(model):
+        return
     reason = _reason_against(model.get_model_object("model_sampling"))
     if reason is not None:
         raise ValueError(f"model: {reason} {USE}")
+
+
+def _is_flow_unet(model: ModelPatcher) -> bool:
+    sampling = model.get_model_object("model_sampling")
+    straight = isinstance(sampling, kinds.CONST) and not isinstance(sampling, _kinds("IMG_TO_IMG_FLOW"))
+    shifted = isinstance(sampling, (kinds.ModelSamplingDiscreteFlow, kinds.ModelSamplingFlux))
+    scale = getattr(sampling, "noise_scale", 1.0)
+    return straight and shifted and scale == 1.0 and is_unet(model.model.diffusion_model)
 
 
 def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
@@ -46,9 +65,16 @@ def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") 
     `steps` does not divide the table; "simple" counts from the noisiest, as models that draw in few steps are trained,
     and has exactly `steps`.
 
-    Raises ValueError for a model that does not diffuse on discrete variance-preserving steps, or that has fewer levels.
+    A flow model begins at its noisiest level only with "simple".
+
+    Raises ValueError for a model that neither diffuses on discrete variance-preserving steps nor is a UNet that flows, or
+    that has fewer levels, and for a scheduler that does not fit it.
     """
-    check_diffusion(model)
+    check_diffusion(model, flow=True)
+    if scheduler == "ddim_uniform" and noise_path(model).straight:
+        raise ValueError(
+            "scheduler: ddim_uniform does not begin at the noise of a flow model, as this one is. Choose simple."
+        )
     sampling = model.get_model_object("model_sampling")
     table = len(sampling.sigmas)  # an LCM has 50 where others have 1000
     if not 1 <= steps <= table:
@@ -56,12 +82,17 @@ def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") 
     return comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
 
 
-def check_inversion(inversion: Inversion, model: ModelPatcher) -> None:
+def check_inversion(inversion: Inversion, model: ModelPatcher, flow: bool = False) -> None:
     """Raise ValueError as `check_diffusion`, and unless the inversion was made with this MODEL, patched or not.
 
     A model that was loaded anew from the same file is the same.
     """
-    check_diffusion(model)
+    check_diffusion(model, flow)
+    if inversion.path != noise_path(model):
+        raise ValueError(
+            "inversion: it was made with a model that mixes picture and noise in another way. Connect the same Model "
+            "Sampling node to Invert Picture and to this node."
+        )
     if inversion.model() is model.model:
         return
     if not inversion.fingerprint or inversion.fingerprint != model_fingerprint(model):
@@ -96,6 +127,7 @@ def made_with(model: ModelPatcher) -> dict[str, Any]:
         "model": weakref.ref(model.model),
         "fingerprint": model_fingerprint(model),
         "latent_format": model.get_model_object("latent_format"),
+        "path": noise_path(model),
     }
 
 
@@ -200,8 +232,8 @@ def check_numbers(**knobs: float) -> None:
 def _reason_against(sampling) -> str | None:
     if isinstance(sampling, _kinds("CONST", "COSMOS_RFLOW", "IMG_TO_IMG_FLOW")):
         return (
-            "this one is a flow model (such as SD3, Flux, AuraFlow, Qwen or Wan). It mixes picture and noise along straight "
-            "lines, on which DDIM inversion and its noise levels are not defined."
+            "this one is a flow model (such as SD3, Flux, AuraFlow, Qwen or Wan). Of those, only UNets are edited, such as "
+            "SDXL behind ModelSamplingSD3, and only by Invert Picture, Generate Reference and KSampler (Pix2Pix-Zero)."
         )
     if isinstance(sampling, _kinds("StableCascadeSampling")):
         return "this one is Stable Cascade, which diffuses on a schedule and latents of its own, without a UNet's attention."

@@ -107,7 +107,11 @@ def sample_edit(
 
 
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
-    check_inversion(inversion, model)
+    check_inversion(inversion, model, flow=True)
+    if inversion.path.straight and PRESETS[settings.preset].authors_update:
+        raise ValueError(
+            f"preset: {settings.preset} is the authors' update of models that diffuse. Use default for a flow model."
+        )
     cross_attention_sites(model.model.diffusion_model)  # refuses models without any
     start, end = settings.window
     check_numbers(cfg=settings.cfg, guidance_strength=settings.guidance_strength, start_percent=start, end_percent=end)

@@ -11,6 +11,7 @@ from comfy.model_sampling import ModelSamplingDiscrete
 
 from ...attention_patches.attention import cross_attention_sites, is_unet
 from ...editing.inversion import (
+    FixedPoint,
     Transition,
     diffusers_transitions,
     direct_residuals,
@@ -28,7 +29,16 @@ from .. import running
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
-from .checks import SCHEDULERS, attention_state, check_finite, check_numbers, clean_latent, ddim_grid, made_with
+from .checks import (
+    SCHEDULERS,
+    attention_state,
+    check_finite,
+    check_numbers,
+    clean_latent,
+    ddim_grid,
+    made_with,
+    noise_path,
+)
 from .passes import UNetPasses
 
 METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
@@ -88,6 +98,11 @@ def invert_latent(
 
 
 def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[Transition]:
+    if method not in ON_THE_GRID and noise_path(model).straight:
+        raise ValueError(
+            f"method: {method} is defined on the noise levels of a model that diffuses, and this one is a flow model. Use "
+            f"{', '.join(ON_THE_GRID[:-1])} or {ON_THE_GRID[-1]}."
+        )
     sampling = model.get_model_object("model_sampling")
     if method == "official":
         return official_transitions(places_on_table(sampling, sigmas[1:]), sampling.sigmas)
@@ -110,7 +125,7 @@ def _walk_up(
     model: ModelPatcher, settings: InversionSettings, transitions: list[Transition], run: Run
 ) -> tuple[torch.Tensor, dict]:
     """(the latent as it came, the fields of an `Inversion` that the way up gives)."""
-    sigmas, method = run.sigmas, settings.method
+    sigmas, method, path = run.sigmas, settings.method, noise_path(model)
     maps = _map_store(model, settings)
     sites = [] if maps is None else cross_attention_sites(model.model.diffusion_model)
     evaluations = _Evaluations(
@@ -129,12 +144,12 @@ def _walk_up(
 
     if method == "fixed-point":
         visited, estimates = invert_fixed_point(
-            run.x, sigmas, evaluations.denoise, regularize, on_step, settings.fixed_point_iterations
+            run.x, sigmas, evaluations.denoise, regularize, on_step, FixedPoint(settings.fixed_point_iterations, path)
         )
         trajectory = torch.stack([x.cpu() for x in visited])
     else:
-        visited, estimates = invert(run.x, transitions, evaluations.denoise, regularize, on_step)
-        trajectory = on_grid(visited, transitions, run.x, sigmas)
+        visited, estimates = invert(run.x, transitions, evaluations.denoise, regularize, on_step, path)
+        trajectory = on_grid(visited, transitions, run.x, sigmas, path)
     if method == "direct":
         # The walk up has visited every level but the last one with just these estimates.
         estimates = [*estimates[1:], evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1)]

@@ -1,16 +1,17 @@
 """Generate a picture and keep its trajectory: the synthetic-image case of pix2pix-zero."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.sample
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...editing.trajectory import Inversion, ddim_step, predicted_eps, rescale
+from ...editing.trajectory import Inversion, NoisePath, ddim_step, predicted_eps
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
-from .checks import SCHEDULERS, check_numbers, clean_latent, ddim_grid, made_with
+from .checks import SCHEDULERS, check_numbers, clean_latent, ddim_grid, made_with, noise_path
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,18 @@ def generate_reference(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(settings.cfg)
-    latent, trajectory = sample(guider, _walk_down, model.model.process_latent_out(noise), sigmas)
+    latent, trajectory = sample(
+        guider, partial(_walk_down, noise_path(model), noise), model.model.process_latent_out(noise), sigmas
+    )
     return Inversion(trajectory, sigmas.flip(0), positive, **made_with(model)), latent
 
 
-def _walk_down(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """(the picture, its trajectory [N+1, B, C, H, W] ascending, on the CPU)."""
     levels = run.sigmas.tolist()
-    x = rescale(run.x, 0.0, levels[0])
+    # The host mixes a flow's start with its share of a picture, of which pure noise has none.
+    start = noise.to(run.x) if path.straight else run.x
+    x = path.rescale(start, 0.0, levels[0])
     visited = [x.cpu()]
     for index, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
         denoised = run.model_k(x, x.new_full((len(x),), sigma), **run.extra_args)

@@ -9,7 +9,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from pix2pix_zero.benchmarks.peer_pipeline import SCHEDULE
 from pix2pix_zero.editing.directions import apply_direction, edit_direction
 from pix2pix_zero.editing.regularization import NoiseRegularization, draw_shifts
-from pix2pix_zero.editing.trajectory import Inversion, ddim_step, predicted_eps, rescale
+from pix2pix_zero.editing.trajectory import DIFFUSION, Inversion, ddim_step, predicted_eps
 from pix2pix_zero.host.sampling.checks import ddim_grid
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
@@ -108,11 +108,11 @@ def test_a_step_through_comfyui_model_sampling_is_the_schedulers(prediction_type
     theirs = scheduler.step(output, label, x).prev_sample
 
     sigma, sigma_next = (float(sampling.sigmas[level]) for level in (t, t_next))
-    scaled = rescale(x, 0.0, sigma)
+    scaled = DIFFUSION.rescale(x, 0.0, sigma)
     denoised = sampling.calculate_denoised(torch.tensor([sigma]), output, scaled)
     ours = ddim_step(scaled, predicted_eps(scaled, denoised, sigma), sigma, sigma_next)
 
-    assert relative_difference(rescale(ours, sigma_next, 0.0), theirs) <= 1e-5
+    assert relative_difference(DIFFUSION.rescale(ours, sigma_next, 0.0), theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("regularization", [UNREGULARIZED, NoiseRegularization()], ids=["plain", "regularized"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pix2pix_zero.editing.inversion import diffusers_transitions, inversion_transitions
 from pix2pix_zero.editing.official import official_transitions
-from pix2pix_zero.editing.trajectory import ddim_step, predicted_eps, rescale
+from pix2pix_zero.editing.trajectory import DIFFUSION, ddim_step, predicted_eps
 from toy_diffusion import ALPHA_BAR, SIGMA, sigmas, step_in_alpha_bar, timesteps, vp_scale
 
 
@@ -36,9 +36,9 @@ def test_a_step_is_eq_12_in_both_directions_and_for_both_predictions(t, t_next, 
 
 def test_rescaling_keeps_what_the_unet_sees():
     x = normal(2)
-    moved = rescale(x, 0.3, 7.0)
+    moved = DIFFUSION.rescale(x, 0.3, 7.0)
     torch.testing.assert_close(moved / vp_scale(7.0), x / vp_scale(0.3))
-    torch.testing.assert_close(rescale(moved, 7.0, 0.3), x)
+    torch.testing.assert_close(DIFFUSION.rescale(moved, 7.0, 0.3), x)
 
 
 def test_inversion_visits_the_samplers_levels_in_reverse_and_never_asks_the_unet_about_sigma_zero():

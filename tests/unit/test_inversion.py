@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pix2pix_zero.editing.inversion import (
+    FixedPoint,
     diffusers_transitions,
     inversion_transitions,
     invert,
@@ -158,7 +159,7 @@ def test_a_batch_inverts_as_its_pictures_alone():
 def fixed_point_walk(latent, levels, denoise, iterations, regularize=lambda eps: eps):
     """(latents, estimates at all but the first) of a fixed-point inversion."""
     return invert_fixed_point(
-        latent, levels, lambda x, sigma, _: denoise(x, sigma), regularize, lambda *step: None, iterations
+        latent, levels, lambda x, sigma, _: denoise(x, sigma), regularize, lambda *step: None, FixedPoint(iterations)
     )
 
 
@@ -247,7 +248,7 @@ def test_fixed_point_inversion_tells_which_evaluations_are_at_latents_that_stay(
         calls.append((level, x))
         return denoiser()(x, sigma)
 
-    visited, _ = invert_fixed_point(latent, levels, denoise, lambda eps: eps, lambda *step: None, 2)
+    visited, _ = invert_fixed_point(latent, levels, denoise, lambda eps: eps, lambda *step: None, FixedPoint(2))
     assert [level for level, _ in calls] == [0, 0, 0, 1, 0, 0, 2, 0, 0, 3]
     for level, x in calls:
         if level:
