@@ -6,7 +6,7 @@ from .graphs import EDITS, Graph, Node
 class Demo(Graph):
     """A graph on the demo model: the picture, its caption and its inversion, and edits of it."""
 
-    def __init__(self, edit: str = "cat2dog", seed: int = 5) -> None:
+    def __init__(self, edit: str = "cat2dog", seed: int = 114) -> None:
         super().__init__()
         self.edit = EDITS[edit]
         self.model = self.add("Pix2PixZeroDemoModel")

@@ -275,6 +275,10 @@ def main(arguments: list[str]) -> int:
         from .help_pictures import draw_pictures
 
         draw_pictures([argument for argument in arguments if not argument.startswith("-")])
+    if "--thumbnails" in arguments:
+        from .thumbnails import draw_thumbnails
+
+        draw_thumbnails([argument for argument in arguments if not argument.startswith("-")])
     infos = [node.GET_NODE_INFO_V1() for node in NODES]
     before, now = paths(read_texts("en")), paths({info["name"]: english(info) for info in infos})
     for path, text in now.items():
