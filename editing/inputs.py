@@ -22,11 +22,18 @@ def check_text(text: object, socket: str, longest: int) -> str:
     return text
 
 
-def check_image(image: torch.Tensor, socket: str) -> None:
-    """Raise ValueError, naming `socket`, unless this is a batch of pictures with 1 to 4 channels and finite values."""
+def check_image_shape(image: torch.Tensor, socket: str) -> None:
+    """Raise ValueError, naming `socket`, unless this is a batch of pictures with 1 to 4 channels."""
     if not torch.is_tensor(image) or image.ndim != 4 or not image.numel() or image.shape[-1] > 4:
         found = list(image.shape) if torch.is_tensor(image) else type(image).__name__
-        raise ValueError(f"{socket}: expected [batch, height, width, 1 to 4 channels], got {found}.")
+        raise ValueError(
+            f"{socket}: expected [batch, height, width, 1 to 4 channels], got {found}. Connect a node that gives pictures."
+        )
+
+
+def check_image(image: torch.Tensor, socket: str) -> None:
+    """Raise ValueError as `check_image_shape`, and for values that are not finite."""
+    check_image_shape(image, socket)
     if not torch.isfinite(image).all():
         raise ValueError(f"{socket}: it holds NaN or infinite values. Check the node that made it.")
 

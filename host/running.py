@@ -28,11 +28,14 @@ _run: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_run", default=(0, 1
 def runs(count: int) -> Iterator[int]:
     """0 to `count` - 1: the runs of a node over a list of pictures. Text and progress within each tell which one it is."""
     for index in range(count):
-        token = _run.set((index, count))
+        before, mine = _run.get(), (index, count)
+        _run.set(mine)
         try:
             yield index
         finally:
-            _run.reset(token)
+            # One that is cut off may be closed much later, by the garbage collector, in the midst of another run.
+            if _run.get() is mine:
+                _run.set(before)
 
 
 def show(text: str) -> None:

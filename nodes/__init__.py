@@ -23,6 +23,7 @@ from . import (
     sentences,
     strip,
 )
+from .entrance import checked
 
 NODES = [
     *attention_heatmap.NODES,
@@ -45,6 +46,8 @@ NODES = [
     *sentences.NODES,
     *strip.NODES,
 ]
+for _node in NODES:
+    checked(_node)
 
 
 class Pix2PixZeroExtension(ComfyExtension):

@@ -2,10 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..host.networks.captioner import Captioner as CaptionerModel
 from ..host.networks.captioner import load_captioner
 from ..host.networks.model_kinds import BLIP, DEMO, fingerprint, model_names, register_folders
-from .sockets import CATEGORY, Captioner, require
+from .sockets import CATEGORY, Captioner
 
 register_folders()
 
@@ -88,7 +87,6 @@ class Pix2PixZeroCaption(io.ComfyNode):
 
     @classmethod
     def execute(cls, captioner, image, prefix: str = "", max_new_tokens: int = 40) -> io.NodeOutput:
-        require(captioner, CaptionerModel, "captioner", "Load Captioner (BLIP)")
         return io.NodeOutput(captioner.caption(image, prefix, max_new_tokens))
 
 

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..editing.directions import EditDirection
 from ..host.text.direction_files import (
     direction_names,
     direction_path,
@@ -11,7 +10,7 @@ from ..host.text.direction_files import (
     register_directions_folder,
     save_direction,
 )
-from .sockets import CATEGORY, Direction, require
+from .sockets import CATEGORY, Direction
 
 register_directions_folder()
 
@@ -39,7 +38,6 @@ class Pix2PixZeroSaveDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, direction, filename_prefix: str) -> io.NodeOutput:
-        require(direction, EditDirection, "direction", "Edit Direction")
         path = save_direction(direction, filename_prefix)
         return io.NodeOutput(ui={"text": [path.name]})
 

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..editing.directions import ALIGNMENTS, EditDirection, combine
+from ..editing.directions import ALIGNMENTS, combine
 from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
 from ..host.text.text_encoding import find_direction, move_conditioning
-from .sockets import CATEGORY, Direction, require
+from .sockets import CATEGORY, Direction
 
 
 def _alignment_input(advice: str) -> io.Combo.Input:
@@ -127,8 +127,6 @@ class Pix2PixZeroCombineDirections(io.ComfyNode):
 
     @classmethod
     def execute(cls, direction_a, direction_b, weight_a: float = 1.0, weight_b: float = 1.0) -> io.NodeOutput:
-        require(direction_a, EditDirection, "direction_a", "Edit Direction")
-        require(direction_b, EditDirection, "direction_b", "Edit Direction")
         return io.NodeOutput(combine(direction_a, direction_b, weight_a, weight_b))
 
 
@@ -166,7 +164,6 @@ class Pix2PixZeroApplyDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning, direction, strength: float = 1.0) -> io.NodeOutput:
-        require(direction, EditDirection, "direction", "Edit Direction")
         return io.NodeOutput(move_conditioning(conditioning, direction, strength))
 
 

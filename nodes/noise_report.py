@@ -2,9 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..editing.trajectory import Inversion as InvertedPicture
 from ..pictures.noise_report import report_noise
-from .sockets import CATEGORY, Inversion, require
+from .sockets import CATEGORY, Inversion
 
 
 class Pix2PixZeroNoiseReport(io.ComfyNode):
@@ -42,8 +41,6 @@ class Pix2PixZeroNoiseReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, inversion=None, compare_with=None) -> io.NodeOutput:
-        if inversion is not None:
-            require(inversion, InvertedPicture, "inversion", "Invert Picture")
         return io.NodeOutput(*report_noise(noise, inversion, compare_with))
 
 

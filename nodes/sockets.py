@@ -1,4 +1,4 @@
-"""What the nodes' sockets share: the pack's own types, inputs that several nodes have, and what may come in."""
+"""What the nodes' sockets share: the pack's own types, inputs that several nodes have, and the first of a list."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -45,12 +45,6 @@ def first(items: Sequence[Item], socket: str) -> Item:
     if not items:
         raise ValueError(f"{socket}: the list is empty. Connect one with at least one item.")
     return items[0]
-
-
-def require(value: object, kind: type, socket: str, maker: str) -> None:
-    """Raise ValueError, naming `socket`, unless one of the pack's own objects comes in. `maker`: the node that makes it."""
-    if not isinstance(value, kind):
-        raise ValueError(f"{socket}: it is a {type(value).__name__} and nothing that {maker} made. Connect {maker}.")
 
 
 def with_defaults(node: type[io.ComfyNode], inputs: dict[str, object]) -> dict[str, object]:

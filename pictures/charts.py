@@ -1,6 +1,7 @@
 """Charts drawn with Pillow, which the host brings: lines, steps, bands and dots on axes with ticks, and lettering."""
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -94,9 +95,8 @@ class Sheet:
         """`anchor`: Pillow's, such as "la" for left and top, "mm" for the middle. `within`: the width it is cut off at."""
         letters = font_for(text, size * SMOOTHING)
         if letters.getlength(text) > within * SMOOTHING:
-            while text and letters.getlength(text + "...") > within * SMOOTHING:
-                text = text[:-1]
-            text = text.rstrip() + "..."
+            fits = bisect(range(len(text)), within * SMOOTHING, key=lambda end: letters.getlength(text[:end] + "..."))
+            text = text[: max(fits - 1, 0)].rstrip() + "..."
         self._draw.text(_large(at), text, fill=colour, font=letters, anchor=anchor)
 
     def line(self, points: Sequence[tuple[float, float]], colour: Colour = INK, width: float = 1.0) -> None:

