@@ -23,7 +23,7 @@ def file_of(frame) -> str | None:
 @functools.cache
 def own_file(name: str) -> str | None:
     path = Path(name).resolve()
-    if not path.is_relative_to(PACK):
+    if name.startswith("<") or not path.is_relative_to(PACK):  # such as <string>
         return None
     inside = path.relative_to(PACK)
     return None if inside.parts[0] in OUTSIDE else inside.as_posix()
