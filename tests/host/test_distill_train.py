@@ -14,7 +14,7 @@ from pix2pix_zero.distillation.pairs import PairFolder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-PROGRAM = Path(__file__).resolve().parents[2] / "host" / "distilled" / "train.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "host" / "distilled" / "learn.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -1,6 +1,6 @@
 """Distill Edit without ComfyUI's window, on one GPU or, under torchrun, on several:
 
-    torchrun --nproc-per-node 2 PACK/host/distilled/train.py --pairs FOLDER --out NAME.safetensors --steps 20000
+    torchrun --nproc-per-node 2 PACK/host/distilled/learn.py --pairs FOLDER --out NAME.safetensors --steps 20000
 
 PACK is this pack's folder. It trains as the node does, on pixels and with `--sharpness` against an adversary; a VAE's features
 are the node's alone. The state lies beside the file: the same command goes on with a training that was ended, also with
@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # torchrun starts a file: the same again as a module of the pack
     pack = Path(__file__).absolute().parents[2]
     sys.path[0] = str(pack.parent)
-    runpy.run_module(f"{pack.name}.host.distilled.train", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"{pack.name}.host.distilled.learn", run_name="__main__", alter_sys=True)
     sys.exit()
 
 import torch
