@@ -11,7 +11,11 @@ import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from small_unet import latent
 
-SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "dpmpp_3m_sde", "res_multistep_ancestral", "euler_ancestral", "uni_pc"]
+SAMPLERS = comfy.samplers.KSAMPLER_NAMES + ["ddim", "uni_pc", "uni_pc_bh2"]
+# Those that end at the last level but zero, and how near to the source there, as part of its spread: dpm_fast goes on
+# from what was estimated at noisier levels.
+ENDS_ABOVE_ZERO = {"dpm_fast": 0.05, "dpm_adaptive": 1e-3}
+OTHER_STEPS = ["dpmpp_2m", "dpmpp_3m_sde", "res_multistep_ancestral", "euler_ancestral", "uni_pc"]
 
 
 def half(height=8, width=8):
@@ -38,12 +42,15 @@ def feature_edit(model, clip, inversion, sampler="euler", until=0.5):
 def test_outside_the_mask_every_sampler_ends_on_the_source(model, clip, sampler, edited):
     inversion = prompted.invert(model, clip, picture={**latent(), "noise_mask": half()}, method="direct")
     picture = edited(model, clip, inversion, sampler)
+    assert picture.isfinite().all()
     source = latent()["samples"]
-    assert (picture - source)[..., 5:].abs().max() <= 1e-3 * source.std()
+    if sampler in ENDS_ABOVE_ZERO:
+        source = model.model.process_latent_out(inversion.trajectory[1])
+    assert (picture - source)[..., 5:].abs().max() <= ENDS_ABOVE_ZERO.get(sampler, 1e-3) * source.std()
     assert (picture - source)[..., :3].abs().mean() > 1e-2 * source.std()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS[3:])
+@pytest.mark.parametrize("sampler", OTHER_STEPS)
 def test_residuals_are_for_steps_of_ddim_alone(model, clip, sampler):
     """A sampler that extrapolates would make noise of them: it draws what it draws of a plain inversion."""
     direct, plain = (prompted.invert(model, clip, method=method) for method in ("direct", "ddim"))
