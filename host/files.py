@@ -141,21 +141,53 @@ def _is_shard(name: object) -> bool:
 def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None:
     """Fetch the files `artefacts` of `repo_id` from the Hugging Face hub into `folder`, nothing else.
 
-    Raises ValueError: the download failed; a later run goes on where it stopped.
+    All come from one commit, and large files are compared with the SHA-256 that the hub names for them. Raises ValueError:
+    nobody has agreed to downloads on this machine, or the download failed; a later run goes on where it stopped.
     """
-    from huggingface_hub import snapshot_download
-
     artefacts = list(artefacts)
+    by_hand = f"put these files there by hand: {', '.join(artefacts)}."
+    agreement = downloads_agreement()
+    if not agreement.exists():
+        raise ValueError(
+            f"allow_download: nobody has agreed to downloads on this machine yet, and a workflow of somebody else's may come "
+            f"with this tick. To fetch {repo_id} into {folder}, make an empty folder called {agreement} once, and run again. "
+            f"Or {by_hand}"
+        )
     try:
-        revision = _safetensors_revision(repo_id)
-        logger.info("Downloading %s (revision %s) from the Hugging Face hub to %s", repo_id, revision, folder)
-        snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=artefacts)
+        _fetch(repo_id, folder, artefacts)
     except Exception as error:  # the hub's client has no common base class, and raises that of its HTTP library
         raise ValueError(
             f"allow_download: {repo_id} could not be downloaded to {folder}: {error}. Check the network and run again, "
-            f"or put these files there by hand: {', '.join(artefacts)}."
+            f"or {by_hand}"
         ) from error
     logger.info("%s is in %s", repo_id, folder)
+
+
+def downloads_agreement() -> Path:
+    """What a user makes once to agree to downloads on this machine. No workflow can make it."""
+    return Path(folder_paths.get_user_directory()) / "pix2pix_zero_downloads_allowed"
+
+
+def _fetch(repo_id: str, folder: Path, artefacts: list[str]) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(repo_id, revision=_safetensors_revision(repo_id), files_metadata=True)
+    logger.info("Downloading %s (commit %s) from the Hugging Face hub to %s", repo_id, info.sha, folder)
+    snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=artefacts)
+    for file in info.siblings:
+        path = folder / file.rfilename
+        if file.lfs is not None and file.rfilename in artefacts and file_sha256(path) != file.lfs.sha256:
+            path.unlink()
+            raise OSError(f"{file.rfilename} is not the file that the hub names, and has been removed")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(HASHED_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _safetensors_revision(repo_id: str) -> str:

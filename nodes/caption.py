@@ -31,7 +31,8 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
                     "allow_download",
                     default=False,
                     tooltip="Tick to fetch the chosen Salesforce model (1 to 2 GB) into models/blip if it is not "
-                    "there. Without the tick nothing is ever downloaded.",
+                    "there. Without the tick nothing is ever downloaded."
+                    " The first download on a machine asks for a confirmation.",
                 ),
             ],
             outputs=[Captioner.Output(display_name="captioner", tooltip="For Caption Image.")],

@@ -84,7 +84,8 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Tick to fetch the chosen CLIP or DINO model (0.1 to 1.7 GB) into "
-                    "models/pix2pix_zero/metrics if it is not there. Without the tick nothing is ever downloaded.",
+                    "models/pix2pix_zero/metrics if it is not there. Without the tick nothing is ever downloaded."
+                    " The first download on a machine asks for a confirmation.",
                 ),
                 io.String.Input(
                     "labels",

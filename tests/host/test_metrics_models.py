@@ -5,8 +5,10 @@ import json
 import logging
 import math
 import sys
+from types import SimpleNamespace
 
 import comfy.model_management
+import folder_paths
 import pytest
 import torch
 from judge_figures import pictures
@@ -119,8 +121,11 @@ def test_a_damaged_file_is_named(judge_models, measure, folder, file):
 
 
 @pytest.fixture
-def hub(monkeypatch, judge_folder):
-    """A stand-in for the Hugging Face hub that serves the tiny DINO folder and writes down what is asked of it."""
+def hub(monkeypatch, judge_folder, tmp_path):
+    """A stand-in for the Hugging Face hub that serves the tiny DINO folder and writes down what is asked of it.
+
+    The user has agreed to downloads.
+    """
     import huggingface_hub
 
     calls = []
@@ -129,12 +134,17 @@ def hub(monkeypatch, judge_folder):
         def file_exists(self, repo_id, filename, *, revision="main"):
             return filename == "model.safetensors"
 
+        def model_info(self, repo_id, *, revision, files_metadata):
+            return SimpleNamespace(sha=f"commit of {revision}", siblings=[])
+
     def snapshot_download(repo_id, *, revision, local_dir, allow_patterns):
         calls.append((repo_id, revision, local_dir, allow_patterns))
         local_dir.mkdir(parents=True)
         for path in (judge_folder / "dino").iterdir():
             (local_dir / path.name).write_bytes(path.read_bytes())
 
+    (tmp_path / "user" / "pix2pix_zero_downloads_allowed").mkdir(parents=True)
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return calls
@@ -148,7 +158,7 @@ def test_downloads_only_when_ticked_and_only_once(judge_models, hub, measure, ca
     with caplog.at_level(logging.INFO):
         measure(**options, allow_download=True)
     ((repo_id, revision, folder, patterns),) = hub
-    assert (repo_id, revision, folder) == ("facebook/dino-vitb8", "main", judge_models / "dino-vitb8")
+    assert (repo_id, revision, folder) == ("facebook/dino-vitb8", "commit of main", judge_models / "dino-vitb8")
     assert set(patterns) == {"config.json", "model.safetensors"}
     assert "Downloading facebook/dino-vitb8" in caplog.text
     measure(**options, allow_download=True)

@@ -17,6 +17,7 @@ SHIPPED = {
     "CHANGELOG.md",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "attention_patches",
     "cluster",
     "demo_model",
