@@ -21,7 +21,8 @@ from .server import GraphError, Server
 
 PICTURES = ROOT / "web" / "docs" / "pictures"
 QUALITY = 76
-WIDEST = 860  # pixels, of a picture that brings its own labels
+WIDEST = 900  # pixels, of a picture that brings its own labels, and of a row
+TILE = 152  # pixels, of a picture in a row with what is around it
 
 
 Picture = tuple[Demo, dict[str, list]]
@@ -371,7 +372,8 @@ def draw_pictures(names: list[str]) -> None:
                 for number, entry in enumerate(outputs[key]["images"])
             }
             sheet = pictures[""].convert("RGB") if "" in pictures else _in_a_row(pictures)
-            sheet.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+            width = WIDEST if "" in pictures else min(WIDEST, TILE * len(pictures))
+            sheet.thumbnail((width, width), Image.Resampling.LANCZOS)
             path = PICTURES / f"{name}.jpg"
             sheet.save(path, quality=QUALITY, optimize=True)
             print(f"{name}: {path.stat().st_size / 1000:.0f} kB; caption: {outputs[told]['text']}", flush=True)

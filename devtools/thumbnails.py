@@ -128,5 +128,5 @@ def draw_five_edits() -> None:
     labels = [""] * len(SEEDS) + [f"{EDITS[name].source} → {EDITS[name].target}" for name in SEEDS]
     sheet = as_pillow(picture_strip(images, ["\n".join(labels)], len(SEEDS))[0])
     sheet.thumbnail((760, 760), Image.Resampling.LANCZOS)
-    sheet.save(FIVE_EDITS, quality=72, optimize=True)
+    sheet.save(FIVE_EDITS, quality=70, optimize=True)
     print(f"{FIVE_EDITS.name}: {sheet.width}x{sheet.height}, {FIVE_EDITS.stat().st_size / 1000:.0f} kB", flush=True)

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..host.running import show
 from ..host.text.direction_files import (
     direction_names,
     direction_path,
@@ -39,6 +40,7 @@ class Pix2PixZeroSaveDirection(io.ComfyNode):
     @classmethod
     def execute(cls, direction, filename_prefix: str) -> io.NodeOutput:
         path = save_direction(direction, filename_prefix)
+        show(f"Saved {path.name}")
         return io.NodeOutput(ui={"text": [path.name]})
 
 

@@ -57,6 +57,13 @@ def test_saving_again_counts_up_and_leaves_no_other_files(plain_direction, folde
     assert sorted(p.name for p in folder.iterdir()) == [f"cat2dog_0000{i}_.safetensors" for i in (1, 2, 3)]
 
 
+def test_the_node_says_what_it_saved(plain_direction, folder, run_node, monkeypatch):
+    said = []
+    monkeypatch.setattr(file_nodes, "show", said.append)
+    save(plain_direction, "animals/cat2dog", run_node)
+    assert said == ["Saved cat2dog_00001_.safetensors"]
+
+
 def test_a_file_that_appears_meanwhile_is_not_overwritten(plain_direction, folder, run_node, monkeypatch):
     save(plain_direction, "cat2dog", run_node)
     first = (folder / "cat2dog_00001_.safetensors").read_bytes()
