@@ -169,7 +169,8 @@ def sample(
 
     def function(model_k, x, sigmas, extra_args, callback, disable):
         x, result = walk(Run(model_k, x, sigmas, extra_args, callback))
-        results.append(result)
+        # On its way out, the host divides what a flow ends on by the share of the picture, of which noise has none.
+        results.append((result, bool(x.isfinite().all())))
         return x
 
     sampled = guider.sample(
@@ -181,12 +182,13 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=0,
     ).to(comfy.model_management.intermediate_device())
-    if not sampled.isfinite().all():
+    result, is_finite = results[-1]
+    if not is_finite:
         raise ValueError(
             "model: the sampling ended in NaN or infinite values. Load the model in bf16 or fp32, and lower cfg, guidance "
             "and the weights of patches."
         )
-    return sampled, results[-1]
+    return sampled, result
 
 
 def look(guider: CFGGuider, read: Callable[[Run], Result], samples: torch.Tensor, sigmas: torch.Tensor) -> Result:

@@ -67,9 +67,7 @@ def package(files) -> bytes:
 def test_the_package_holds_what_users_need_and_nothing_else(files):
     assert {name.split("/")[0] for name in files} <= SHIPPED
     assert {"__init__.py", "nodes", "host", "demo_model", "web", "locales"} <= {name.split("/")[0] for name in files}
-    # A user's own training is shipped; how the demo's networks were trained is not.
-    others = [name for name in files if name != "host/distilled/train.py"]
-    assert [name for name in others if "train" in name.lower() or "test" in name.lower()] == []
+    assert [name for name in files if "train" in name.lower() or "test" in name.lower()] == []
     kinds = {Path(name).suffix for name in files}
     assert kinds <= {".py", ".json", ".txt", ".md", ".jpg", ".toml", ".safetensors", ""}
     weights = [name for name in files if name.endswith(".safetensors")]
