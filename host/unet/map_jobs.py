@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 
+import comfy.model_management
 import torch
 
 from ...attention_patches.attention import (
@@ -21,11 +22,16 @@ from ..text.conditionings import Entry, narrowed, own_tokens
 from .checkpointing import MODES, checkpointed
 from .gradients import clone_inference, clone_skips, differentiable_attention, input_gradients, protect_from_patches
 from .jobs import LEFT_OUT, UNetCall
-from .memory import is_out_of_memory
+from .memory import is_out_of_memory, out_of_memory
 
 SCALES = 4  # that are tried of a gradient in fp16, see `GradientScale`
 OVERFLOW = (
     "model: the gradient of its attention maps overflows in fp16. Load the model in bf16 or fp32 for guided sampling."
+)
+
+NO_MEMORY = (
+    "model: memory ran out in a guided step, even with one picture computed in the smallest parts. Make the picture smaller, set "
+    "map_memory of Invert Picture to 0 and invert again, or free memory that other programs hold."
 )
 
 
@@ -152,9 +158,14 @@ class MatchMaps:
                 output = call(x, matching.installed(call.transformer_options), clone_inference).detach()
                 gradient, distances = matching.gradient(x)
         except Exception as error:
-            if not (is_out_of_memory(error) and self.checkpointing.tighten(len(call.x))):
+            if not is_out_of_memory(error):
                 raise
-            return None
+            output = None
+        if output is None:  # the error is gone here, and with it the tensors of its frames
+            comfy.model_management.soft_empty_cache()
+            if self.checkpointing.tighten(len(call.x)):
+                return None
+            raise out_of_memory(NO_MEMORY)
         if not matching.scale.holds(gradient):
             self.overflows += 1
             if self.overflows == SCALES:

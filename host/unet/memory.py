@@ -1,6 +1,7 @@
 """What a guided pass needs beside an ordinary one, asked of the host before it loads the model."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,14 @@ from .gradients import has_constant_weights
 MEMORY = "pix2pix_zero_memory"
 TOKENS = 77  # of one chunk of a CLIP text
 SLACK = 1.02  # for what is not counted layer by layer: the embedded time, the norms' statistics
+# As CUDA, ROCm, MPS, XPU, the allocators of the CPU, C++, cuBLAS and cuDNN, and oneDNN say it. oneDNN's "primitive descriptor" is
+# an operation that it does not know.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|failed to allocate|unable to allocate"
+    r"|bad_alloc|bad allocation|_alloc_failed|out_of_(host|device)_memory|out_of_resources"
+    r"|could not create a (primitive(?! descriptor)|memory object)",
+    re.IGNORECASE,
+)
 MAP_ITEM = 4  # maps, and the gradients of their distance, are fp32 in every precision
 
 
@@ -236,6 +245,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         kinds.append(host.OOM_EXCEPTION)
         if hasattr(host, "is_oom") and host.is_oom(error):  # ComfyUI 0.16 has only the class
             return True
-    phrases = ("out of memory", "can't allocate memory", "not enough memory")
-    said = isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
-    return said or isinstance(error, tuple(kinds))
+    said = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    return bool(said) or isinstance(error, tuple(kinds))
+
+
+def out_of_memory(words: str) -> Exception:
+    """An error that says that memory ran out, of the class that the host answers by unloading its models."""
+    kind = comfy.model_management.OOM_EXCEPTION
+    return (MemoryError if kind is Exception else kind)(words)

@@ -123,6 +123,13 @@ def test_the_host_is_asked_for_that_much_more(model, monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("XPU out of memory, please use `empty_cache`"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
         MemoryError(),
     ],
 )
@@ -136,7 +143,15 @@ def test_a_real_allocation_that_fails_is_recognized():
     assert is_out_of_memory(caught.value)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not match"),
+        RuntimeError("could not create a primitive descriptor for a matmul primitive"),
+        ValueError("out of memory"),
+        KeyError("x"),
+    ],
+)
 def test_other_errors_are_not_taken_for_it(error):
     assert not is_out_of_memory(error)
 

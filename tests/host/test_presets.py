@@ -5,15 +5,17 @@ import torch
 from pix2pix_zero.host import running
 from small_edit import counted_edits, edit, invert
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. (test)")
 
-def short_of_memory(model, times):
+
+def short_of_memory(model, times, error=OUT_OF_MEMORY):
     """A clone in which another pack's patch fails as the allocator would, so many times in guided passes; and the failures."""
     failures = []
 
     def allocate(q, k, v, options):
         if torch.is_grad_enabled() and len(failures) < times and options["block"] == ("middle", 0):
             failures.append(options["block"])
-            raise torch.OutOfMemoryError("CUDA out of memory. (test)")
+            raise error
         return q, k, v
 
     short = model.clone()
@@ -33,11 +35,18 @@ def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, 
     assert [record.levelname for record in warnings] == ["WARNING"]
 
 
-def test_a_guided_step_for_which_memory_never_suffices_says_so(model):
-    short, failures = short_of_memory(model, times=100)
-    with pytest.raises(torch.OutOfMemoryError):
-        edit(short, invert(model), preset="low memory")
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("could not create a primitive")], ids=["CUDA", "oneDNN"])
+def test_a_guided_step_for_which_memory_never_suffices_says_so_and_the_next_edit_works(model, error):
+    inversion = invert(model)
+    expected = edit(model, inversion)
+    short, failures = short_of_memory(model, times=100, error=error)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="^model: memory ran out in a guided step.*picture smaller"
+    ) as told:
+        edit(short, inversion, preset="low memory")
+    assert told.value.__context__ is None, "nothing holds the tensors of the step that failed"
     assert 1 <= len(failures) < 10
+    assert torch.equal(edit(model, inversion), expected)
 
 
 def test_low_memory_gives_the_edit_of_the_default(model):
