@@ -23,7 +23,7 @@ from ...attention_patches.attention import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ...editing.trajectory import Inversion
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, load_with_source, processed_source
+from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
 KEY = "pix2pix_zero_plug_and_play"
@@ -98,14 +98,7 @@ class _LockstepSampling:
                 f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(ours.shape)}. "
                 "Connect `noise` of the inversion node, as it is or repeated as a whole."
             )
-        if latent_image is None or not noise.any():
-            return
-        start = latent_image[: len(ours)].to(ours)
-        if (start - ours).abs().max() < 1e-3 * ours.abs().max():
-            raise ValueError(
-                "noise: it would be added to `noise` of the inversion node, which is all the noise there must be. Use "
-                "SamplerCustomAdvanced with DisableNoise, or KSampler (Advanced) with add_noise disabled."
-            )
+        check_no_noise_added(noise, latent_image, self.inversion)
 
 
 def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:

@@ -22,7 +22,7 @@ from ...editing.trajectory import Inversion
 from ...editing.word_masks import WordMask, soft_mask
 from .. import running
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, load_with_source, processed_source
+from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source
 from ..text.conditionings import TEXT_LENGTHS
 from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize
 from ..text.text_encoding import require_clip
@@ -40,15 +40,15 @@ BLEND_HALVINGS = 2
 class PromptEdit:
     """An edit of an inverted picture by its prompt.
 
-    `cross_steps`, `self_steps`: how many steps of the inversion, from the noisiest on, take the source's cross- and
-    self-attention. `factors`: [T] for the columns of the edited maps, or None. `blend`: threshold in 0..1 of the mask
-    outside which the picture stays, or 0 for none, and the tokens it is drawn from in the source and in the target.
+    `cross_end`, `self_end`: the noise levels down to which the edit takes the source's cross- and self-attention.
+    `factors`: [T] for the columns of the edited maps, or None. `blend`: threshold in 0..1 of the mask outside which the
+    picture stays, or 0 for none, and the tokens it is drawn from in the source and in the target.
     """
 
     inversion: Inversion
     token_map: TokenMap
-    cross_steps: int
-    self_steps: int
+    cross_end: float
+    self_end: float
     factors: torch.Tensor | None
     blend: float
     blend_tokens: tuple[list[int], list[int]]
@@ -97,8 +97,8 @@ def edit_by_prompt(
     edit = PromptEdit(
         inversion,
         token_map,
-        round(settings.cross_until * inversion.steps),
-        round(settings.self_until * inversion.steps),
+        inversion.lowest_sigma(settings.cross_until),
+        inversion.lowest_sigma(settings.self_until),
         column_factors(after.length, weights) if weights else None,
         settings.local_blend,
         blended,
@@ -139,6 +139,7 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
     def sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
+        check_no_noise_added(noise, args[0] if args else kwargs.get("latent_image"), edit.inversion)
         with processed_source(guider, edit.inversion) as source:
             if source[0].get("area") is not None:
                 raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
@@ -274,7 +275,7 @@ class Sampling:
     def predict_noise(self, executor, x, timestep, model_options, seed):
         sigma = float(timestep[0])
         step = self.edit.inversion.steps - self.edit.inversion.place_of(sigma)
-        cross, to_itself = step < self.edit.cross_steps, step < self.edit.self_steps
+        cross, to_itself = sigma >= self.edit.cross_end, sigma >= self.edit.self_end
         taken = self.cross if cross else self.watched
         if to_itself:
             taken = taken + self.self_attention

@@ -73,6 +73,19 @@ def processed_source(guider: CFGGuider, inversion: Inversion) -> Iterator[list[d
         comfy.sampler_helpers.cleanup_models({SOURCE: entries}, [])
 
 
+def check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None, inversion: Inversion) -> None:
+    """Raise ValueError if a sampler would add `noise` [B, C, H, W] to a latent that is the inversion's noise already."""
+    if latent_image is None or not noise.any():
+        return
+    ours = inversion.trajectory[-1]
+    start = latent_image[: len(ours)].to(ours)
+    if (start - ours).abs().max() < 1e-3 * ours.abs().max():
+        raise ValueError(
+            "noise: it would be added to `noise` of the inversion node, which is all the noise there must be. Use "
+            "SamplerCustomAdvanced with DisableNoise, or KSampler (Advanced) with add_noise disabled."
+        )
+
+
 def _process(model: BaseModel, source: list[dict], picture: torch.Tensor, device: torch.device) -> list[dict]:
     noise = torch.zeros_like(picture)
     return comfy.samplers.process_conds(model, noise, {SOURCE: source}, device, picture, seed=0)[SOURCE]

@@ -77,27 +77,24 @@ def attention_heatmaps(
     captions, phrases = (_for_each(texts, inversion.batch) for texts in (caption, settings.words))
     prompts = [tokenize(clip, text, "caption") for text in captions]
     chosen = [_choose_words(clip, text, prompt) for text, prompt in zip(phrases, prompts)]
-    _check_captions(clip, captions, prompts[0].length, inversion)
     heat = mean_attention(model, inversion, prompts[0].length, settings.window, settings.resolution)
     pictures = []
     for number, words in enumerate(chosen):
         base = None if image is None else image[min(number, len(image) - 1)]
         for label, tokens in words:
             pictures.append(_draw(heat[number, tokens].sum(0), label, base, pixels_per_latent(model)))
+    _warn_of_other_captions(clip, captions, inversion.source[0][0])  # in the end, or progress would write over it
     return torch.stack([charts.as_image(picture) for picture in pictures])
 
 
-def _check_captions(clip: CLIP, captions: list[str], length: int, inversion: Inversion) -> None:
-    encoded = inversion.source[0][0]
-    if encoded is None or len(inversion.source) != 1 or encoded.shape[1] % length:
-        return  # refused by `mean_attention`, in words of its own
+def _warn_of_other_captions(clip: CLIP, captions: list[str], encoded: torch.Tensor) -> None:
     for number, caption in enumerate(captions):
-        row = encoded[min(number, len(encoded) - 1)]
-        if not is_text_of(clip, caption, row):
-            raise ValueError(
-                f"caption: {caption!r} is not the text that the picture was inverted with, or was encoded by another CLIP. "
-                "Write the caption of Invert Picture, and connect its CLIP."
+        if not is_text_of(clip, caption, encoded[min(number, len(encoded) - 1)]):
+            running.warn(
+                f"The caption {caption!r} is not the one that the picture was inverted with, or was encoded otherwise. "
+                "The words may name the wrong maps."
             )
+            return
 
 
 def _for_each(text: str | tuple[str, ...], count: int) -> list[str]:

@@ -195,3 +195,16 @@ def test_levels_between_those_of_the_inversion_are_interpolated(model, clip, inv
     finer = torch.cat([sigmas, (sigmas[:-1] + sigmas[1:]) / 2]).sort(descending=True).values
     edited = sample(patched, inversion, positive, encode(clip, ""), sigmas=finer)
     assert edited.isfinite().all()
+
+
+def test_shares_of_the_steps_end_at_the_same_levels_as_those_of_plug_and_play(model, clip, inversion):
+    """On a grid of half steps: what lies between two levels of the inversion goes with the cleaner one."""
+    levels = inversion.sigmas.flip(0)
+    between = torch.stack([levels[:-1], (levels[:-1] + levels[1:]) / 2], 1).flatten()
+    sigmas = torch.cat([between, levels[-1:]])
+    with Trace(model) as trace:
+        patched, positive = patch(trace.model, inversion, clip, "a dog on a sofa", cross=0.5, to_itself=0.0)
+        sample(patched, inversion, positive, encode(clip, ""), sigmas=sigmas)
+    from_source = [source is not None for source, _ in trace.steps()]
+    assert from_source == [sigma >= inversion.lowest_sigma(0.5) for sigma in sigmas[:-1].tolist()]
+    assert sum(from_source) == 3

@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from pix2pix_zero.host import running
+from pix2pix_zero.host.sampling.invert import inverted_noise
 from prompt_to_prompt_runs import SOURCE, encode, invert, patch, sample
 from small_unet import latent, small_model
 from tiny_clip import tiny_clip
+
+import nodes as host_nodes
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,13 @@ def test_another_source_text_is_told_on_the_node_and_in_the_log(model, clip, inv
     caplog.clear()
     patch(model, inversion, clip, "a dog on a sofa")
     assert not caplog.records
+
+
+def test_noise_on_top_of_the_inversions_noise_is_refused(model, clip, inversion):
+    patched, positive = patch(model, inversion, clip, "a dog on a sofa")
+    noise = {"samples": inverted_noise(inversion, model)}
+    with torch.inference_mode(), pytest.raises(ValueError, match="noise: it would be added.*DisableNoise"):
+        host_nodes.KSampler().sample(patched, 0, 4, 2.0, "euler", "ddim_uniform", positive, positive, noise)
 
 
 @pytest.mark.parametrize(
