@@ -221,7 +221,7 @@ def test_the_picture_shows_through(model, clip, inversion, run_node):
         ({"caption": ("",)}, "caption: it is empty"),
         ({"caption": ("a cat " * 60,)}, "caption: it is 154 tokens long.*77"),
         ({"resolution": "1/8"}, "resolution: .*It has it at 1, 1/2"),
-        ({"window": (0.6, 0.2)}, "start_percent, end_percent"),
+        ({"window": (0.6, 0.2)}, "start_percent: 0.6 is later"),
         ({"image": torch.zeros(3, 64, 96, 3)}, "image: it holds 3 pictures"),
     ],
 )
