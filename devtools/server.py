@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,7 +210,9 @@ class Server:
 
         Raises GraphError: the graph was refused, failed, was cancelled, or took longer than `patience` seconds.
         """
-        prompt_id, ending, data = asyncio.run(self._listen(graph, on_progress, patience))
+        # In a thread of its own: the caller's may have a loop that runs, as that of a browser test has.
+        with ThreadPoolExecutor(1) as thread:
+            prompt_id, ending, data = thread.submit(asyncio.run, self._listen(graph, on_progress, patience)).result()
         return self._outputs(prompt_id, ending, data)
 
     async def _listen(

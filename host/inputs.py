@@ -131,6 +131,8 @@ def check_width(model: Any, conditioning: list, socket: str) -> None:
     )
     advice = "Encode the text with the CLIP that belongs to the model."
     for text, options in conditioning:
+        if text is None and width is not None:
+            raise ValueError(f"{socket}: it has no text, which the model reads. {advice}")
         if text is not None and width is not None and text.shape[-1] != width:
             raise ValueError(
                 f"{socket}: its text has {text.shape[-1]} values for each token, the model reads {width}. {advice}"

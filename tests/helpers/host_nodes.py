@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import comfy.model_patcher
@@ -29,7 +30,8 @@ CHOSEN = {
 
 @cache
 def _registry() -> dict:
-    asyncio.run(core.init_builtin_extra_nodes())
+    with ThreadPoolExecutor(1) as thread:  # the browser tests leave a loop that runs in this one
+        thread.submit(asyncio.run, core.init_builtin_extra_nodes()).result()
     return core.NODE_CLASS_MAPPINGS
 
 

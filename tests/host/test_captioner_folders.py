@@ -160,7 +160,7 @@ def test_a_word_list_in_another_encoding_is_named(blip_models, run_node):
 
 @pytest.mark.parametrize("name", [3, None, 0.5])
 def test_a_linked_name_that_is_no_text_is_refused_in_words(blip_models, name, run_node):
-    with pytest.raises(ValueError, match="^model_name: .*is not the name of a model"):
+    with pytest.raises(ValueError, match="^model_name: .* is none of its choices"):
         run_node(Pix2PixZeroLoadCaptioner, model_name=name, allow_download=False)
 
 

@@ -181,7 +181,7 @@ def test_alpha_is_left_out_and_one_channel_is_grey(measure):
         ({"source_text": ["a", "b", "c"]}, "^source_text: it brings 3 lines for 2 pictures"),
         ({"edited": torch.full((2, 40, 56, 3), torch.nan)}, "^edited: it holds NaN"),
         ({"source": torch.zeros(2, 40, 56, 5)}, "^source: expected"),
-        ({"mask": torch.full((1, 4, 4), torch.inf)}, "^mask: expected .* finite"),
+        ({"mask": torch.full((1, 4, 4), torch.inf)}, "^mask: it holds NaN or infinite"),
         ({"mask": torch.zeros(1, 0, 4)}, "^mask: expected"),
         ({"source": torch.zeros(1, 0, 4, 3)}, "^source: expected"),
         ({"source": []}, "^source: the list is empty"),
