@@ -187,7 +187,7 @@ def test_ctrl_c_cancels_what_a_server_of_somebody_else_is_at(started):
         program.wait_for(lambda: server.pictures, "a picture")
         os.killpg(program.process.pid, signal.SIGINT)
         assert "Stopped." in program.end() and program.process.returncode == 130
-        assert server.log[-1] == "POST interrupt"
+        assert "POST interrupt" in server.log
 
 
 def test_a_comfyui_that_does_not_start_is_told_with_its_last_words(ran, tmp_path, python):

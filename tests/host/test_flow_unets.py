@@ -101,6 +101,7 @@ def test_a_grid_that_does_not_begin_at_the_noise_is_refused():
         ddim_grid(model, 10, "ddim_uniform")
 
 
+@torch.inference_mode()
 def test_models_that_mix_in_another_way_are_refused():
     plain = loaded_small_model()
     flowing = ModelSamplingSD3().patch(plain, 3.0)[0]
@@ -111,6 +112,7 @@ def test_models_that_mix_in_another_way_are_refused():
         sample_edit(flowing, inversion, conditioning(), conditioning(), replace(EditSettings(), preset="official"))
 
 
+@torch.inference_mode()
 def test_nodes_of_the_stock_samplers_say_that_they_do_not_take_a_flow():
     flowing = ModelSamplingSD3().patch(loaded_small_model(), 3.0)[0]
     inversion = invert_latent(flowing, conditioning(), latent(), InversionSettings(2, scheduler="simple"))

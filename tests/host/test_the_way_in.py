@@ -12,7 +12,7 @@ from small_edit import invert
 from small_unet import conditioning, loaded_small_model
 
 PACK = Path(pix2pix_zero.__file__).resolve().parent
-OUTSIDE = ("tests", "benchmarks", "devtools", ".venv", ".comfyui")
+OUTSIDE = ("tests", "benchmarks", "devtools")
 
 
 def file_of(frame) -> str | None:
@@ -26,7 +26,8 @@ def own_file(name: str) -> str | None:
     if name.startswith("<") or not path.is_relative_to(PACK):  # such as <string>
         return None
     inside = path.relative_to(PACK)
-    return None if inside.parts[0] in OUTSIDE else inside.as_posix()
+    # ComfyUI and the Python environments of its versions are in folders that begin with a dot.
+    return None if inside.parts[0] in OUTSIDE or inside.parts[0][0] == "." else inside.as_posix()
 
 
 def own_frames(frame) -> list[str]:
