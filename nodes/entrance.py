@@ -77,8 +77,6 @@ def _values(schema: io.Schema, lists: dict[str, Sequence]) -> Iterator[Values]:
 def _number(value: Any, item: io.Input) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{item.id}: {value!r:.40} is not a number. Enter one.")
-    if item.get_io_type() == "INT" and math.isfinite(value) and value != int(value):
-        raise ValueError(f"{item.id}: {value:g} is not a whole number. Enter one.")
     low, high = getattr(item, "min", None), getattr(item, "max", None)
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     if not math.isfinite(value) or not low <= value <= high:
