@@ -82,7 +82,9 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     "evaluates the negative text at every other step, which gives nearly the same edit; try it first. "
                     "low memory: the edit of default in much less memory and more time; set map_memory of Invert "
                     "Picture to 0 as well. official: the authors' update, step for step, without local_blend and "
-                    "feature_until, to compare with their results; it wants end_percent 1 and is the slowest.",
+                    "feature_until, to compare with their results; it wants end_percent 1 and is the slowest. paper: guidance "
+                    "alone, in all steps, without local_blend and feature_until; with guidance_strength 0.1 that is the "
+                    "paper's edit.",
                 ),
                 io.Float.Input(
                     "local_blend",

@@ -28,14 +28,17 @@ class Preset:
 
     `guided_steps`: about how many steps guidance would act on over the whole edit; all of them if None. `share`,
     `holds_negative`: see `editing.guidance.GuidanceSchedule`. `checkpointing`: the least that the backward pass computes
-    again, see `checkpointing.checkpointed`. `authors_update`: `sample_official` in place of `sample_guided`, which knows
-    neither kept maps nor the source's features nor a local blend.
+    again, see `checkpointing.checkpointed`. `guidance_alone`: neither the source's features nor a local blend, as in the
+    paper. `whole_window`: guidance may act in the whole sampling, whatever the window is set to. `authors_update`:
+    `sample_official` in place of `sample_guided`, which does not use kept maps.
     """
 
     guided_steps: int | None = None
     share: float = 1.0
     holds_negative: bool = False
     checkpointing: str = "none"
+    guidance_alone: bool = False
+    whole_window: bool = False
     authors_update: bool = False
 
     def schedule(self, guidance_strength: float, steps: int) -> GuidanceSchedule:
@@ -49,7 +52,8 @@ PRESETS = {
     # Spread steps hold the layout as well as all do, up to about three times the strength each.
     "fast": Preset(guided_steps=16, share=0.8, holds_negative=True, checkpointing="feed-forward"),
     "low memory": Preset(checkpointing="blocks"),
-    "official": Preset(authors_update=True),
+    "official": Preset(guidance_alone=True, authors_update=True),
+    "paper": Preset(guidance_alone=True, whole_window=True),
 }
 
 
@@ -74,7 +78,12 @@ class EditSettings:
     def left_out(self) -> list[str]:
         """What is set and the preset does without."""
         set_ones = [name for name in ("local_blend", "feature_until") if getattr(self, name)]
-        return set_ones if PRESETS[self.preset].authors_update else []
+        return set_ones if PRESETS[self.preset].guidance_alone else []
+
+    def for_preset(self) -> "EditSettings":
+        """These settings as the preset draws them."""
+        window = (0.0, 1.0) if PRESETS[self.preset].whole_window else self.window
+        return replace(self, window=window, **dict.fromkeys(self.left_out(), 0.0))
 
 
 def sample_edit(
@@ -88,8 +97,8 @@ def sample_edit(
     none.
     """
     _check(model, inversion, positive, negative, settings)
-    if left_out := settings.left_out():
-        settings = replace(settings, **dict.fromkeys(left_out, 0.0))
+    left_out = settings.left_out()
+    settings = settings.for_preset()
     texts = {
         "positive": beside_the_source(positive, inversion.source, "positive"),
         "negative": beside_the_source(negative, inversion.source, "negative"),

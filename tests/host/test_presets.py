@@ -23,7 +23,7 @@ def short_of_memory(model, times, error=OUT_OF_MEMORY):
     return short, failures
 
 
-@pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official"])
+@pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official", "paper"])
 def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, caplog):
     inversion = invert(model)
     enough, _ = short_of_memory(model, times=0)
@@ -100,3 +100,16 @@ def test_official_says_on_the_node_what_it_leaves_out(model, options, named, mon
     assert torch.equal(edited, edit(model, inversion, preset="official"))
     told = [text for text in shown if "leaves out" in text]
     assert told == ([] if named is None else [f"preset official leaves out {named}."])
+
+
+def test_paper_is_guidance_alone_in_every_step(model, monkeypatch):
+    inversion, shown = invert(model, map_memory=0), []
+    monkeypatch.setattr(running, "show", shown.append)
+    alone = edit(model, inversion, window=(0.0, 1.0))
+    edited = edit(model, inversion, preset="paper", window=(0.0, 0.5), local_blend=0.3, feature_until=0.5)
+    assert torch.equal(edited, alone)
+    assert [text for text in shown if "leaves out" in text] == [
+        "preset paper leaves out local_blend and feature_until."
+    ]
+    _, recorded = counted_edits(model, inversion, preset="paper", window=(0.0, 0.5))
+    assert recorded == inversion.steps

@@ -75,6 +75,11 @@ def test_short_grids_are_levels_that_the_model_was_trained_on(models, kind, sche
             assert levels[0] == sampling.sigma_max, "it begins at pure noise"
 
 
+def test_a_number_that_does_not_divide_the_table_gives_the_steps_that_the_tooltip_says(models):
+    assert len(ddim_grid(models["eps"], 300)) - 1 == 333
+    assert len(ddim_grid(models["eps"], 50)) - 1 == 50
+
+
 @pytest.mark.parametrize(
     ("kind", "steps", "scheduler"),
     [
