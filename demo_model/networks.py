@@ -54,6 +54,10 @@ class SharedEmbedding(comfy.ops.manual_cast.Embedding):
     def forward(self, ids: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return super().forward(self.table.to(ids.device)[ids.long()].long(), out_dtype=out_dtype)
 
+    def knows(self, ids: list[int]) -> bool:
+        """Whether each of these tokens has a row of its own."""
+        return bool((self.table[ids] < EMBEDDING_ROWS - SHARED_ROWS).all())
+
 
 class DemoTextModel(comfy.clip_model.CLIPTextModel):
     def __init__(self, config: dict, dtype, device, operations) -> None:
@@ -77,6 +81,10 @@ class DemoClip(comfy.sd1_clip.SDClipModel):
 class DemoClipModel(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options={}, **_unused) -> None:
         super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=DemoClip)
+
+    def knows(self, ids: list[int]) -> bool:
+        """Whether the model has learned each of these tokens; the others say nothing to it."""
+        return self.clip_l.transformer.get_input_embeddings().knows(ids)
 
 
 def _tokenizer(**settings) -> comfy.sd1_clip.SDTokenizer:

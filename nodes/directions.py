@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..editing.directions import ALIGNMENTS, combine
 from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
-from ..host.text.text_encoding import find_direction, move_conditioning
+from ..host.running import warn
+from ..host.text.text_encoding import find_direction, move_conditioning, unlearned_words
 from .sockets import CATEGORY, Direction
 
 
@@ -53,7 +54,10 @@ class Pix2PixZeroEditDirection(io.ComfyNode):
     @classmethod
     def execute(cls, clip, source: str, target: str, alignment: str = ALIGNMENTS[0]) -> io.NodeOutput:
         source_sentences, target_sentences = paired_sentences(source, target, PAIRS, seed=0)
-        return io.NodeOutput(find_direction(clip, source_sentences, target_sentences, source, target, alignment))
+        direction = find_direction(clip, source_sentences, target_sentences, source, target, alignment)
+        if unlearned := unlearned_words(clip, f"{source} {target}"):
+            warn(f"This model has not learned {', '.join(unlearned)}. What such a word names is not drawn.")
+        return io.NodeOutput(direction)
 
 
 class Pix2PixZeroEditDirectionFromSentences(io.ComfyNode):

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -162,6 +163,15 @@ def encoder_fingerprint(clip: CLIP) -> str:
         sample = flat[:: max(1, flat.numel() // 512)].to("cpu", torch.float16)
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return f"{type(model).__name__}-{digest.hexdigest()[:16]}-layer{_layers(clip)}"
+
+
+def unlearned_words(clip: CLIP, text: str) -> list[str]:
+    """The words of a text that say nothing to a text encoder. None for encoders other than the demo's, which cannot tell."""
+    knows = getattr(clip.cond_stage_model, "knows", None)
+    if knows is None:
+        return []
+    words = dict.fromkeys(re.findall(r"\w+", text))
+    return [word for word in words if not knows([token for token, *_ in clip.tokenize(word)["l"][0]])]
 
 
 def move_conditioning(conditioning: list, direction: EditDirection, strength: float) -> list:

@@ -3,6 +3,9 @@
 import comfy.model_management
 import pytest
 import torch
+from pix2pix_zero.demo_model.loader import load_demo_model
+from pix2pix_zero.devtools.graphs import EDITS
+from pix2pix_zero.host import running
 from pix2pix_zero.nodes import direction_files as file_nodes
 from pix2pix_zero.nodes import directions as nodes
 from pix2pix_zero.nodes.sentences import Pix2PixZeroSentences
@@ -235,3 +238,23 @@ def test_bad_sentence_lists_are_refused_before_the_encoder_runs(source, target, 
     with pytest.raises(ValueError, match=f"^{socket}: "):
         lines = {"source_sentences": source, "target_sentences": target}
         run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=Unused(), **lines)
+
+
+def test_words_that_the_demo_has_not_learned_are_said_on_the_node(run_node, monkeypatch):
+    with torch.inference_mode():
+        _, demo, _ = load_demo_model()
+    shown = []
+    monkeypatch.setattr(running, "show", shown.append)
+    monkeypatch.setattr(nodes, "PAIRS", 1)
+
+    def said(clip, source, target):
+        shown.clear()
+        run_node(nodes.Pix2PixZeroEditDirection, clip=clip, source=source, target=target)
+        return [text for text in shown if "not learned" in text]
+
+    for edit in EDITS.values():
+        assert said(demo, edit.source, edit.target) == []
+    (text,) = said(demo, "cat", "wooden cat wearing a hat")
+    assert "not learned wooden, hat." in text
+    with torch.inference_mode():
+        assert said(tiny_clip("sd1"), "cat", "cat wearing a hat") == [], "a checkpoint's encoder cannot tell"
