@@ -1,7 +1,7 @@
 """FlowEdit: edit a picture without inverting it (Kulikov et al., ICCV 2025), with FlowAlign's term (Kim et al., 2025).
 
-Every model is seen as one that goes straight from picture to noise: x = (1 - s) * picture + s * noise, with `s`, the share of
-noise, in 0..1. One that diffuses in sigma space is at s = sigma / (1 + sigma), where its latents are 1 + sigma times as large.
+Every model is seen as one that goes straight from picture to noise, x = (1 - s) * picture + s * noise, with s in 0..1: the
+latent of any `NoisePath`, divided by its `total`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,15 +10,20 @@ from typing import Protocol
 
 import torch
 
+from .trajectory import NoisePath
 
-class Estimates(Protocol):
-    """A model's estimates of the picture, from straight latents [B, C, H, W] at a share of noise."""
 
-    def source(self, x: torch.Tensor, share: float) -> torch.Tensor:
+class FlowEditPasses(Protocol):
+    """What is asked of a model: estimates of the picture from its latents [B, C, H, W] at a noise level, and noise."""
+
+    def source(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """With the source's text."""
 
-    def target(self, x: torch.Tensor, share: float) -> torch.Tensor:
+    def target(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """With the edit's text."""
+
+    def noise(self) -> torch.Tensor:
+        """New noise like the picture."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,26 @@ class FlowEditSettings:
 
 def flow_edit(
     picture: torch.Tensor,
-    shares: Sequence[float],
-    estimates: Estimates,
-    draw_noise: Callable[[], torch.Tensor],
+    levels: Sequence[float],
+    path: NoisePath,
+    passes: FlowEditPasses,
     settings: FlowEditSettings,
     after_step: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Move a picture along the difference of two velocities (FlowEdit, Algorithm 1): the edited picture [B, C, H, W].
 
-    `shares`: of noise, descending, the last one 0. `draw_noise()`: noise like the picture. `after_step(step, edited, contrast)`
-    gives back the edited picture, limited to where it may change; `contrast` [B, 1, H, W] is how far apart the estimates were.
+    `levels`: noise levels of the model, descending, the last one 0. `after_step(step, edited, contrast)` gives back the edited
+    picture, limited to where it may change; `contrast` [B, 1, H, W] is how far apart the estimates were.
     """
     edited = picture
-    for step, (share, share_next) in enumerate(zip(shares, shares[1:])):
+    for step, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
+        share, share_next, total = path.share(sigma), path.share(sigma_next), path.total(sigma)
         moved = torch.zeros_like(picture)
         contrast = torch.zeros_like(_over_channels(picture))
         for _ in range(settings.samples):
-            noised = torch.lerp(picture, draw_noise(), share)
+            noised = torch.lerp(picture, passes.noise(), share)
             shifted = noised + edited - picture
-            apart = estimates.target(shifted, share) - estimates.source(noised, share)
+            apart = passes.target(total * shifted, sigma) - passes.source(total * noised, sigma)
             # The velocity at x is (x - estimate) / share.
             velocity = (edited - picture - apart) / share
             moved += (share_next - share) * velocity - settings.consistency * apart

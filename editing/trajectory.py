@@ -35,6 +35,14 @@ class NoisePath:
         """The share of the clean picture in a latent."""
         return 1.0 - sigma if self.straight else 1.0
 
+    def total(self, sigma: float) -> float:
+        """Picture and noise of a latent together, each by its factor."""
+        return self.picture(sigma) + sigma
+
+    def share(self, sigma: float) -> float:
+        """The part of noise in that: where the latent lies on the straight line, in 0..1."""
+        return sigma / self.total(sigma)
+
     def power(self, sigma: float) -> float:
         """The variance of a latent whose picture and noise have variance 1."""
         return self.picture(sigma) ** 2 + sigma**2

@@ -43,19 +43,20 @@ def check_diffusion(model: ModelPatcher, flow: bool = False) -> None:
 
     `flow`: a UNet that flows in straight lines from standard noise (rectified flow) will do as well.
     """
-    if flow and _is_flow_unet(model):
+    if flow and flows(model) and is_unet(model.model.diffusion_model):
         return
     reason = _reason_against(model.get_model_object("model_sampling"))
     if reason is not None:
         raise ValueError(f"model: {reason} {USE}")
 
 
-def _is_flow_unet(model: ModelPatcher) -> bool:
+def flows(model: ModelPatcher) -> bool:
+    """Whether a MODEL, UNet or not, flows in straight lines from standard noise (rectified flow)."""
     sampling = model.get_model_object("model_sampling")
     straight = isinstance(sampling, kinds.CONST) and not isinstance(sampling, _kinds("IMG_TO_IMG_FLOW"))
     shifted = isinstance(sampling, (kinds.ModelSamplingDiscreteFlow, kinds.ModelSamplingFlux))
     scale = getattr(sampling, "noise_scale", 1.0)
-    return straight and shifted and scale == 1.0 and is_unet(model.model.diffusion_model)
+    return straight and shifted and scale == 1.0
 
 
 def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
@@ -75,6 +76,11 @@ def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") 
         raise ValueError(
             "scheduler: ddim_uniform does not begin at the noise of a flow model, as this one is. Choose simple."
         )
+    return noise_levels(model, steps, scheduler)
+
+
+def noise_levels(model: ModelPatcher, steps: int, scheduler: str) -> torch.Tensor:
+    """The host's grid of a scheduler, descending to 0, for any MODEL. Raises ValueError if it has fewer levels."""
     sampling = model.get_model_object("model_sampling")
     table = len(sampling.sigmas)  # an LCM has 50 where others have 1000
     if not 1 <= steps <= table:

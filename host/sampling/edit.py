@@ -112,7 +112,7 @@ def sample_edit(
     samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
     if left_out:
         running.warn(f"preset {settings.preset} leaves out {' and '.join(left_out)}.")
-    return samples, edited_area(model, edit.inversion, blend_mask)
+    return samples, edited_area(model, edit.inversion.trajectory[0], edit.inversion.noise_mask, blend_mask)
 
 
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:

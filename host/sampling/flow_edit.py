@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass, field
 
-import comfy.model_management
 import comfy.samplers
 import torch
-from comfy import model_sampling
 from comfy.model_patcher import ModelPatcher
 
-from ...editing import flow_edit
-from ...editing.flow_edit import FlowEditSettings
+from ...editing.flow_edit import FlowEditSettings, flow_edit, skipped
 from ...editing.guidance import LocalBlend
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
-from .checks import check_diffusion, check_numbers, clean_latent
-from .source import NoiseMask, area_of, limited
+from ..unet.jobs import for_own_sampler
+from .checks import check_diffusion, check_numbers, clean_latent, flows, noise_levels, noise_path
+from .source import EditGuider, NoiseMask, edited_area, limited
 
 SCHEDULERS = ("simple", "normal", "sgm_uniform", "beta", "ddim_uniform")
 SOURCE_CFG = (
@@ -55,30 +53,21 @@ def flow_edit_latent(
     """
     sigmas = _grid(model, settings)
     samples = clean_latent(model, latent_image)
-    conds = {"positive": target, "negative": source if negative is None else negative, "source": source}
-    names = {"positive": "target", "negative": "source" if negative is None else "negative", "source": "source"}
-    for name, conditioning in conds.items():
-        check_conditioning(conditioning, len(samples), names[name])
-        check_whole_sampling(conditioning, model, sigmas, names[name])
     if negative is None and settings.source_cfg != 1:
         raise ValueError(SOURCE_CFG)
+    texts = {"source": source, "target": target, "negative": negative}
+    for socket, conditioning in texts.items():
+        if conditioning is not None:
+            check_conditioning(conditioning, len(samples), socket)
+            check_whole_sampling(conditioning, model, sigmas, socket)
     picture = model.model.process_latent_in(samples)
     mask = limited(latent_image.get("noise_mask"), settings.mask, picture)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds(conds)
+    guider = EditGuider(for_own_sampler(model))
+    guider.inner_set_conds({"positive": target, "negative": source if negative is None else negative, "source": source})
     guider.set_cfg(settings.cfg)
     edit = _FlowEdit(picture, mask, settings)
     samples, blend_mask = sample(guider, edit.walk_down, samples, sigmas)
-    return samples, area_of(model, picture, mask, blend_mask)
-
-
-def is_flow(model: ModelPatcher) -> bool:
-    """Whether a MODEL mixes picture and noise along straight lines, its noise level being the share of noise."""
-    sampling = model.get_model_object("model_sampling")
-    others = tuple(
-        getattr(model_sampling, name) for name in ("COSMOS_RFLOW", "IMG_TO_IMG_FLOW") if hasattr(model_sampling, name)
-    )
-    return isinstance(sampling, model_sampling.CONST) and not isinstance(sampling, others)
+    return samples, edited_area(model, picture, mask, blend_mask)
 
 
 def _grid(model: ModelPatcher, settings: FlowEditing) -> torch.Tensor:
@@ -90,18 +79,15 @@ def _grid(model: ModelPatcher, settings: FlowEditing) -> torch.Tensor:
         local_blend=settings.local_blend,
         source_consistency=settings.averaging.consistency,
     )
-    if not is_flow(model):
+    if not flows(model):
         check_diffusion(model)
-    sampling = model.get_model_object("model_sampling")
-    if not 1 <= settings.steps <= len(sampling.sigmas):
-        raise ValueError(
-            f"steps: {settings.steps} is outside 1 to {len(sampling.sigmas)}, the number of the model's noise levels."
-        )
-    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
-    return sigmas[flow_edit.skipped(len(sigmas) - 1, settings.skip) :]
+    sigmas = noise_levels(model, settings.steps, settings.scheduler)
+    return sigmas[skipped(len(sigmas) - 1, settings.skip) :]
 
 
 class _FlowEdit:
+    """One edit. `picture`: the model's own latent [B, C, H, W]. `mask`: where it may change, None for everywhere."""
+
     def __init__(self, picture: torch.Tensor, mask: torch.Tensor | None, settings: FlowEditing):
         self.picture = picture
         self.mask = mask
@@ -109,17 +95,10 @@ class _FlowEdit:
 
     def walk_down(self, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the edited latent, the mask of the local blend)."""
-        picture = self.picture.to(run.x)
-        levels = run.sigmas.tolist()
-        flow = is_flow(run.guider.model_patcher)
-        estimates = _GuiderEstimates(run, flow, levels, self.settings)
+        run.guider.add_source(self.picture)
+        picture, levels = self.picture.to(run.x), run.sigmas.tolist()
         blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
         noise_mask = NoiseMask(self.mask, run.guider, run.model_options, run.sigmas)
-        generator = torch.Generator().manual_seed(self.settings.seed)
-
-        def draw_noise() -> torch.Tensor:
-            noise = torch.randn((1, *picture.shape[1:]), generator=generator)
-            return noise.to(picture).expand_as(picture)
 
         def after_step(step: int, edited: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
             if blend is not None:
@@ -131,33 +110,32 @@ class _FlowEdit:
             run.report("Editing", step, edited, edited)
             return edited
 
-        shares = [estimates.share_of(level) for level in levels]
-        edited = flow_edit.flow_edit(picture, shares, estimates, draw_noise, self.settings.averaging, after_step)
+        path, passes = noise_path(run.guider.model_patcher), _Passes(run, picture, self.settings)
+        edited = flow_edit(picture, levels, path, passes, self.settings.averaging, after_step)
         return edited, None if blend is None else blend.mask
 
 
-class _GuiderEstimates:
-    """What the host's guider estimates, asked in straight latents."""
+class _Passes:
+    """See `editing.flow_edit.FlowEditPasses`: the guider's estimates, and noise that is one for all pictures of a batch."""
 
-    def __init__(self, run: Run, flow: bool, levels: list[float], settings: FlowEditing):
+    def __init__(self, run: Run, picture: torch.Tensor, settings: FlowEditing):
         self.run = run
-        self.flow = flow
+        self.picture = picture
         self.settings = settings
-        self.levels = {self.share_of(level): level for level in levels}
+        self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def share_of(self, sigma: float) -> float:
-        """The share of noise at a noise level of the model's."""
-        return sigma if self.flow else sigma / (1 + sigma)
+    def source(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return self._estimate("source", x, sigma, self.settings.source_cfg)
 
-    def source(self, x: torch.Tensor, share: float) -> torch.Tensor:
-        return self._estimate("source", x, share, self.settings.source_cfg)
+    def target(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return self._estimate("positive", x, sigma, self.settings.cfg)
 
-    def target(self, x: torch.Tensor, share: float) -> torch.Tensor:
-        return self._estimate("positive", x, share, self.settings.cfg)
+    def noise(self) -> torch.Tensor:
+        noise = torch.randn((1, *self.picture.shape[1:]), generator=self.generator)
+        return noise.to(self.picture).expand_as(self.picture)
 
-    def _estimate(self, text: str, x: torch.Tensor, share: float, cfg: float) -> torch.Tensor:
-        guider, sigma = self.run.guider, self.levels[share]
-        x = x if self.flow else x * (1 + sigma)
+    def _estimate(self, text: str, x: torch.Tensor, sigma: float, cfg: float) -> torch.Tensor:
+        guider = self.run.guider
         return comfy.samplers.sampling_function(
             guider.inner_model,
             x,

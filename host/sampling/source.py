@@ -131,12 +131,7 @@ def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
     return replace(inversion, noise_mask=limited(inversion.noise_mask, mask, inversion.trajectory[0]))
 
 
-def edited_area(model: ModelPatcher, inversion: Inversion, blend_mask: torch.Tensor | None) -> torch.Tensor:
-    """`area_of` an inverted picture."""
-    return area_of(model, inversion.trajectory[0], inversion.noise_mask, blend_mask)
-
-
-def area_of(
+def edited_area(
     model: ModelPatcher, latent: torch.Tensor, noise_mask: torch.Tensor | None, blend_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Where a picture could change in an edit, as a MASK [B, height, width] of the picture's size.

@@ -73,7 +73,7 @@ def test_one_mask_is_for_all_pictures_and_more_masks_are_cut_off(model):
 
 def test_masks_of_latent_and_sampler_limit_together(model):
     inversion = masked(invert(model, picture=picture_with(left(64, 96))), left(96, 64).mT.contiguous())
-    area = edited_area(model, inversion, None)
+    area = edited_area(model, inversion.trajectory[0], inversion.noise_mask, None)
     assert area.shape == (1, HEIGHT * 8, WIDTH * 8)
     assert area[:, :24, :40].min() > 0.99
     assert area[:, 40:].max() == area[:, :, 56:].max() == 0

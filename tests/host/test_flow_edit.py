@@ -6,7 +6,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
-from pix2pix_zero.demo_model.as_flow import as_flow
+from flow_view import as_flow
 from pix2pix_zero.editing.flow_edit import FlowEditSettings
 from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from small_unet import conditioning, latent, loaded_small_model
