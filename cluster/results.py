@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..editing.writing import clear_leftovers, write_whole
 from .workflow import ClusterError, Workflow
 
 MANIFEST, FAILED, LEFT_OUT = "manifest.json", "failed.jsonl", "left_out.jsonl"
@@ -59,7 +60,7 @@ class Results:
             name = self._name(key) + (f"_{number}" if number > 1 else "")
             files = self._pair(name, result) if self.workflow.makes_pairs else self._picture(name, picture, result)
             for path, content in files.items():
-                self._written(lambda path=path, content=content: _replace(path, content))
+                self._written(lambda path=path, content=content: write_whole(path, content))
         self._done.add(self._name(key))
 
     def fail(self, key: str, picture: Path, words: Sequence[str]) -> None:
@@ -85,8 +86,7 @@ class Results:
             folders = [self.folder / name for name in ("source", "edited", "mask")]
         for folder in folders:
             folder.mkdir(exist_ok=True)
-            for part in folder.glob(".*.part"):  # of a run that was killed
-                part.unlink()
+            clear_leftovers(folder, seconds=0)  # of a run that was killed: the folder is this run's now
         there = {path.stem for path in folders[min(1, len(folders) - 1)].glob("*.png") if not path.name.startswith(".")}
         if manifest.is_file():
             try:
@@ -102,7 +102,7 @@ class Results:
                 f"--out: {self.folder} already holds pictures that no run of this program made. Use another folder."
             )
         else:
-            _replace(manifest, (json.dumps(wanted) + "\n").encode())
+            write_whole(manifest, (json.dumps(wanted) + "\n").encode())
         (self.folder / FAILED).unlink(missing_ok=True)  # those are tried again
         self._done = there if self.workflow.makes_pairs else {name.rpartition("-")[2] for name in there}
         self._done |= {self._name(key) for key in _keys(self.folder / LEFT_OUT)}
@@ -131,16 +131,6 @@ class Results:
             ) from failure
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, then put it in its place."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _append(path: Path, line: str) -> None:
     """Add a line to a file, all of it or nothing."""
     size = path.stat().st_size if path.is_file() else 0
@@ -164,5 +154,5 @@ def _keys(path: Path) -> set[str]:
             whole.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    _replace(path, "".join(whole).encode())
+    write_whole(path, "".join(whole).encode())
     return keys

@@ -10,6 +10,7 @@ from .comfyui import Cancelled, Client, OwnServer, PictureFailed, ServerLost, Se
 from .workflow import Workflow
 
 MADE, FAILED, LOST, UNFIT = "made", "failed", "lost", "unfit"
+CANCELLING = 8.0  # seconds that a server may take to hear that a picture is wanted no longer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Worker:
         self._spec, self._workflow = spec, workflow
         self._own: OwnServer | None = None
         self._client: Client | None = None
-        self._stop = threading.Event()
+        self._stop, self._busy = threading.Event(), threading.Lock()
 
     def start(self) -> Answer:
         """Bring the server up, if it is not, and check that it can run the workflow."""
@@ -61,7 +62,8 @@ class Worker:
     def edit(self, picture: bytes, ending: str) -> Answer:
         """What a picture becomes."""
         try:
-            results = self._client.edit(self._workflow, picture, ending, self._stop)
+            with self._busy:
+                results = self._client.edit(self._workflow, picture, ending, self._stop)
         except PictureFailed as failure:
             return Answer(FAILED, str(failure))
         except ServerUnfit as failure:
@@ -73,8 +75,10 @@ class Worker:
         return Answer(MADE, results=results)
 
     def stop(self) -> None:
-        """Cancel what runs, and end a server of our own."""
+        """Cancel what runs, and end a server of our own. The actor goes after this, so it waits for the cancelling."""
         self._stop.set()
+        if self._busy.acquire(timeout=CANCELLING):
+            self._busy.release()
         if self._own:
             self._own.stop()
 

@@ -14,6 +14,7 @@ from .process import DevError, Job, clean_environment
 
 LOCK = ROOT / "requirements-dev.txt"
 CLUSTER_LOCK = ROOT / "cluster" / "requirements.txt"
+CLUSTER_LOG = ROOT / ".comfyui" / "cluster.log"
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)([^\\\n]*)", re.MULTILINE)
 
 
@@ -101,7 +102,7 @@ def prepare_cluster(environment: Environment) -> Path:
             (["venv", "--quiet", "--clear", "--python", sys.executable, own.folder], "make .venv-cluster"),
             (["pip", "install", "--quiet", "--python", own.python, "-r", CLUSTER_LOCK], "install Ray"),
         ):
-            with Job([*uv, *command], ROOT / ".comfyui" / "cluster.log", variables) as job:
+            with Job([*uv, *command], CLUSTER_LOG, variables) as job:
                 job.finish(what)
         stamp.write_text(wanted, encoding="utf-8")
     return own.python

@@ -45,11 +45,11 @@ def write_numbered(folder: Path, name: Callable[[int], str], content: bytes, fir
     return path
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove the temporary files of runs that were killed. Those that cannot be removed stay."""
+def clear_leftovers(folder: Path, seconds: float = STALE_SECONDS) -> None:
+    """Remove the temporary files of runs that were killed, older than so many seconds. Those that cannot be removed stay."""
     for old in folder.glob(f"{TEMPORARY}*"):
         try:
-            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+            if time.time() - old.stat().st_mtime >= seconds:
                 old.unlink()
         except OSError:  # somebody else's, or cleared by another run
             continue

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..editing.flow_edit import FlowEditSettings
 from ..host.running import per_picture
 from ..host.sampling.flow_edit import SCHEDULERS, FlowEditing, flow_edit_latent
-from .sockets import CATEGORY, seed_input
+from .sockets import CATEGORY, edited_outputs, seed_input
 
 DEFAULTS = FlowEditing()
 
@@ -116,16 +116,7 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Where the picture may change at all: white."),
             ],
-            outputs=[
-                io.Latent.Output(
-                    display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."
-                ),
-                io.Mask.Output(
-                    display_name="edited_area",
-                    is_output_list=True,
-                    tooltip="Where the picture was allowed to change. Preview it to set local_blend.",
-                ),
-            ],
+            outputs=edited_outputs(),
         )
 
     @classmethod

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.running import per_picture
 from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
-from .sockets import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion, edited_outputs
 
 LOCAL_BLEND = 0.2
 FEATURE_UNTIL = 0.5
@@ -115,16 +115,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     "subject keeps the old one's shape.",
                 ),
             ],
-            outputs=[
-                io.Latent.Output(
-                    display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."
-                ),
-                io.Mask.Output(
-                    display_name="edited_area",
-                    is_output_list=True,
-                    tooltip="Where the picture was allowed to change. Preview it to set local_blend.",
-                ),
-            ],
+            outputs=edited_outputs(),
         )
 
     @classmethod

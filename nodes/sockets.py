@@ -40,6 +40,18 @@ def scheduler_input() -> io.Combo.Input:
     )
 
 
+def edited_outputs() -> list[io.Output]:
+    """Of the nodes that draw edits, for each picture: the edit, and where it could change the picture."""
+    return [
+        io.Latent.Output(display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."),
+        io.Mask.Output(
+            display_name="edited_area",
+            is_output_list=True,
+            tooltip="Where the picture was allowed to change. Preview it to set local_blend.",
+        ),
+    ]
+
+
 def first(items: Sequence[Item], socket: str) -> Item:
     """The item of a setting that is one for all pictures. Raises ValueError, naming `socket`, for an empty list."""
     if not items:

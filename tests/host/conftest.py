@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import fields
 
+import folder_paths
 import pytest
 
 
@@ -110,3 +111,15 @@ def measure(run_node):
         return report, dict(zip(figures, values, strict=True))
 
     return run
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """ComfyUI's folders in an empty place."""
+    for name in ("input", "output"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "upscale_models", ([str(tmp_path / "upscale")], {".safetensors"})
+    )
+    return tmp_path

@@ -14,6 +14,7 @@ from PIL import Image
 from pix2pix_zero.devtools import server as servers
 from pix2pix_zero.devtools.environment import running
 from pix2pix_zero.devtools.process import one_thread
+from pix2pix_zero.editing.writing import TEMPORARY
 
 SCENES = 8
 # They report the death of their parent to a Ray that is dead too, and end a minute later.
@@ -79,7 +80,7 @@ def made(out: Path) -> int:
 
 def is_complete(out: Path, expected: dict[str, bytes]) -> bool:
     files = [path.name for path in out.rglob("*") if path.is_file()]
-    assert not [name for name in files if name.endswith((".part", ".jsonl"))]
+    assert not [name for name in files if name.startswith(TEMPORARY) or name.endswith(".jsonl")]
     return pixels(out) == expected and sum(name.endswith(".txt") for name in files) == SCENES
 
 

@@ -8,6 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache as caches
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
+from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.source import EditGuider
 from pix2pix_zero.host.unet.jobs import for_own_sampler
@@ -30,6 +31,10 @@ def test_the_hosts_caches_of_unet_calls_leave_inversion_and_edit_as_they_are(mod
     assert torch.equal(again.trajectory, inversion.trajectory)
     for preset in ("default", "official"):
         assert torch.equal(edit(patched, inversion, preset=preset), edit(model, inversion, preset=preset))
+    texts = conditioning(), conditioning(seed=1), None, latent(), FlowEditing(steps=12)
+    with torch.inference_mode():
+        plain, flowed = (flow_edit_latent(each, *texts)[0] for each in (model, patched))
+    assert torch.equal(flowed, plain)
     assert repr(patched.wrappers) == wrappers
 
 

@@ -40,7 +40,7 @@ def texts(rows=1, tokens=7, width=64, value=0.5):
 
 ODD = {
     "FLOAT": [NAN, INF, -INF, 1e30, -1e30, "a", None, Foreign(), [1.0]],
-    "INT": [NAN, INF, -(2**70), 2**70, -(2**80), "a", None, Foreign()],
+    "INT": [NAN, INF, -(2**70), 2**70, "a", None, Foreign()],
     "STRING": ["", "\n\n", "\ud83d", "x" * 3_000_000, 3, None, "👩‍👩‍👧 猫", "a\x00b", ",,,;"],
     "BOOLEAN": ["yes", None, Foreign()],
     "COMBO": ["none of these", 3, None, Foreign()],

@@ -1,50 +1,23 @@
-"""`cluster` without Ray, torch or a server: workflows, keys, the folder of results, and what pack writes."""
+"""`cluster` without Ray, torch or a server: workflows, keys, and the pictures of a run."""
 
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster_workflows import BLUR, EDIT, PAIR, SAVE, SOURCE, changed, written
 from PIL import Image
-from pix2pix_zero.cluster import pack as packing
-from pix2pix_zero.cluster import results as folder_of_results
 from pix2pix_zero.cluster.commands import main
 from pix2pix_zero.cluster.pictures import Pictures, is_cut_off, list_pictures
 from pix2pix_zero.cluster.results import Results
-from pix2pix_zero.cluster.workflow import ClusterError, Workflow, read_workflow
+from pix2pix_zero.cluster.workflow import ClusterError, read_workflow
 from pix2pix_zero.devtools.hosts import ROOT
-
-SOURCE = {"class_type": "LoadImage", "inputs": {"image": "a.png"}, "_meta": {"title": "Source"}}
-BLUR = {"class_type": "ImageBlur", "inputs": {"image": ["1", 0], "sigma": 1.5}, "_meta": {"title": "soft"}}
-SAVE = {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "x"}}
-PAIR = {"class_type": "Pix2PixZeroSavePair", "inputs": {"source": ["1", 0], "edited": ["2", 0], "dataset": "mine"}}
-EDIT = {"1": SOURCE, "2": BLUR, "3": SAVE}
-
-
-def written(tmp_path: Path, content: object) -> Path:
-    path = tmp_path / "w.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-@pytest.fixture
-def workflow(tmp_path) -> Workflow:
-    return read_workflow(written(tmp_path, EDIT))
-
-
-@pytest.fixture
-def pairs_workflow(tmp_path) -> Workflow:
-    return read_workflow(written(tmp_path, {"1": SOURCE, "2": BLUR, "3": PAIR}))
 
 
 def test_the_program_imports_neither_ray_nor_torch_nor_comfyui_before_it_has_to():
@@ -113,10 +86,6 @@ def test_pairs_go_into_a_data_set_of_the_workflow_s_own(pairs_workflow):
     assert prompt["3"]["inputs"] == {**PAIR["inputs"], "dataset": f"cluster-{pairs_workflow.digest[:12]}"}
 
 
-def changed(**inputs: object) -> dict:
-    return {**EDIT, "2": {**BLUR, "inputs": {**BLUR["inputs"], **inputs}}}
-
-
 def test_the_key_is_of_the_picture_and_of_all_that_decides_the_result(tmp_path, workflow):
     def key(content, picture=b"p") -> str:
         return read_workflow(written(tmp_path, content)).key(picture)
@@ -134,135 +103,6 @@ def test_the_key_is_of_the_picture_and_of_all_that_decides_the_result(tmp_path, 
     assert (
         len({own, key(EDIT, b"q"), key(changed(sigma=2.0)), key({**EDIT, "2": {**BLUR, "class_type": "Other"}})}) == 4
     )
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
-    )
-
-
-def test_pictures_are_kept_under_their_name_and_key_and_known_again(tmp_path, workflow):
-    out, key = tmp_path / "out", workflow.key(b"p")
-    with Results(out, workflow) as results:
-        assert key not in results
-        results.commit(key, Path("my-cat.jpg"), [{"edited": b"1"}, {"edited": b"2"}])
-        assert key in results
-    first = f"my-cat-{key[:16]}.png"
-    assert names(out) == ["manifest.json", first, f"my-cat-{key[:16]}_2.png"]
-    assert (out / first).read_bytes() == b"1"
-    with Results(out, workflow) as results:
-        assert key in results and workflow.key(b"q") not in results
-
-
-def test_pairs_are_kept_in_the_layout_of_save_edit_pair(tmp_path, pairs_workflow):
-    from pix2pix_zero.distillation.pairs import PairFolder
-
-    out, key = tmp_path / "out", pairs_workflow.key(b"p")
-    png = (tmp_path / "x.png").as_posix()
-    Image.new("RGB", (4, 4)).save(png)
-    content = Path(png).read_bytes()
-    with Results(out, pairs_workflow) as results:
-        results.commit(
-            key, Path("a.png"), [{"source": content, "edited": content, "mask": content, "caption": b"dog\n"}]
-        )
-    assert PairFolder(out).keys() == [key] and len(PairFolder(out).read()) == 1
-    assert names(out) == sorted(
-        ["manifest.json", f"edited/{key}.txt", *(f"{kind}/{key}.png" for kind in ("edited", "mask", "source"))]
-    )
-    with Results(out, pairs_workflow) as results:
-        assert key in results
-
-
-def test_half_a_pair_is_not_there_and_what_a_killed_run_left_goes(tmp_path, pairs_workflow):
-    out, key = tmp_path / "out", pairs_workflow.key(b"p")
-    with Results(out, pairs_workflow):
-        (out / "source" / f"{key}.png").write_bytes(b"1")
-        (out / "edited" / f".{key}.png.part").write_bytes(b"1")
-    with Results(out, pairs_workflow) as results:
-        assert key not in results
-    assert not list(out.rglob("*.part"))
-
-
-def test_another_workflow_is_refused_and_changes_nothing(tmp_path, workflow):
-    out = tmp_path / "out"
-    with Results(out, workflow) as results:
-        results.fail("k", Path("a.png"), ["w"])
-    before = names(out)
-    with (
-        pytest.raises(ClusterError, match="made by another workflow"),
-        Results(out, read_workflow(written(tmp_path, changed(sigma=2)))),
-    ):
-        pass
-    assert names(out) == before
-    (out / "manifest.json").write_text("{")
-    with pytest.raises(ClusterError, match="made by another workflow"), Results(out, workflow):
-        pass
-
-
-def test_a_folder_of_other_pictures_is_refused(tmp_path, workflow):
-    (tmp_path / "mine.png").touch()
-    with pytest.raises(ClusterError, match="already holds pictures"), Results(tmp_path, workflow):
-        pass
-
-
-def test_two_runs_into_one_folder_are_refused_until_the_first_has_ended(tmp_path, workflow):
-    out = tmp_path / "out"
-    with Results(out, workflow):
-        with pytest.raises(ClusterError, match="another run writes"), Results(out, workflow):
-            pass
-    with Results(out, workflow):
-        pass
-
-
-def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path, pairs_workflow, monkeypatch):
-    out, key = tmp_path / "out", pairs_workflow.key(b"p")
-    pair = {"source": b"s", "edited": b"e", "mask": b"m"}
-
-    def full(source, target):
-        if Path(target).parent.name == "edited":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.rename(source, target)
-
-    with Results(out, pairs_workflow) as results:
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(ClusterError, match="No space left on device.*Nothing is half-written"),
-        ):
-            patch.setattr(folder_of_results.os, "replace", full)
-            results.commit(key, Path("a.png"), [pair])
-        assert key not in results
-    assert not list(out.rglob("*.part")) and not list((out / "edited").iterdir())
-    with Results(out, pairs_workflow) as results:
-        assert key not in results
-        results.commit(key, Path("a.png"), [pair])
-        assert key in results
-
-
-def test_what_failed_is_listed_and_forgotten_by_the_next_run(tmp_path, workflow):
-    out = tmp_path / "out"
-    with Results(out, workflow) as results:
-        results.fail("k", Path("a.png"), ["one", "two", "drei ä"])
-    assert json.loads((out / "failed.jsonl").read_text("utf-8")) == {
-        "picture": "a.png",
-        "key": "k",
-        "words": ["one", "two", "drei ä"],
-    }
-    with Results(out, workflow):
-        assert not (out / "failed.jsonl").exists()
-
-
-def test_what_was_left_out_is_not_made_again_even_if_the_last_line_was_cut_off(tmp_path, pairs_workflow):
-    out, keys = tmp_path / "out", [pairs_workflow.key(content) for content in (b"p", b"q")]
-    with Results(out, pairs_workflow) as results:
-        for key in keys:
-            results.commit(key, Path("a.png"), [])
-    path = out / "left_out.jsonl"
-    path.write_text(path.read_text()[:-9])
-    with Results(out, pairs_workflow) as results:
-        assert keys[0] in results and keys[1] not in results
-        results.commit(keys[1], Path("a.png"), [])
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == keys
 
 
 def test_pictures_come_by_name_with_numbers_counted(tmp_path):
@@ -340,102 +180,3 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "python -m venv ray-env" in told and "requirements.txt" in told
     assert not (tmp_path / "out").exists()
-
-
-# --- pack ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def data_set(tmp_path) -> Path:
-    """Twenty pairs of Save Edit Pair's own writer; the even ones have a mask, the first ten a caption."""
-    import torch
-    from pix2pix_zero.distillation.pairs import PairFolder
-
-    folder = PairFolder(tmp_path / "pairs")
-    folder.begin()
-    for number in range(20):
-        colour = torch.full((4, 6, 3), number / 255)
-        mask = torch.ones(4, 6) if number % 2 == 0 else None
-        folder.write(f"key{number:02}", colour, 1 - colour, mask, "a dog" if number < 10 else "")
-    (folder.folder / "source" / "torn.png").write_bytes(b"half a pair")
-    return folder.folder
-
-
-def packed(data_set: Path, format: str, *more: str) -> tuple[int, Path]:
-    out = data_set.parent / "packed"
-    return main(["pack", "--pairs", str(data_set), "--out", str(out), "--format", format, *more]), out
-
-
-def test_webdataset_samples_are_the_files_of_each_pair(data_set, monkeypatch):
-    monkeypatch.setattr(packing, "PAIRS_A_SHARD", 8)
-    status, out = packed(data_set, "webdataset")
-    assert status == 0 and names(out) == ["pairs-000000.tar", "pairs-000001.tar", "pairs-000002.tar"]
-    samples: dict[str, dict[str, bytes]] = {}
-    order = []
-    for path in sorted(out.iterdir()):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, name = member.name.partition(".")  # webdataset's own rule: up to the first dot
-                samples.setdefault(key, {})[name] = tar.extractfile(member).read()
-                order.append(key)
-    assert order == sorted(order), "the files of a sample lie together"
-    assert sorted(samples) == [f"key{number:02}" for number in range(20)]
-    assert sorted(samples["key02"]) == ["edited.png", "mask.png", "source.png", "txt"]
-    assert sorted(samples["key11"]) == ["edited.png", "source.png"]
-    for kind in ("source", "edited"):
-        assert samples["key07"][f"{kind}.png"] == (data_set / kind / "key07.png").read_bytes()
-    assert samples["key02"]["txt"] == b"a dog"
-
-
-def test_img2img_turbo_reads_its_layout(data_set):
-    """As its PairedDataset does: the captions name the files, which are in A and in B."""
-    from pix2pix_zero.distillation.pairs import is_held_out
-
-    status, out = packed(data_set, "img2img-turbo", "--caption", "some dog")
-    assert status == 0
-    seen = {}
-    for split in ("train", "test"):
-        captions = json.loads((out / f"{split}_prompts.json").read_text())
-        for name, caption in captions.items():
-            source, edited = (Image.open(out / f"{split}_{side}" / name) for side in "AB")
-            assert source.mode == edited.mode == "RGB"
-            assert np.asarray(source)[0, 0, 0] + np.asarray(edited)[0, 0, 0] == 255
-            seen[name.removesuffix(".png")] = (split, caption)
-        assert {path.name for side in "AB" for path in (out / f"{split}_{side}").iterdir()} == set(captions)
-    assert sorted(seen) == [f"key{number:02}" for number in range(20)]
-    assert {key for key, (split, _) in seen.items() if split == "test"} == {key for key in seen if is_held_out(key)}
-    assert seen["key03"][1] == "a dog" and seen["key15"][1] == "some dog"
-
-
-@pytest.mark.parametrize(
-    ("format", "spoil", "words"),
-    [
-        ("img2img-turbo", lambda folder: None, "10 pairs have no caption"),
-        ("webdataset", lambda folder: (folder.parent / "packed").mkdir(), "exists already"),
-        ("webdataset", lambda folder: folder.rename(folder.parent / "elsewhere"), "there are no pairs"),
-    ],
-)
-def test_what_cannot_be_packed_is_told_and_leaves_nothing(data_set, capsys, format, spoil, words):
-    spoil(data_set)
-    status, out = packed(data_set, format)
-    assert status == 1 and words in capsys.readouterr().err
-    assert not list(out.parent.glob(".*.part")) and not (out.exists() and list(out.iterdir()))
-
-
-def test_a_full_disk_leaves_no_half_of_a_packed_folder(data_set, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(packing.shutil, "copyfile", full)
-    status, out = packed(data_set, "img2img-turbo", "--caption", "x")
-    assert status == 1 and "No space left on device" in capsys.readouterr().err
-    assert sorted(path.name for path in out.parent.iterdir()) == ["pairs"]
-
-
-def test_the_pairs_folder_is_what_ai_toolkit_takes_as_target_and_control(data_set):
-    """By its rules: every picture of the targets that is not hidden, its control and caption under the same stem."""
-    targets = [path for path in (data_set / "edited").rglob("*") if path.suffix in (".jpg", ".jpeg", ".png", ".webp")]
-    assert len([path for path in targets if not path.name.startswith(".")]) == 20
-    for target in targets:
-        assert (data_set / "source" / f"{target.stem}.png").is_file()
-    assert (data_set / "edited" / "key03.txt").read_text().strip() == "a dog"
