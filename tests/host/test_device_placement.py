@@ -374,7 +374,7 @@ def contrast_in_ram(self, x, sigma, contrast=UNetPasses.contrast):
     return contrast(self, x, sigma).cpu()
 
 
-def area_on_the_device(model, inversion, blend):
+def area_on_the_device(model, latent, noise_mask, blend):
     return torch.ones(1, 64, 96, device=OTHER)
 
 
