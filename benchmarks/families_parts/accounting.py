@@ -18,11 +18,10 @@ from ...attention_patches import attention as attention_patches
 from ...attention_patches.attention import cross_attention_sites
 from ...host.text.conditionings import Entry
 from ...host.unet import gradients
-from ...host.unet.checkpointing import MODES
 from ...host.unet.gradients import differentiable_attention
 from ...host.unet.jobs import UNetCall
 from ...host.unet.map_jobs import Checkpointing, MatchMaps
-from ...host.unet.memory import graph_memory, map_memory
+from ...host.unet.memory import MODES, graph_memory, map_memory
 from .architectures import COMMON, Family
 from .live_memory import LiveMemory, storage_of
 

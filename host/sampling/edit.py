@@ -13,10 +13,9 @@ from .. import running
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
 from ..text.conditionings import areas_of, beside_the_source, check_conditioning
-from ..unet.checkpointing import MODES
 from ..unet.jobs import for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
-from ..unet.memory import affordable_mode, affordable_rows, announce_memory, guided_pass_memory
+from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
 from .checks import attention_state, check_inversion, check_numbers
 from .passes import UNetPasses
 from .source import EditGuider, NoiseMask, edited_area, masked
@@ -28,7 +27,7 @@ class Preset:
 
     `guided_steps`: about how many steps guidance would act on over the whole edit; all of them if None. `share`,
     `holds_negative`: see `editing.guidance.GuidanceSchedule`. `checkpointing`: the least that the backward pass computes
-    again, see `checkpointing.checkpointed`. `guidance_alone`: neither the source's features nor a local blend, as in the
+    again, see `memory.checkpointed`. `guidance_alone`: neither the source's features nor a local blend, as in the
     paper. `whole_window`: guidance may act in the whole sampling, whatever the window is set to. `authors_update`:
     `sample_official` in place of `sample_guided`, which does not use kept maps.
     """

@@ -12,9 +12,9 @@ from comfy import samplers
 from ...attention_patches.attention import AttentionSite
 from ...editing.guidance import Maps
 from ..text.conditionings import Entry, compared_with, entries_of, same_tensor
-from ..unet.checkpointing import MODES
 from ..unet.jobs import add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
+from ..unet.memory import MODES
 
 
 class _BranchEstimates:

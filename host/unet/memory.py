@@ -1,33 +1,177 @@
-"""What a guided pass needs beside an ordinary one, asked of the host before it loads the model."""
+"""The memory of a guided step: what it needs beside an ordinary one, and how it does with less.
 
+With less, parts of the UNet are computed again in the backward pass. The gradient is the same; only time is spent.
+"feed-forward" recomputes what costs least beside what it frees, "blocks" everything. What is needed is asked of the host
+before it loads the model.
+"""
+
+import contextlib
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from torch.utils.checkpoint import checkpoint
 
 from ...attention_patches.attention import AttentionSite, Layer, cross_attention_sites, layers, size_after
-from .checkpointing import MODES, PIECE
-from .gradients import has_constant_weights
+from .gradients import has_constant_weights, own_attribute, recording_again, weights_stay_put
 
+MODES = ("none", "feed-forward", "blocks")
+# Elements of a feed-forward layer's input that are worked on at once at "blocks"; the layer widens them 24 times.
+PIECE = 2**19
 MEMORY = "pix2pix_zero_memory"
 TOKENS = 77  # of one chunk of a CLIP text
 SLACK = 1.02  # for what is not counted layer by layer: the embedded time, the norms' statistics
-# As CUDA, ROCm, MPS, XPU, the allocators of the CPU, C++, cuBLAS and cuDNN, and oneDNN say it. oneDNN's "primitive descriptor" is
-# an operation that it does not know.
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|failed to allocate|unable to allocate"
-    r"|bad_alloc|bad allocation|_alloc_failed|out_of_(host|device)_memory|out_of_resources"
-    r"|could not create a (primitive(?! descriptor)|memory object)",
-    re.IGNORECASE,
-)
 MAP_ITEM = 4  # maps, and the gradients of their distance, are fp32 in every precision
+
+
+@contextlib.contextmanager
+def checkpointed(unet: torch.nn.Module, mode: str, last_site: AttentionSite | None = None) -> Iterator[None]:
+    """While active, a graph through ComfyUI's UNetModel keeps only the inputs of some modules.
+
+    Take the gradient before leaving, for the modules run again then. Calls that record no graph go straight through.
+
+    `mode`: "none"; "feed-forward", the feed-forward layers of the transformers and, of residual blocks, all but the
+    convolutions; "blocks", every residual block and transformer, and within them the same once more.
+    `last_site`: recording ends inside the transformer block of this cross-attention, so it keeps what it needs at
+    "blocks"; its backward is the first to run.
+
+    Raises ValueError: an unknown mode.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in recomputed_modules(unet, mode, last_site):
+            in_pieces = mode == "blocks" and isinstance(module, FeedForward)
+            stack.enter_context(_recomputing(module, PIECE if in_pieces else None))
+        yield
+
+
+def recomputed_modules(
+    unet: torch.nn.Module, mode: str, last_site: AttentionSite | None = None
+) -> list[torch.nn.Module]:
+    """The modules whose forward is computed again at this mode, see `checkpointed`."""
+    if mode not in MODES:
+        raise ValueError(f"checkpointing: {mode!r} is none of {', '.join(MODES)}.")
+    if mode == "none":
+        return []
+    # Within a block, too: its repetition ends before its feed-forward layer, so that this costs nothing more.
+    cheap = list(_cheap_modules(unet))
+    return cheap if mode == "feed-forward" else [*cheap, *_blocks(unet, last_site)]
+
+
+def _cheap_modules(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for module in unet.modules():
+        if isinstance(module, FeedForward):
+            yield module
+        elif isinstance(module, ResBlock):
+            # Their convolutions keep nothing, so that the recomputation ends before them.
+            yield module.in_layers
+            yield module.out_layers
+
+
+def _blocks(unet: torch.nn.Module, last_site: AttentionSite | None) -> Iterator[torch.nn.Module]:
+    for layer in layers(unet):
+        if isinstance(layer.module, (ResBlock, Downsample, Upsample)):
+            yield layer.module
+        elif isinstance(layer.module, SpatialTransformer):
+            blocks = list(layer.module.transformer_blocks)
+            if last_site is not None and (layer.block, layer.number) == last_site[:2]:
+                yield from (block for index, block in enumerate(blocks) if index != last_site.index)
+            elif len(blocks) == 1:
+                yield layer.module
+            else:
+                # Only one of several blocks is alive at a time.
+                yield from blocks
+
+
+def _recomputing(module: torch.nn.Module, piece: int | None) -> contextlib.AbstractContextManager:
+    forward = module.forward
+
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled() or not _needs_gradient((*args, *kwargs.values())):
+            return forward(*args, **kwargs)
+        if isinstance(module, (Downsample, Upsample)) and weights_stay_put(module, args[0].device, args[0].dtype):
+            return forward(*args, **kwargs)  # It keeps a copy of its weight or nothing.
+        if piece is not None and not kwargs and len(args) == 1 and args[0].ndim == 3:
+            # Such a layer knows no neighbours: tokens [B, tokens, dim] may pass in any portions.
+            tokens = max(1, piece // (args[0].shape[0] * args[0].shape[2]))
+            return torch.cat([_checkpoint(forward, part) for part in args[0].split(tokens, dim=1)], dim=1)
+        return _checkpoint(forward, *args, **kwargs)
+
+    return own_attribute(module, "forward", recomputed)
+
+
+def _checkpoint(forward: Callable, *args, **kwargs):
+    call = _Repeatable(forward, args, kwargs)
+    out = checkpoint(
+        call,
+        *call.graph_tensors(),
+        use_reentrant=False,
+        preserve_rng_state=True,  # patches such as HyperTile draw lots
+        context_fn=lambda: (contextlib.nullcontext(), recording_again()),
+    )
+    error, call.error = call.error, None
+    try:
+        if error is not None:
+            raise error
+        return out
+    finally:
+        del error  # or its traceback would hold on to this frame, and with it to tensors
+
+
+class _Repeatable:
+    """A call of a forward with the same arguments each time, given its tensors of the graph.
+
+    Only those are handed to autograd, which drops them within an outer repetition and is strict about them: others,
+    such as the text, are touched up in place by fp8 layers.
+    The UNet's loop writes the current block into its transformer options: the first run gets the options themselves,
+    since others may read what is written there, each later run a copy of what they were.
+    """
+
+    def __init__(self, forward: Callable, args: tuple, kwargs: dict):
+        self.forward = forward
+        self.names = list(kwargs)
+        self.values = [*args, *kwargs.values()]
+        self.options = {i: value.copy() for i, value in enumerate(self.values) if isinstance(value, dict)}
+        self.in_graph = [i for i, value in enumerate(self.values) if _in_graph(value)]
+        self.repeats = False
+        self.error: BaseException | None = None
+
+    def graph_tensors(self) -> list[torch.Tensor]:
+        """The tensors to call this with. They are given away: asked for once."""
+        tensors = [self.values[i] for i in self.in_graph]
+        for i in self.in_graph:
+            self.values[i] = None
+        return tensors
+
+    def __call__(self, *tensors: torch.Tensor):
+        values = self.values.copy()
+        for i, tensor in zip(self.in_graph, tensors):
+            values[i] = tensor
+        positional = len(values) - len(self.names)
+        if not self.repeats:
+            self.repeats = True
+            try:
+                return self.forward(*values[:positional], **dict(zip(self.names, values[positional:])))
+            except BaseException as error:
+                # `checkpoint` leaves its hooks behind when an error passes through it: that one is raised afterwards.
+                self.error = error
+                return None
+        for i, options in self.options.items():
+            values[i] = options.copy()
+        return self.forward(*values[:positional], **dict(zip(self.names, values[positional:])))
+
+
+def _in_graph(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _needs_gradient(values) -> bool:
+    return any(_needs_gradient(value) if isinstance(value, (list, tuple)) else _in_graph(value) for value in values)
 
 
 def graph_memory(
@@ -40,7 +184,7 @@ def graph_memory(
 ) -> int:
     """Bytes that one guided pass of ComfyUI's UNetModel needs at its peak, activations of an ordinary pass included.
 
-    `latent_shape`: [B, C, H, W] of the latent. `mode`: see `checkpointing.checkpointed`. `dtype`: of the computation.
+    `latent_shape`: [B, C, H, W] of the latent. `mode`: see `checkpointed`. `dtype`: of the computation.
     `constant_weights`: False where weights are
     cast or moved for each layer, so that the pass holds copies of them. `tokens`: of the text.
     """
@@ -235,21 +379,3 @@ def announce_memory(model: ModelPatcher, amount: int) -> ModelPatcher:
 
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, MEMORY, prepare)
     return model
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, the device's or the computer's, ran out."""
-    host = comfy.model_management
-    kinds = [MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)]
-    if host.OOM_EXCEPTION is not Exception:  # the host's stand-in where PyTorch has no such class
-        kinds.append(host.OOM_EXCEPTION)
-        if hasattr(host, "is_oom") and host.is_oom(error):  # ComfyUI 0.16 has only the class
-            return True
-    said = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-    return bool(said) or isinstance(error, tuple(kinds))
-
-
-def out_of_memory(words: str) -> Exception:
-    """An error that says that memory ran out, of the class that the host answers by unloading its models."""
-    kind = comfy.model_management.OOM_EXCEPTION
-    return (MemoryError if kind is Exception else kind)(words)

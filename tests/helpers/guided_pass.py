@@ -5,7 +5,6 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
-from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
 from pix2pix_zero.host.unet.gradients import (
     clone_inference,
     clone_skips,
@@ -13,6 +12,7 @@ from pix2pix_zero.host.unet.gradients import (
     input_gradients,
     uncompiled,
 )
+from pix2pix_zero.host.unet.memory import MODES, checkpointed
 from small_unet import conditioning, small_model
 
 TIMESTEP = 500

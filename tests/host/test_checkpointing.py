@@ -10,7 +10,7 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from guided_pass import float64_gradient, latents, loaded_model, pass_gradient, relative_error
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
-from pix2pix_zero.host.unet.checkpointing import MODES, checkpointed
+from pix2pix_zero.host.unet.memory import MODES, checkpointed
 from small_unet import conditioning
 
 RECOMPUTING = [mode for mode in MODES if mode != "none"]
@@ -39,7 +39,7 @@ def test_feed_forward_layers_may_run_in_pieces(model, monkeypatch):
     x_source, x = latents(model, 2)
     text = conditioning(rows=2, seed=1)
     plain = pass_gradient(model, x_source, x, text)
-    monkeypatch.setattr("pix2pix_zero.host.unet.checkpointing.PIECE", 1000)
+    monkeypatch.setattr("pix2pix_zero.host.unet.memory.PIECE", 1000)
     # Matrices of other sizes are multiplied in another order, so the last bits may differ.
     assert relative_error(pass_gradient(model, x_source, x, text, "blocks"), plain.double()) <= 1e-5
 
@@ -196,7 +196,7 @@ def test_calls_without_a_graph_go_straight_through(model, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("nothing is recorded, so nothing is to be computed again")
 
-    monkeypatch.setattr("pix2pix_zero.host.unet.checkpointing.checkpoint", refuse)
+    monkeypatch.setattr("pix2pix_zero.host.unet.memory.checkpoint", refuse)
     unet = model.model.diffusion_model
     x, context = torch.randn(1, 4, 8, 8), conditioning()[0][0]
     with torch.inference_mode():

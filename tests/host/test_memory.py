@@ -6,13 +6,13 @@ import pytest
 import torch
 from guided_pass import latents, loaded_model, pass_gradient
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
-from pix2pix_zero.host.unet.checkpointing import MODES
+from pix2pix_zero.host.unet.map_jobs import is_out_of_memory
 from pix2pix_zero.host.unet.memory import (
+    MODES,
     affordable_mode,
     announce_memory,
     graph_memory,
     guided_pass_memory,
-    is_out_of_memory,
 )
 from small_unet import conditioning
 

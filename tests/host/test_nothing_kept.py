@@ -9,8 +9,8 @@ from guided_pass import latents, loaded_model
 from pix2pix_zero.attention_patches import attention
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.sampling.source import EditGuider
-from pix2pix_zero.host.unet.checkpointing import MODES
 from pix2pix_zero.host.unet.map_jobs import Checkpointing
+from pix2pix_zero.host.unet.memory import MODES
 from plain_unet import PlainUNet, guider_gradient
 from small_unet import conditioning
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from guided_pass import assert_right_gradient, float64_gradient, latents, loaded_model, pass_gradient, relative_error
-from pix2pix_zero.host.unet.checkpointing import MODES
 from pix2pix_zero.host.unet.gradients import has_constant_weights
+from pix2pix_zero.host.unet.memory import MODES
 from small_unet import SmallSD, conditioning, small_model
 
 CPU = torch.device("cpu")
