@@ -1,10 +1,11 @@
-"""How a node of the pack runs: once for each picture of its lists, with a text and a progress bar, by ComfyUI's guider.
+"""How a node of the pack runs: what comes in is checked, then once for each picture of its lists, by ComfyUI's guider.
 
 ComfyUI runs a node once per item of a list. That is right for a list of pictures, but a batch of B pictures captioned one
 by one arrives as one latent and B texts, and these belong in one run, text i with picture i.
 """
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ import torch
 from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 
-from .text.conditionings import stack_conditionings
+from ..editing.inputs import Kinds, check_inputs
+from .text.conditionings import check_width, stack_conditionings
 
 Result = TypeVar("Result")
 _run: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_run", default=(0, 1))
@@ -71,12 +73,21 @@ def over_runs(callback: Callable) -> Callable:
     return report
 
 
+class Lists(NamedTuple):
+    """How a node that takes lists (`is_input_list`) and is written for one batch runs over them, see `per_picture`."""
+
+    pictures: str
+    texts: tuple[str, ...]
+    join: Callable[[list, str], Any]
+    finish: Callable[..., None] | None
+
+
 def per_picture(
     pictures: str,
     texts: tuple[str, ...],
     join: Callable[[list, str], Any] = stack_conditionings,
     finish: Callable[..., None] | None = None,
-) -> Callable:
+) -> Callable[[Callable], Callable]:
     """Decorator of a node's `execute` that is written for one batch, where the node takes lists (`is_input_list`).
 
     `execute` is called for each item of the lists as ComfyUI would, with the texts of a batch joined; the node gives a list per
@@ -86,31 +97,67 @@ def per_picture(
     """
 
     def decorate(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-        @functools.wraps(execute)
-        def execute_lists(cls, **inputs: list) -> io.NodeOutput:
-            items = dict(_each_with_its_texts(inputs, pictures, texts, join))
-            results = []
-            for run in runs(max(map(len, items.values()))):
-                # The host repeats the last item of a shorter list.
-                one = {name: values[min(run, len(values) - 1)] for name, values in items.items()}
-                results.append(execute(cls, **one).result)
-            outputs = [list(column) for column in zip(*results)]
-            if finish is not None:
-                finish(*outputs)
-            return io.NodeOutput(*outputs)
-
-        return execute_lists
+        execute.lists = Lists(pictures, texts, join, finish)
+        return execute
 
     return decorate
 
 
-def _each_with_its_texts(inputs: dict[str, list], pictures: str, texts: tuple[str, ...], join: Callable):
+def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
+    """The node, whose `execute` from now on looks first at all that comes in, and then runs over its lists.
+
+    It raises ValueError, naming the socket, for what is not of the socket's type, a number that is none or out of range, a
+    text of another CLIP, and tensors that are empty or not finite. `kinds`: of the pack's own sockets.
+    """
+    execute = node.execute.__func__
+    signature = inspect.signature(execute)
+    lists: Lists | None = getattr(execute, "lists", None)
+    schema: list[io.Schema] = []
+
+    @functools.wraps(execute)
+    def enter(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        if not schema:
+            schema.append(node.GET_SCHEMA())  # the host's clone of the class cannot be changed
+        given = _named(signature, cls, args, kwargs)
+        check_entrance(schema[0], given, kinds)
+        if lists is None:
+            return execute(cls, **given)
+        items = dict(_each_with_its_texts(given, lists))
+        results = []
+        for run in runs(max(map(len, items.values()))):
+            # The host repeats the last item of a shorter list.
+            one = {name: values[min(run, len(values) - 1)] for name, values in items.items()}
+            results.append(execute(cls, **one).result)
+        outputs = [list(column) for column in zip(*results)]
+        if lists.finish is not None:
+            lists.finish(*outputs)
+        return io.NodeOutput(*outputs)
+
+    node.execute = classmethod(enter)
+    return node
+
+
+def check_entrance(schema: io.Schema, given: dict[str, Any], kinds: Kinds) -> None:
+    """Raise ValueError, naming the socket, for what a node with this schema cannot work on."""
+    lists = {name: value if schema.is_input_list else [value] for name, value in given.items()}
+    check_inputs(schema.inputs, lists, kinds)
+    for model in lists.get("model", ()):
+        for socket in (item.id for item in schema.inputs if item.get_io_type() == "CONDITIONING"):
+            for conditioning in lists.get(socket, ()):
+                check_width(model, conditioning, socket)
+
+
+def _named(signature: inspect.Signature, cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
+    return kwargs if not args else dict(list(signature.bind(cls, *args, **kwargs).arguments.items())[1:])
+
+
+def _each_with_its_texts(inputs: dict[str, list], lists: Lists) -> Iterator[tuple[str, list]]:
     for name, values in inputs.items():
         if not values:
             raise ValueError(f"{name}: the list is empty. Connect at least one.")
-    sizes = [_batch(item) for item in inputs[pictures]]
+    sizes = [_batch(item) for item in inputs[lists.pictures]]
     for name, values in inputs.items():
-        yield name, _split(values, name, sizes, join) if name in texts else values
+        yield name, _split(values, name, sizes, lists.join) if name in lists.texts else values
 
 
 def _split(texts: list, socket: str, sizes: list[int], join: Callable) -> list:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.running import entered
 from . import (
     attention_heatmap,
     caption,
@@ -23,7 +24,7 @@ from . import (
     sentences,
     strip,
 )
-from .entrance import checked
+from .sockets import KINDS
 
 NODES = [
     *attention_heatmap.NODES,
@@ -47,7 +48,7 @@ NODES = [
     *strip.NODES,
 ]
 for _node in NODES:
-    checked(_node)
+    entered(_node, KINDS)
 
 
 class Pix2PixZeroExtension(ComfyExtension):

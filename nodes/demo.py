@@ -56,7 +56,7 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                     default="cat",
                     tooltip="The animal. Change only this to see what a perfect cat to dog edit looks like.",
                 ),
-                seed_input("Picks the pose, place, background and everything set to random."),
+                seed_input(tooltip="Picks the pose, place, background and everything set to random."),
                 combo("fur", list(FURS), RANDOM, "Colour of the coat. Zebras are always striped."),
                 combo("glasses", ["yes", "no"], "no", "Whether the animal wears glasses."),
                 combo("time_of_day", ["day", "night"], "day", "Day is easier to look at, night the harder edit."),

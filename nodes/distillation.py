@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.distilled.demo_students import demo_student, demo_student_names
-from .sockets import CATEGORY
+from .sockets import CATEGORY, seed_input
 
 SIZES = ["small", "large"]
 
@@ -68,14 +68,7 @@ class Pix2PixZeroDistill(io.ComfyNode):
                     round=False,
                     tooltip="How far each step goes. Lower it if the loss jumps or the training stops with NaN.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The random start and order of the training. Another seed gives a similar student.",
-                ),
+                seed_input(tooltip="The random start and order of the training. Another seed gives a similar student."),
                 io.Boolean.Input(
                     "resume",
                     default=True,

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..editing.flow_edit import FlowEditSettings
 from ..host.running import per_picture
 from ..host.sampling.flow_edit import SCHEDULERS, FlowEditing, flow_edit_latent
-from .sockets import CATEGORY, edited_outputs, seed_input
+from .sockets import CATEGORY, edited_area_output, edited_latent_output, seed_input
 
 DEFAULTS = FlowEditing()
 
@@ -55,7 +55,9 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                     tooltip="Share of the steps, from pure noise on, that are left out. Raise it if the layout or pose "
                     "changes, lower it, down to 0, if the new subject keeps the old one's shape.",
                 ),
-                seed_input("The noise that is added on the way. Change it for another edit of the same picture."),
+                seed_input(
+                    tooltip="The noise that is added on the way. Change it for another edit of the same picture."
+                ),
                 io.Combo.Input(
                     "scheduler",
                     options=list(SCHEDULERS),
@@ -116,7 +118,7 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Where the picture may change at all: white."),
             ],
-            outputs=edited_outputs(),
+            outputs=[edited_latent_output(), edited_area_output()],
         )
 
     @classmethod

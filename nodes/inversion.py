@@ -60,7 +60,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     "look. A number that does not divide 1000 is rounded up to fit the grid of ddim_uniform: 300 runs 333.",
                 ),
                 seed_input(
-                    "Draws the shifts of the noise regularization. It changes the result little; keep it fixed "
+                    tooltip="Draws the shifts of the noise regularization. It changes the result little; keep it fixed "
                     "so that the inversion is reused."
                 ),
                 io.Float.Input(

@@ -43,7 +43,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                     tooltip="How strictly the picture follows the prompt. Use the same value on the guided sampler, or "
                     "the background of the edit drifts.",
                 ),
-                seed_input("The noise the picture is drawn from. Change it for another picture."),
+                seed_input(tooltip="The noise the picture is drawn from. Change it for another picture."),
                 scheduler_input(),
             ],
             outputs=[

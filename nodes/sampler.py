@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.running import per_picture
 from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
-from .sockets import CATEGORY, Inversion, edited_outputs
+from .sockets import CATEGORY, Inversion, edited_area_output, edited_latent_output
 
 LOCAL_BLEND = 0.2
 FEATURE_UNTIL = 0.5
@@ -115,7 +115,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     "subject keeps the old one's shape.",
                 ),
             ],
-            outputs=edited_outputs(),
+            outputs=[edited_latent_output(), edited_area_output()],
         )
 
     @classmethod

@@ -31,7 +31,7 @@ class Pix2PixZeroSentences(io.ComfyNode):
                     tooltip="How many sentences. More make the direction steadier and encoding slower; above 1000 "
                     "nothing is gained.",
                 ),
-                seed_input("Picks the sentences. Use the same seed for source and target."),
+                seed_input(tooltip="Picks the sentences. Use the same seed for source and target."),
             ],
             outputs=[io.String.Output(display_name="sentences", tooltip="One sentence per line.")],
         )

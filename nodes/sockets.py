@@ -1,16 +1,26 @@
 """What the nodes' sockets share: the pack's own types, inputs that several nodes have, and the first of a list."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 from comfy_api.latest import io
 
+from ..editing.directions import EditDirection
+from ..editing.trajectory import Inversion as InvertedPicture
+from ..host.networks.captioner import Captioner as CaptionerModel
 from ..host.sampling.checks import SCHEDULERS
 
 # The names of socket types are part of shared workflow files and never change.
 Inversion = io.Custom("P2PZ_INVERSION")
 Direction = io.Custom("P2PZ_DIRECTION")
 Captioner = io.Custom("P2PZ_CAPTIONER")
+KINDS = {
+    Inversion.io_type: (InvertedPicture, "Invert Picture"),
+    Direction.io_type: (EditDirection, "Edit Direction"),
+    Captioner.io_type: (CaptionerModel, "Load Captioner (BLIP)"),
+}
+"""What comes in there, and the node that makes it."""
 
 Box = io.Custom("BOUNDING_BOX")
 """ComfyUI's own, by name: not all supported versions have its class."""
@@ -20,36 +30,35 @@ CATEGORY = "pix2pix-zero"
 Item = TypeVar("Item")
 
 
-def seed_input(tooltip: str) -> io.Int.Input:
-    """Of the nodes that draw something at random. It stays as it is from run to run, so that results are reused."""
-    fixed = io.ControlAfterGenerate.fixed
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=fixed, tooltip=tooltip)
+seed_input = partial(
+    io.Int.Input, "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed
+)
+"""Of the nodes that draw something at random. It stays as it is from run to run, so that results are reused."""
 
+scheduler_input = partial(
+    io.Combo.Input,
+    "scheduler",
+    options=list(SCHEDULERS),
+    default=SCHEDULERS[0],
+    optional=True,
+    advanced=True,
+    tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw in 1 to 8 steps "
+    "(LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as many steps as you ask for.",
+)
+"""Of the nodes that lay out the steps of an inversion."""
 
-def scheduler_input() -> io.Combo.Input:
-    """Of the nodes that lay out the steps of an inversion."""
-    return io.Combo.Input(
-        "scheduler",
-        options=list(SCHEDULERS),
-        default=SCHEDULERS[0],
-        optional=True,
-        advanced=True,
-        tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw "
-        "in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
-        "many steps as you ask for.",
-    )
+edited_latent_output = partial(
+    io.Latent.Output, display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."
+)
+"""Of the nodes that draw edits, for each picture."""
 
-
-def edited_outputs() -> list[io.Output]:
-    """Of the nodes that draw edits, for each picture: the edit, and where it could change the picture."""
-    return [
-        io.Latent.Output(display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."),
-        io.Mask.Output(
-            display_name="edited_area",
-            is_output_list=True,
-            tooltip="Where the picture was allowed to change. Preview it to set local_blend.",
-        ),
-    ]
+edited_area_output = partial(
+    io.Mask.Output,
+    display_name="edited_area",
+    is_output_list=True,
+    tooltip="Where the picture was allowed to change. Preview it to set local_blend.",
+)
+"""Beside it: where the edit could change the picture."""
 
 
 def first(items: Sequence[Item], socket: str) -> Item:

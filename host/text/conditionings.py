@@ -10,14 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.model_base import SDXL, SDXLRefiner
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import get_area_and_mult
 
+from ...attention_patches.attention import is_unet, layers
 from ..sampling.checks import check_finite
 
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
 # Of inpainting and pix2pix models: the further channels of the UNet's input.
 FURTHER_CHANNELS = ("concat_latent_image", "concat_mask")
+EMBEDDED = 256  # numbers that SDXL makes of each size it is told, beside the pooled text
+SIZES = ((SDXL, 6), (SDXLRefiner, 5))
 
 
 def stack_conditionings(conditionings: list[list], socket: str) -> list:
@@ -84,6 +89,41 @@ def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
         for values in (text, options.get("pooled_output"), options.get("mask")):
             if isinstance(values, torch.Tensor):
                 check_finite(values, socket, "Encode the text again, with the CLIP in fp32.")
+
+
+def check_width(model: ModelPatcher, conditioning: list, socket: str) -> None:
+    """Raise ValueError if the UNet of a MODEL cannot read the texts of a CONDITIONING: those of another CLIP."""
+    unet = model.model.diffusion_model
+    width = _text_width(unet) if is_unet(unet) else None
+    pooled_width = next(
+        (model.model.adm_channels - EMBEDDED * n for kind, n in SIZES if type(model.model) is kind), None
+    )
+    advice = "Encode the text with the CLIP that belongs to the model."
+    for text, options in conditioning:
+        if text is None and width is not None:
+            raise ValueError(f"{socket}: it has no text, which the model reads. {advice}")
+        if text is not None and width is not None and text.shape[-1] != width:
+            raise ValueError(
+                f"{socket}: its text has {text.shape[-1]} values for each token, the model reads {width}. {advice}"
+            )
+        if pooled_width is None or "unclip_conditioning" in options:
+            continue
+        pooled = options.get("pooled_output")
+        if not torch.is_tensor(pooled) or pooled.ndim != 2 or pooled.shape[-1] != pooled_width:
+            raise ValueError(
+                f"{socket}: it has no pooled text of {pooled_width} values, which the model reads. {advice}"
+            )
+
+
+def _text_width(unet: torch.nn.Module) -> int | None:
+    """The width of the texts that a UNet attends to."""
+    for layer in layers(unet):
+        if isinstance(layer.module, SpatialTransformer):
+            for block in layer.module.transformer_blocks:
+                keys = getattr(getattr(block, "attn2", None), "to_k", None)
+                if keys is not None:
+                    return getattr(keys, "in_features", None)
+    return None
 
 
 def check_whole_sampling(conditioning: list, model: ModelPatcher, sigmas: torch.Tensor, socket: str) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model
 from pix2pix_zero.host.networks.captioner import load_demo_captioner
+from pix2pix_zero.host.running import check_entrance
 from pix2pix_zero.nodes import NODES
-from pix2pix_zero.nodes.entrance import check_inputs
-from pix2pix_zero.nodes.sockets import with_defaults
+from pix2pix_zero.nodes.sockets import KINDS, with_defaults
 
 import nodes as core
 
@@ -175,7 +175,7 @@ def test_odd_inputs_are_refused_by_their_socket_or_give_finite_results(usual):
         try:
             if name in ENTRANCE_ONLY:
                 lists = {key: [value] for key, value in inputs.items()} if schema.is_input_list else inputs
-                check_inputs(schema, lists)
+                check_entrance(schema, lists, KINDS)
                 continue
             result = run(node, inputs).result
         except ValueError as error:

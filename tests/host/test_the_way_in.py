@@ -55,10 +55,7 @@ def guided_edit():
     sys.setprofile(watch)
     try:
         with torch.inference_mode():
-            # What comes in is checked before, at the entrance that all nodes share.
-            execute = Pix2PixZeroKSampler.execute.__func__.__wrapped__
-            execute(
-                Pix2PixZeroKSampler,
+            Pix2PixZeroKSampler.execute(
                 model=[model],
                 inversion=[inversion],
                 positive=[text],

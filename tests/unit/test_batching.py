@@ -1,11 +1,9 @@
 """Lists of texts and batches of pictures."""
 
-import functools
-
 import pytest
 import torch
 from comfy_api.latest import io
-from pix2pix_zero.host.running import per_picture
+from pix2pix_zero.host.running import entered, per_picture
 from pix2pix_zero.host.text.conditionings import TEXT_LENGTHS, stack_conditionings
 
 
@@ -21,13 +19,20 @@ def calls():
 
 @pytest.fixture
 def node(calls):
-    """A node's `execute` that writes down what it is called with."""
+    """The `execute` of a node that writes down what it is called with."""
 
-    def execute(cls, **inputs):
-        calls.append(inputs)
-        return io.NodeOutput(len(calls))
+    class Node:
+        @classmethod
+        def GET_SCHEMA(cls):  # noqa: N802 (the host's name)
+            return io.Schema(node_id="Node", inputs=[], is_input_list=True)
 
-    return functools.partial(per_picture("picture", ("text",))(execute), None)
+        @classmethod
+        @per_picture("picture", ("text",))
+        def execute(cls, **inputs):
+            calls.append(inputs)
+            return io.NodeOutput(len(calls))
+
+    return entered(Node, {}).execute
 
 
 def picture(pictures=1):
