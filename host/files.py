@@ -1,26 +1,14 @@
-"""Folders and files on disk: how ComfyUI comes to know them, whether they have changed, and models in the layout of
-Hugging Face transformers: reading them, and the download that a user ticks.
-"""
+"""Folders and files on disk: how ComfyUI comes to know them, whether they have changed, and the download that a user ticks."""
 
 import hashlib
-import json
 import logging
-import os
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import folder_paths
-import safetensors
-import torch
 
 HASHED_BYTES = 1 << 24
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-SHARDS = "model.safetensors.index.json"
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"
-PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt")
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +19,6 @@ def register_folder(folder_name: str, *parts: str) -> None:
     paths, _ = folder_paths.folder_names_and_paths.setdefault(folder_name, ([default], {".safetensors"}))
     if default not in paths:
         paths.append(default)
-
-
-def children(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted. One that cannot be read counts as empty, with one warning that names it."""
-    if not os.path.isdir(folder):  # Path.is_dir raises where a folder above it cannot be read
-        return []
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        _warn_unreadable(folder, error.strerror)
-        return []
-
-
-@cache  # the lists are drawn up at every look of the browser
-def _warn_unreadable(folder: Path, reason: str | None) -> None:
-    logger.warning("The folder %s cannot be read (%s), so what lies in it is not offered.", folder, reason)
 
 
 def files_fingerprint(paths: Iterable[Path]) -> str:
@@ -61,81 +33,6 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
             continue
         digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns, content)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it names something inside a folder, on every system."""
-    # Checked as text and not resolved: a model folder that is a link to another disk is fine, "../x" is not.
-    return name not in ("", ".", "..") and all(len(path(name).parts) == 1 for path in (PurePosixPath, PureWindowsPath))
-
-
-def has_file(folder: Path, *names: str) -> bool:
-    """Whether one of these files lies in the folder."""
-    return any(os.path.isfile(folder / name) for name in names)
-
-
-def snapshot(folder: Path) -> Path:
-    """Where a model's files lie: the folder itself or, in one of the hub's cache, the snapshot of its main revision."""
-    if has_file(folder, CONFIG) or not os.path.isdir(folder / "snapshots"):
-        return folder
-    try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        snapshots = [path for path in (folder / "snapshots").iterdir() if has_file(path, CONFIG)]
-    except (OSError, ValueError):
-        return folder
-    return next((path for path in snapshots if path.name == revision), folder)
-
-
-def read_json(path: Path, socket: str) -> dict:
-    """The object in a JSON file. Raises ValueError, naming `socket` and the file, if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{socket}: {path} is not readable JSON: {error}. Get it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{socket}: {path} is not readable JSON: it holds no object. Get it again.")
-    return content
-
-
-def read_image_processor(folder: Path, socket: str) -> tuple[dict, Path] | None:
-    """The settings of a folder's image processor and their file, wherever transformers 4 or 5 wrote them."""
-    if has_file(folder, PREPROCESSOR):
-        return read_json(folder / PREPROCESSOR, socket), folder / PREPROCESSOR
-    if has_file(folder, PROCESSOR):
-        settings = read_json(folder / PROCESSOR, socket).get("image_processor")
-        return (settings, folder / PROCESSOR) if isinstance(settings, dict) else None
-    return None
-
-
-def read_weights(path: Path, socket: str, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file whose key starts with `prefix`, without it, in float32.
-
-    Raises ValueError, naming `socket`: the file is missing or damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (the file itself is no iterable)
-            return {key[len(prefix) :]: file.get_tensor(key).float() for key in keys}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{socket}: {path} cannot be read as safetensors: {error}. It is missing or its download was cut off: "
-            "get it again."
-        ) from error
-
-
-def read_folder_weights(folder: Path, socket: str) -> dict[str, torch.Tensor]:
-    """The tensors of a model folder, in one file or in shards, in float32. Raises ValueError as `read_weights`."""
-    if has_file(folder, WEIGHTS):
-        return read_weights(folder / WEIGHTS, socket)
-    files = read_json(folder / SHARDS, socket).get("weight_map")
-    names = set(files.values()) if isinstance(files, dict) and all(map(_is_shard, files.values())) else set()
-    if not names:
-        raise ValueError(f"{socket}: {folder / SHARDS} does not say which files hold the weights. Get it again.")
-    return {key: tensor for name in sorted(names) for key, tensor in read_weights(folder / name, socket).items()}
-
-
-def _is_shard(name: object) -> bool:
-    return isinstance(name, str) and is_plain_name(name) and name.endswith(".safetensors")
 
 
 def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None:

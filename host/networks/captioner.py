@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from ...editing.inputs import check_image, check_text, rgb_bytes
-from ..files import read_weights
 from .model_kinds import BLIP, DEMO, complete_folder
-from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer
+from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer, read_weights
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never caption
     from transformers import BertTokenizerFast, BlipForConditionalGeneration, BlipImageProcessor

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from ...editing.inputs import rgb_bytes
 from ...editing.metrics import perceptual_distance
-from ..files import read_weights
 from .model_kinds import CLIP, DINO, complete_folder, lpips_file
-from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer
+from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer, read_weights
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never measure
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, ViTModel

@@ -3,33 +3,28 @@
 A folder has the layout of Hugging Face transformers, or is one of the hub's cache. LPIPS is a plain .safetensors file.
 """
 
+import json
+import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
-from ..files import (
-    CONFIG,
-    PICKLES,
-    PREPROCESSOR,
-    PROCESSOR,
-    SHARDS,
-    WEIGHTS,
-    children,
-    download_model,
-    files_fingerprint,
-    has_file,
-    is_plain_name,
-    read_image_processor,
-    read_json,
-    register_folder,
-    snapshot,
-)
+from ..files import WEIGHTS, download_model, files_fingerprint, register_folder
 
+CONFIG = "config.json"
+SHARDS = "model.safetensors.index.json"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt")
 NONE = "none"
 DEMO = "demo"
 METRICS_FOLDER = "pix2pix_zero_metrics"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,6 @@ class ModelKind:
         words = [name for names in self.vocabularies for name in names]
         return (CONFIG, WEIGHTS, *preprocessor, *words, *(TOKENIZER_SETTINGS if words else ()))
 
-
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 BLIP = ModelKind(
     socket="model_name",
@@ -247,3 +240,63 @@ def _folders(folder_name: str) -> list[Path]:
 
 def _borrowed(kind: ModelKind) -> list[Path]:
     return [path for path in _folders(kind.borrowed) if model_type(path) == kind.model_type] if kind.borrowed else []
+
+
+def children(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted. One that cannot be read counts as empty, with one warning that names it."""
+    if not os.path.isdir(folder):  # Path.is_dir raises where a folder above it cannot be read
+        return []
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        _warn_unreadable(folder, error.strerror)
+        return []
+
+
+@cache  # the lists are drawn up at every look of the browser
+def _warn_unreadable(folder: Path, reason: str | None) -> None:
+    logger.warning("The folder %s cannot be read (%s), so what lies in it is not offered.", folder, reason)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names something inside a folder, on every system."""
+    # Checked as text and not resolved: a model folder that is a link to another disk is fine, "../x" is not.
+    return name not in ("", ".", "..") and all(len(path(name).parts) == 1 for path in (PurePosixPath, PureWindowsPath))
+
+
+def has_file(folder: Path, *names: str) -> bool:
+    """Whether one of these files lies in the folder."""
+    return any(os.path.isfile(folder / name) for name in names)
+
+
+def snapshot(folder: Path) -> Path:
+    """Where a model's files lie: the folder itself or, in one of the hub's cache, the snapshot of its main revision."""
+    if has_file(folder, CONFIG) or not os.path.isdir(folder / "snapshots"):
+        return folder
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        snapshots = [path for path in (folder / "snapshots").iterdir() if has_file(path, CONFIG)]
+    except (OSError, ValueError):
+        return folder
+    return next((path for path in snapshots if path.name == revision), folder)
+
+
+def read_json(path: Path, socket: str) -> dict:
+    """The object in a JSON file. Raises ValueError, naming `socket` and the file, if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{socket}: {path} is not readable JSON: {error}. Get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{socket}: {path} is not readable JSON: it holds no object. Get it again.")
+    return content
+
+
+def read_image_processor(folder: Path, socket: str) -> tuple[dict, Path] | None:
+    """The settings of a folder's image processor and their file, wherever transformers 4 or 5 wrote them."""
+    if has_file(folder, PREPROCESSOR):
+        return read_json(folder / PREPROCESSOR, socket), folder / PREPROCESSOR
+    if has_file(folder, PROCESSOR):
+        settings = read_json(folder / PROCESSOR, socket).get("image_processor")
+        return (settings, folder / PROCESSOR) if isinstance(settings, dict) else None
+    return None

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import comfy.model_management
 import comfy.model_patcher
 import numpy as np
+import safetensors
 import torch
 
-from ..files import CONFIG, has_file, read_folder_weights, read_image_processor, read_json
-from .model_kinds import ModelKind
+from ..files import WEIGHTS
+from .model_kinds import CONFIG, SHARDS, ModelKind, has_file, is_plain_name, read_image_processor, read_json
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs need none of it
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -48,6 +49,37 @@ class HeldNetwork:
         """Bring the weights to the device on which the network runs, beside so much to compute with, and name it."""
         comfy.model_management.load_models_gpu([self.patcher], memory_required=activation_bytes, force_full_load=True)
         return next(self.network.parameters()).device
+
+
+def read_weights(path: Path, socket: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file whose key starts with `prefix`, without it, in float32.
+
+    Raises ValueError, naming `socket`: the file is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (the file itself is no iterable)
+            return {key[len(prefix) :]: file.get_tensor(key).float() for key in keys}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{socket}: {path} cannot be read as safetensors: {error}. It is missing or its download was cut off: "
+            "get it again."
+        ) from error
+
+
+def read_folder_weights(folder: Path, socket: str) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder, in one file or in shards, in float32. Raises ValueError as `read_weights`."""
+    if has_file(folder, WEIGHTS):
+        return read_weights(folder / WEIGHTS, socket)
+    files = read_json(folder / SHARDS, socket).get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) and all(map(_is_shard, files.values())) else set()
+    if not names:
+        raise ValueError(f"{socket}: {folder / SHARDS} does not say which files hold the weights. Get it again.")
+    return {key: tensor for name in sorted(names) for key, tensor in read_weights(folder / name, socket).items()}
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and is_plain_name(name) and name.endswith(".safetensors")
 
 
 def read_network(
