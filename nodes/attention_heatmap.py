@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.running import per_picture
 from ..host.views.attention_heat import RESOLUTIONS, HeatmapSettings, attention_heatmaps
-from .sockets import CATEGORY, Inversion
+from .sockets import CATEGORY, Inversion, start_percent_input
 
 
 class Pix2PixZeroAttentionHeatmap(io.ComfyNode):
@@ -34,13 +34,7 @@ class Pix2PixZeroAttentionHeatmap(io.ComfyNode):
                     tooltip="Words or phrases of the caption, between commas or on lines: a picture for each. Empty: every "
                     "word but little ones like 'a' and 'with'.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
+                start_percent_input(
                     tooltip="Leaves out the steps before this part of the sampling. The first steps are mostly noise: raise "
                     "it if the heat is blurred.",
                 ),

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.running import per_picture
 from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
-from .sockets import CATEGORY, Inversion, edited_area_output, edited_latent_output
+from .sockets import CATEGORY, Inversion, edited_area_output, edited_latent_output, start_percent_input
 
 LOCAL_BLEND = 0.2
 FEATURE_UNTIL = 0.5
@@ -53,13 +53,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     tooltip="How firmly the picture keeps its structure. Raise it if the pose or layout drifts, lower "
                     "it if the edit does not show. 0 switches guidance off and is much faster.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
+                start_percent_input(
                     tooltip="When guidance starts, as part of the sampling. The first steps fix the layout, so keep 0 "
                     "unless the edit must change the outline.",
                 ),

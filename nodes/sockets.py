@@ -35,6 +35,9 @@ seed_input = partial(
 )
 """Of the nodes that draw something at random. It stays as it is from run to run, so that results are reused."""
 
+start_percent_input = partial(io.Float.Input, "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True)
+"""Of the nodes that act in a part of the sampling only."""
+
 scheduler_input = partial(
     io.Combo.Input,
     "scheduler",
