@@ -32,10 +32,10 @@ def inversion_transitions(sigmas: torch.Tensor) -> list[Transition]:
 
     Raises ValueError if `sigmas` does not ascend from 0.
     """
-    levels = sigmas.tolist()
-    if levels[0] != 0.0 or any(a >= b for a, b in zip(levels, levels[1:])):
+    grid = sigmas.tolist()
+    if grid[0] != 0.0 or any(a >= b for a, b in zip(grid, grid[1:])):
         raise ValueError("The noise levels of an inversion must ascend from 0.")
-    return [Transition(a, a or b, b) for a, b in zip(levels, levels[1:])]
+    return [Transition(a, a or b, b) for a, b in zip(grid, grid[1:])]
 
 
 def diffusers_transitions(sigmas: torch.Tensor, table: torch.Tensor) -> list[Transition]:
@@ -44,8 +44,8 @@ def diffusers_transitions(sigmas: torch.Tensor, table: torch.Tensor) -> list[Tra
     `table`: the model's noise level at each timestep, ascending. The clean image is taken to be at its first entry.
     With v-prediction the results differ: diffusers tells the UNet one level and reads its output at another.
     """
-    levels = [float(table[0]), *sigmas.tolist()[1:]]
-    return [Transition(a, b, b) for a, b in zip(levels, levels[1:])]
+    grid = [float(table[0]), *sigmas.tolist()[1:]]
+    return [Transition(a, b, b) for a, b in zip(grid, grid[1:])]
 
 
 def invert(
@@ -104,19 +104,19 @@ def invert_fixed_point(
     every step, with the estimate at x, the latent it leads to. Returns the N+1 latents, and the estimates made at all of
     them but the first.
     """
-    levels, path = sigmas.tolist(), how.path
-    seen = path.rescale(latent, 0.0, levels[1])
-    noise = path.noise_in(seen, denoise(seen, levels[1], 0), levels[1])
+    grid, path = sigmas.tolist(), how.path
+    seen = path.rescale(latent, 0.0, grid[1])
+    noise = path.noise_in(seen, denoise(seen, grid[1], 0), grid[1])
     visited, estimates, found = [latent], [], []
-    for level in range(1, len(levels)):
-        equation = _StepDown(visited[-1], levels[level - 1], levels[level], denoise, path)
+    for level in range(1, len(grid)):
+        equation = _StepDown(visited[-1], grid[level - 1], grid[level], denoise, path)
         if found:
-            noise = expected_eps(found, levels[level], path)
+            noise = expected_eps(found, grid[level], path)
         start = equation.step_up(regularize(noise))
         x, denoised = _solve(equation, start, level, how.iterations)
         visited.append(x)
         estimates.append(denoised)
-        found = [*found[-1:], (levels[level], path.noise_in(x, denoised, levels[level]))]
+        found = [*found[-1:], (grid[level], path.noise_in(x, denoised, grid[level]))]
         on_step(level - 1, denoised, x)
     return visited, estimates
 
@@ -192,13 +192,13 @@ def on_grid(
     Each latent is written at the grid level it stands for, counted from the noisiest; where the inversion skipped the
     first levels, and at level 0, stands the clean `latent`.
     """
-    levels = [transitions[0].sigma_from, *(transition.sigma_to for transition in transitions)]
+    reached = [transitions[0].sigma_from, *(transition.sigma_to for transition in transitions)]
     grid = sigmas.tolist()
-    offset = len(grid) - len(levels)
+    offset = len(grid) - len(reached)
     clean = [path.rescale(latent, 0.0, sigma) for sigma in grid[: max(offset, 1)]]
     kept = [
-        path.rescale(x, level, sigma)
-        for x, level, sigma in zip(visited[len(clean) - offset :], levels[len(clean) - offset :], grid[len(clean) :])
+        path.rescale(x, own, sigma)
+        for x, own, sigma in zip(visited[len(clean) - offset :], reached[len(clean) - offset :], grid[len(clean) :])
     ]
     return torch.stack([x.cpu() for x in clean + kept])
 
@@ -210,8 +210,8 @@ def reconstruct(
 
     `sigmas`: [N+1] ascending from 0. `denoise(x, sigma)`: the model's estimate of the clean latent for the source text.
     """
-    x, levels = noise, sigmas.tolist()[::-1]
-    for sigma, sigma_to in zip(levels, levels[1:]):
+    x, grid = noise, sigmas.tolist()[::-1]
+    for sigma, sigma_to in zip(grid, grid[1:]):
         x = ddim_step(x, predicted_eps(x, denoise(x, sigma), sigma), sigma, sigma_to)
     return x
 
@@ -230,11 +230,11 @@ def direct_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: 
     Algorithm 1, where it is the source branch that is corrected). `residuals[i - 1]` belongs to the step from level i
     to i - 1. `estimates[i - 1]`: the model's at `trajectory[i]`, `sigmas[i]`, for the source text.
     """
-    levels = sigmas.tolist()
+    grid = sigmas.tolist()
     residuals = []
-    for i in range(1, len(levels)):
+    for i in range(1, len(grid)):
         estimate = estimates[i - 1]
         x = trajectory[i].to(estimate)
-        stepped = ddim_step(x, predicted_eps(x, estimate, levels[i]), levels[i], levels[i - 1])
+        stepped = ddim_step(x, predicted_eps(x, estimate, grid[i]), grid[i], grid[i - 1])
         residuals.append(trajectory[i - 1] - stepped.cpu())
     return torch.stack(residuals)

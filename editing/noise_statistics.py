@@ -18,7 +18,7 @@ RANGE = 4.0
 class NoiseStatistics:
     """Of one noise map [C, H, W].
 
-    `mean`, `variance`: [C]. `kl`: see `divergence`. `density`: [bins]. `autocorrelation`: per level of the pyramid
+    `mean`, `variance`: [C]. `kl`: see `divergence`. `density`: [bins]. `autocorrelation`: per scale of the pyramid
     [shifts]. `spectrum`: [rings]. See `value_density` and the functions of the other names.
     """
 
@@ -79,12 +79,12 @@ def normal_density(values: torch.Tensor) -> torch.Tensor:
 
 
 def autocorrelation(noise: torch.Tensor) -> list[torch.Tensor]:
-    """Per level of the regularization's pyramid, the correlation with itself shifted by 1 to S/2 pixels: [S // 2] each.
+    """Per scale of the regularization's pyramid, the correlation with itself shifted by 1 to S/2 pixels: [S // 2] each.
 
     The mean of n * roll(n, shift) over channels, pixels and both axes, as a share of the mean of n * n: 1 for a constant,
-    about 0 for white noise. `noise`: [C, H, W]; S is the smaller side of the level.
+    about 0 for white noise. `noise`: [C, H, W]; S is the smaller side of the scale.
     """
-    levels = []
+    scales = []
     for height, width in pyramid_sizes(*noise.shape[-2:]):
         # Wiener-Khinchin: the circular autocorrelation is the Fourier transform of the power.
         power = torch.fft.fft2(noise).abs().square().mean(0)
@@ -93,20 +93,20 @@ def autocorrelation(noise: torch.Tensor) -> list[torch.Tensor]:
         both = (
             torch.stack([(products[shift, 0] + products[0, shift]) / 2 for shift in shifts]) if shifts else power[:0, 0]
         )
-        levels.append(both / products[0, 0].clamp(min=1e-12))
+        scales.append(both / products[0, 0].clamp(min=1e-12))
         noise = F.avg_pool2d(noise, 2) if min(height, width) > 1 else noise
-    return levels
+    return scales
 
 
 def autocorrelation_spread(channels: int, height: int, width: int) -> list[torch.Tensor]:
     """Standard deviation of `autocorrelation` for white noise, of the same shapes."""
-    levels = []
-    for level_height, level_width in pyramid_sizes(height, width):
-        shifts = torch.arange(1, min(level_height, level_width) // 2 + 1)
+    scales = []
+    for scale_height, scale_width in pyramid_sizes(height, width):
+        shifts = torch.arange(1, min(scale_height, scale_width) // 2 + 1)
         # Shifted by half of a side, every product of two pixels counts twice.
-        twice = sum((2 * shifts == side).double() for side in (level_height, level_width)) / 2
-        levels.append(((1 + twice) / (2 * channels * level_height * level_width)).sqrt())
-    return levels
+        twice = sum((2 * shifts == side).double() for side in (scale_height, scale_width)) / 2
+        scales.append(((1 + twice) / (2 * channels * scale_height * scale_width)).sqrt())
+    return scales
 
 
 def power_spectrum(noise: torch.Tensor) -> torch.Tensor:

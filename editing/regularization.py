@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-SMALLEST_LEVEL = 8
+SMALLEST_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class NoiseRegularization:
 
 
 def pyramid_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """(height, width) of each level: halved by 2x2 average pooling until the smaller side is at most 8."""
+    """(height, width) of each scale: halved by 2x2 average pooling until the smaller side is at most 8."""
     sizes = [(height, width)]
-    while min(sizes[-1]) > SMALLEST_LEVEL:
+    while min(sizes[-1]) > SMALLEST_SIDE:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     return sizes
 
 
 def draw_shifts(rolls: int, channels: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Shifts uniform in [1, S/2], S the smaller side of a level of the pyramid: int64 [rolls, channels, levels].
+    """Shifts uniform in [1, S/2], S the smaller side of a scale of the pyramid: int64 [rolls, channels, scales].
 
     `size`: (height, width) of the noise map. A side of 1 has no neighbour to correlate with; its shift is 0. The shifts
     are shared by the samples of a batch, so that an image gives the same result alone and in company.
     """
-    halves = [min(level) // 2 for level in pyramid_sizes(*size)]
+    halves = [min(scale) // 2 for scale in pyramid_sizes(*size)]
     if rolls == 0 or halves == [0]:
         return torch.zeros(rolls, channels, len(halves), dtype=torch.int64)
     draws = [torch.randint(1, half + 1, (channels,), generator=generator) for _ in range(rolls) for half in halves]
@@ -49,25 +49,25 @@ def draw_shifts(rolls: int, channels: int, size: tuple[int, int], generator: tor
 
 
 def neighbour_indices(shifts: torch.Tensor, size: tuple[int, int]) -> list[tuple[tuple, ...]]:
-    """For each roll and each level of the pyramid, the index that takes [B, C, H, W] to its neighbours [B, C, 4, H, W].
+    """For each roll and each scale of the pyramid, the index that takes [B, C, H, W] to its neighbours [B, C, 4, H, W].
 
     `shifts`: of `draw_shifts`, on the noise's device. `size`: (height, width) of the noise map.
     """
     device = shifts.device
     channels = torch.arange(shifts.shape[1], device=device)[:, None, None, None]
-    levels = []
+    scales = []
     for shift, (height, width) in zip(shifts.unbind(2), pyramid_sizes(*size)):
         stay = torch.zeros_like(shift)
         down = torch.stack([shift, -shift, stay, stay], -1)[..., None, None]
         right = torch.stack([stay, stay, shift, -shift], -1)[..., None, None]
         rows = (torch.arange(height, device=device)[:, None] + down) % height
         columns = (torch.arange(width, device=device) + right) % width
-        levels.append([(slice(None), channels, *place) for place in zip(rows, columns)])
-    return list(zip(*levels))
+        scales.append([(slice(None), channels, *place) for place in zip(rows, columns)])
+    return list(zip(*scales))
 
 
 def autocorrelation_gradient(noise: torch.Tensor, indices: tuple[tuple, ...]) -> torch.Tensor:
-    """Gradient of eq. 3's pairwise loss: the sum over channels, levels and both axes of mean(n * roll(n, shift))^2.
+    """Gradient of eq. 3's pairwise loss: the sum over channels, scales and both axes of mean(n * roll(n, shift))^2.
 
     `noise`: [B, C, H, W] float. `indices`: those of one roll from `neighbour_indices`. Returns [B, C, H, W].
     """

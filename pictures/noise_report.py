@@ -81,13 +81,15 @@ def _figures(measured: NoiseStatistics, shape: torch.Size) -> str:
         f"variance {float(measured.variance.mean()):.3f}",
         f"KL divergence {measured.kl:.5f}",
     ]
-    worst = [(abs(level) / spread).max() for level, spread in zip(measured.autocorrelation, spreads) if len(level)]
+    worst = [(abs(scale) / spread).max() for scale, spread in zip(measured.autocorrelation, spreads) if len(scale)]
     if worst:
-        level = int(torch.stack(worst).argmax())
-        shift = int((abs(measured.autocorrelation[level]) / spreads[level]).argmax())
+        number = int(torch.stack(worst).argmax())
+        found, spread = measured.autocorrelation[number], spreads[number]
+        shift = int((abs(found) / spread).argmax())
+        means = f" of {2**number} x {2**number} means" if number else ""
         texts.append(
-            f"autocorrelation {float(measured.autocorrelation[level][shift]):.3f} at shift {shift + 1} of level "
-            f"{level + 1} (true noise within {SPREADS * float(spreads[level][shift]):.3f})"
+            f"autocorrelation {float(found[shift]):.3f} at shift {shift + 1}{means} (true noise within "
+            f"{SPREADS * float(spread[shift]):.3f})"
         )
     ratio = float(measured.spectrum[: max(1, len(measured.spectrum) // 4)].mean())
     texts.append(f"power of the lowest quarter of frequencies {ratio:.2f} (true noise 1)")
@@ -178,7 +180,7 @@ def _fraction(value: float) -> str:
 def _autocorrelation(sheet: Sheet, place, measured: dict, shape: torch.Size) -> None:
     left, top, right, bottom = place
     spreads = [SPREADS * spread for spread in statistics.autocorrelation_spread(*shape)]
-    largest = max(float(abs(level).max()) for each in measured.values() for level in each.autocorrelation if len(level))
+    largest = max(float(abs(scale).max()) for each in measured.values() for scale in each.autocorrelation if len(scale))
     limit = max(0.05, 1.1 * largest, *(1.2 * float(spread.max()) for spread in spreads if len(spread)))
     gap, count = 40, len(spreads)
     width = (right - left - gap * (count - 1)) / count
@@ -195,8 +197,8 @@ def _autocorrelation(sheet: Sheet, place, measured: dict, shape: torch.Size) -> 
         chart.dashes([0.5, len(spread) + 0.5], [0.0, 0.0], charts.INK)
         for each, colour in _series(measured):
             if number < len(each.autocorrelation):
-                level = each.autocorrelation[number].tolist()
-                chart.line(list(range(1, len(level) + 1)), level, colour, dots=True)
+                found = each.autocorrelation[number].tolist()
+                chart.line(list(range(1, len(found) + 1)), found, colour, dots=True)
 
 
 def _channels(sheet: Sheet, place, measured: dict, shape: torch.Size) -> None:

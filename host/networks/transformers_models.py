@@ -33,7 +33,7 @@ class HeldNetwork:
     """A network that ComfyUI's memory management loads and offloads as a text encoder."""
 
     def __init__(self, network: torch.nn.Module, dtype: torch.dtype = torch.float32):
-        # One level of wrapping, because the patcher sets `device` on its model, which a transformers model refuses.
+        # Wrapped once, because the patcher sets `device` on its model, which a transformers model refuses.
         self.patcher = WholeModelPatcher(
             torch.nn.ModuleDict({"network": network.to(dtype).eval().requires_grad_(False)}),
             load_device=comfy.model_management.text_encoder_device(),

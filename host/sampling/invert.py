@@ -179,7 +179,7 @@ class _HookSchedule:
         self.patcher = patcher
         self.hooks = list({id(hook): hook for group in groups for hook in group.hooks}.values())
         self.options = {"sample_sigmas": sigmas}
-        self.levels = sigmas.sort(descending=True).values.cpu()  # the host compares them one by one
+        self.sigmas = sigmas.sort(descending=True).values.cpu()  # the host compares them one by one
 
     def go_to(self, sigma: float) -> None:
         """To be called ahead of the evaluation at this noise level."""
@@ -187,8 +187,8 @@ class _HookSchedule:
             return
         for hook in self.hooks:
             hook.reset()
-            for level in self.levels[self.levels > sigma * (1 + 1e-4)]:
-                hook.hook_keyframe.prepare_current_keyframe(curr_t=level, transformer_options=self.options)
+            for passed in self.sigmas[self.sigmas > sigma * (1 + 1e-4)]:
+                hook.hook_keyframe.prepare_current_keyframe(curr_t=passed, transformer_options=self.options)
         # The host notices changes that it makes itself.
         self.patcher.cached_hook_patches.clear()
         self.patcher.patch_hooks(None)
@@ -225,10 +225,10 @@ def _plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, evaluations: _Ev
 
     It takes N UNet calls with the source text as the positive, and no guidance.
     """
-    levels = sigmas.tolist()
+    grid = sigmas.tolist()
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        running.show(f"Redrawing {len(levels) - levels.index(sigma)}/{len(levels) - 1}")
+        running.show(f"Redrawing {len(grid) - grid.index(sigma)}/{len(grid) - 1}")
         return evaluations.denoise(x, sigma)
 
     return latent_psnr(reconstruct(trajectory[-1].to(sigmas.device), sigmas, denoise).cpu(), trajectory[0])

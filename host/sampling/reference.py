@@ -49,12 +49,12 @@ def generate_reference(
 
 def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """(the picture, its trajectory [N+1, B, C, H, W] ascending, on the CPU)."""
-    levels = run.sigmas.tolist()
+    grid = run.sigmas.tolist()
     # The host mixes a flow's start with its share of a picture, of which pure noise has none.
     start = noise.to(run.x) if path.straight else run.x
-    x = path.rescale(start, 0.0, levels[0])
+    x = path.rescale(start, 0.0, grid[0])
     visited = [x.cpu()]
-    for index, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
+    for index, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
         denoised = run.model_k(x, x.new_full((len(x),), sigma), **run.extra_args)
         x = ddim_step(x, predicted_eps(x, denoised, sigma), sigma, sigma_next)
         visited.append(x.cpu())

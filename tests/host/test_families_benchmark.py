@@ -21,7 +21,7 @@ def test_a_guided_pass_in_16_bit_takes_what_is_asked_for_or_a_little_less(vega):
     assert vega["maps"] == vega["maps_estimate"]
 
 
-def test_each_level_of_checkpointing_takes_much_less_than_the_one_before(vega):
+def test_each_mode_of_checkpointing_takes_much_less_than_the_one_before(vega):
     none, feed_forward, blocks = vega["peak"].values()
     assert none > 1.6 * feed_forward > 1.6 * 1.6 * blocks
     assert blocks < 2.5 * vega["plain"]

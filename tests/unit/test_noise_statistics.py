@@ -37,12 +37,12 @@ def test_density_is_a_histogram_whose_area_is_the_share_of_the_values_in_range()
     assert len(inside) < map_.numel(), "or nothing lies beyond"
 
 
-def test_autocorrelation_is_the_mean_product_with_the_rolled_map_at_every_level():
+def test_autocorrelation_is_the_mean_product_with_the_rolled_map_at_every_scale():
     map_ = noise().numpy()
-    levels = statistics.autocorrelation(torch.from_numpy(map_))
-    assert [len(level) for level in levels] == [8, 4]
-    for level in levels:
-        for shift, value in enumerate(level.tolist(), 1):
+    scales = statistics.autocorrelation(torch.from_numpy(map_))
+    assert [len(scale) for scale in scales] == [8, 4]
+    for scale in scales:
+        for shift, value in enumerate(scale.tolist(), 1):
             products = [(map_ * np.roll(map_, shift, axis)).mean() for axis in (1, 2)]
             assert value == pytest.approx(np.mean(products) / (map_**2).mean(), abs=1e-12)
         channels, height, width = map_.shape
@@ -92,5 +92,5 @@ def test_small_and_odd_maps_have_statistics_of_the_announced_shapes(shape):
     assert measured.spectrum.shape == statistics.power_spread(*shape).shape
     assert measured.density.shape == statistics.density_spread(np.prod(shape)).shape
     spreads = statistics.autocorrelation_spread(*shape)
-    assert [level.shape for level in measured.autocorrelation] == [spread.shape for spread in spreads]
-    assert all(level.isfinite().all() for level in measured.autocorrelation)
+    assert [scale.shape for scale in measured.autocorrelation] == [spread.shape for spread in spreads]
+    assert all(scale.isfinite().all() for scale in measured.autocorrelation)

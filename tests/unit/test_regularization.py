@@ -37,8 +37,8 @@ def autocorrelation_loss(noise, shifts):
     loss = noise.new_zeros(())
     for sample in noise:
         for channel, rolls in zip(sample, shifts.tolist()):
-            for level, shift in enumerate(rolls):
-                if level:
+            for scale, shift in enumerate(rolls):
+                if scale:
                     channel = F.avg_pool2d(channel[None, None], 2)[0, 0]
                 if min(channel.shape) > 1:
                     for axis in (0, 1):
@@ -71,7 +71,7 @@ def regularize_by_autograd(noise, settings, seed):
 
 
 def regularize_by_rolls(noise, settings, seed):
-    """The gradients of eq. 3 written out with torch.roll, a sample, channel, level and axis at a time."""
+    """The gradients of eq. 3 written out with torch.roll, a sample, channel, scale and axis at a time."""
     noise, draws = noise.clone(), generator(seed)
     for _ in range(settings.steps):
         for _ in range(settings.rolls):
@@ -81,16 +81,16 @@ def regularize_by_rolls(noise, settings, seed):
             ]
             gradient = torch.zeros_like(noise)
             for sample, channel in itertools.product(range(len(noise)), range(noise.shape[1])):
-                level, size = noise[sample, channel], 1
+                scale, size = noise[sample, channel], 1
                 for column in shifts:
-                    shift, area = column[channel], level.numel()
-                    own = torch.zeros_like(level)
+                    shift, area = column[channel], scale.numel()
+                    own = torch.zeros_like(scale)
                     for axis in (0, 1):
-                        ahead, behind = level.roll(shift, axis), level.roll(-shift, axis)
-                        own += 2 / area * (level * ahead).mean() * (ahead + behind)
+                        ahead, behind = scale.roll(shift, axis), scale.roll(-shift, axis)
+                        own += 2 / area * (scale * ahead).mean() * (ahead + behind)
                     own = own.repeat_interleave(size, 0).repeat_interleave(size, 1) / size**2
                     gradient[sample, channel, : own.shape[0], : own.shape[1]] += own
-                    level, size = F.avg_pool2d(level[None], 2)[0], 2 * size
+                    scale, size = F.avg_pool2d(scale[None], 2)[0], 2 * size
             noise = noise - settings.autocorrelation_weight / settings.rolls * gradient
         for sample in noise:
             mean, variance, count = sample.mean(), sample.var(), sample.numel()
@@ -178,8 +178,8 @@ def test_pyramid_halves_until_the_smaller_side_is_at_most_eight():
 def test_shifts_cover_one_to_half_the_smaller_side_and_are_never_zero(height, width):
     draws = generator()
     shifts = draw_shifts(40, 50, (height, width), draws).flatten(0, 1)
-    for (level_height, level_width), column in zip(pyramid_sizes(height, width), shifts.unbind(1)):
-        half = min(level_height, level_width) // 2
+    for (scale_height, scale_width), column in zip(pyramid_sizes(height, width), shifts.unbind(1)):
+        half = min(scale_height, scale_width) // 2
         assert column.unique().tolist() == list(range(1, half + 1))
 
 
