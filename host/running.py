@@ -24,20 +24,20 @@ from ..editing.inputs import Kinds, check_inputs
 from .text.conditionings import check_width, stack_conditionings
 
 Result = TypeVar("Result")
-_run: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_run", default=(0, 1))
+_turn: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_turn", default=(0, 1))
 
 
-def runs(count: int) -> Iterator[int]:
-    """0 to `count` - 1: the runs of a node over a list of pictures. Text and progress within each tell which one it is."""
+def in_turn(count: int) -> Iterator[int]:
+    """0 to `count` - 1: the pictures of a node's list, one after the other. Text and progress tell whose turn it is."""
     for index in range(count):
-        before, mine = _run.get(), (index, count)
-        _run.set(mine)
+        before, mine = _turn.get(), (index, count)
+        _turn.set(mine)
         try:
             yield index
         finally:
             # One that is cut off may be closed much later, by the garbage collector, in the midst of another run.
-            if _run.get() is mine:
-                _run.set(before)
+            if _turn.get() is mine:
+                _turn.set(before)
 
 
 def show(text: str) -> None:
@@ -48,13 +48,13 @@ def show(text: str) -> None:
     send = getattr(server, "send_progress_text", None)
     context = execution.get_executing_context() if send is not None and execution is not None else None
     if context is not None:
-        index, count = _run.get()
+        index, count = _turn.get()
         send(f"Picture {index + 1}/{count}: {text[:1].lower()}{text[1:]}" if count > 1 else text, context.node_id)
 
 
-def run_count() -> int:
-    """How many runs the node that is running makes of its lists."""
-    return _run.get()[1]
+def turn_count() -> int:
+    """How many pictures the node that is running takes in turn."""
+    return _turn.get()[1]
 
 
 def warn(text: str) -> None:
@@ -63,18 +63,18 @@ def warn(text: str) -> None:
     show(text)
 
 
-def over_runs(callback: Callable) -> Callable:
-    """A sampler's callback (step, x0, x, steps) whose progress goes on from run to run."""
+def over_turns(callback: Callable) -> Callable:
+    """A sampler's callback (step, x0, x, steps) whose progress goes on from picture to picture."""
 
-    def report(step, x0, x, steps):
-        index, count = _run.get()
+    def report(step: int, x0: torch.Tensor, x: torch.Tensor, steps: int) -> None:
+        index, count = _turn.get()
         callback(index * steps + step, x0, x, count * steps)
 
     return report
 
 
 class Lists(NamedTuple):
-    """How a node that takes lists (`is_input_list`) and is written for one batch runs over them, see `per_picture`."""
+    """What a node that is written for one batch does with the lists that it takes, see `per_picture`."""
 
     pictures: str
     texts: tuple[str, ...]
@@ -124,9 +124,9 @@ def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
             return execute(cls, **given)
         items = dict(_each_with_its_texts(given, lists))
         results = []
-        for run in runs(max(map(len, items.values()))):
+        for index in in_turn(max(map(len, items.values()))):
             # The host repeats the last item of a shorter list.
-            one = {name: values[min(run, len(values) - 1)] for name, values in items.items()}
+            one = {name: values[min(index, len(values) - 1)] for name, values in items.items()}
             results.append(execute(cls, **one).result)
         outputs = [list(column) for column in zip(*results)]
         if lists.finish is not None:
@@ -211,7 +211,7 @@ def sample(
     Returns the samples that it ends on, and what else it returns. Raises ValueError if they are not finite. The seed, of
     what the host draws for a conditioning, such as unCLIP's noise, is the same for inversion and edit.
     """
-    callback = over_runs(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1))
+    callback = over_turns(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1))
     results = []
 
     def function(model_k, x, sigmas, extra_args, callback, disable):

@@ -30,7 +30,7 @@ def _show_reports(*outputs: list) -> None:
 
 class Pix2PixZeroInversion(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroInversion",
             display_name="Invert Picture (Pix2Pix-Zero)",
@@ -189,7 +189,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
             seed,
             NoiseRegularization(autocorrelation_weight, kl_weight, regularization_steps, autocorrelation_rolls),
             method,
-            int(map_memory * 2**20 / running.run_count()),
+            int(map_memory * 2**20 / running.turn_count()),
             scheduler,
             fixed_point_iterations,
             measure_reconstruction,

@@ -25,16 +25,16 @@ def test_the_text_goes_to_the_node_that_is_running(sent):
 
 
 def test_a_node_that_runs_for_several_pictures_says_which_one(sent):
-    for _ in running.runs(2):
+    for _ in running.in_turn(2):
         running.show("Inverting 1/1")
-    for _ in running.runs(1):
+    for _ in running.in_turn(1):
         running.show("Sampling 1/1")
     assert [text for text, _ in sent] == ["Picture 1/2: inverting 1/1", "Picture 2/2: inverting 1/1", "Sampling 1/1"]
 
 
 def test_a_run_that_fails_leaves_the_count_as_it_was(sent):
     with pytest.raises(RuntimeError):
-        for _ in running.runs(3):
+        for _ in running.in_turn(3):
             raise RuntimeError
     running.show("Sampling 1/4")
     assert [text for text, _ in sent] == ["Sampling 1/4"]
@@ -42,8 +42,8 @@ def test_a_run_that_fails_leaves_the_count_as_it_was(sent):
 
 def test_the_progress_bar_goes_on_from_run_to_run():
     seen = []
-    report = running.over_runs(lambda step, x0, x, steps: seen.append((step, steps)))
-    for _ in running.runs(3):
+    report = running.over_turns(lambda step, x0, x, steps: seen.append((step, steps)))
+    for _ in running.in_turn(3):
         for step in range(2):
             report(step, None, None, 2)
     assert seen == [(step, 6) for step in range(6)]
