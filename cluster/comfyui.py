@@ -80,9 +80,7 @@ class Client:
     def edit(self, workflow: Workflow, picture: bytes, ending: str, stop: threading.Event) -> list[dict[str, bytes]]:
         """What a picture becomes; nothing if the workflow leaves it out. `picture`: a file, `ending`: of its name.
 
-        Raises:
-            PictureFailed, ServerLost, Cancelled
-            ServerUnfit: It saved pairs, but does not say where.
+        Raises PictureFailed, ServerLost, Cancelled; ServerUnfit: it saved pairs, but does not say where.
         """
         name = f"cluster-{self._id}{ending}"
         fields = {"type": "temp", "overwrite": "true"}

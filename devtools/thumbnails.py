@@ -73,8 +73,7 @@ RECIPES: dict[str, Pictures] = {
 def draw_thumbnails(names: list[str]) -> None:
     """Run the examples, all or those named, and write their thumbnails; `five_edits` is the picture of README.
 
-    Raises:
-        DevError: There is no such example, or its graph failed.
+    Raises DevError: there is no such example, or its graph failed.
     """
     if not names or FIVE_EDITS.stem in names:
         draw_five_edits()

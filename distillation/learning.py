@@ -114,8 +114,7 @@ class Training:
     def run(self, on_step: Callable[[Report], None] | None = None) -> nn.Module:
         """Train to the end and return the averaged student. `on_step` may raise to stop: nothing is lost then.
 
-        Raises:
-            TrainingError: The loss is NaN or infinite.
+        Raises TrainingError: the loss is NaN or infinite.
         """
         first, begin, before, saved = self.step, time.monotonic(), self.seconds, time.monotonic()
         try:

@@ -40,17 +40,13 @@ def paste_edit(
 ) -> torch.Tensor:
     """The source with the edit in it: [B, height, width, channels], of the source's size, channels, type and device.
 
-    Args:
-        source: [1 or B, height, width, 1 to 4 channels].
-        edited: [1 or B, h, w, 1 to 4 channels], at any size. Its alpha is not used: the source's stays.
-        area: MASK [1 or B, *, *], 1 where the picture was edited, of the edited picture, or of the source if it has the
-            source's size and not the edited picture's. None: all.
-        box: BOUNDING_BOX, the part of the source that `edited` shows. None: the largest part in its middle that has the
-            edited picture's proportions.
-        seam: How the edit joins its surroundings.
+    `source`: [1 or B, height, width, 1 to 4 channels]. `edited`: [1 or B, h, w, 1 to 4 channels], at any size; its alpha
+    is not used: the source's stays. `area`: MASK [1 or B, *, *], 1 where the picture was edited, of the edited picture, or
+    of the source if it has the source's size and not the edited picture's; None: all. `box`: BOUNDING_BOX, the part of
+    the source that `edited` shows; None: the largest part in its middle that has the edited picture's proportions.
+    `seam`: how the edit joins its surroundings.
 
-    Raises:
-        ValueError: One of them is no picture or mask, batches that do not go together, a box outside the source.
+    Raises ValueError: one of them is no picture or mask, batches that do not go together, a box outside the source.
     """
     check_image(source, "source")
     check_image(edited, "edited")

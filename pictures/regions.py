@@ -93,18 +93,13 @@ def crop_to_edit(
 ) -> tuple[torch.Tensor, torch.Tensor, Region]:
     """Cut out what is to be edited, at the size that a model draws best.
 
-    Args:
-        image: [B, height, width, channels].
-        size: The picture that is cut out has about size² pixels, and sides that are multiples of 8.
-        mask: [1 or B, height, width], 1 on what is to be edited, one region for the batch; None or all 0 takes the whole.
-        context: How much of the picture around is taken along: sides of the region as multiples of the mask's.
-        shape: One of `SHAPES`.
+    `image`: [B, height, width, channels]. `size`: what is cut out has about size² pixels, and sides that are multiples of
+    8. `mask`: [1 or B, height, width], 1 on what is to be edited, one region for the batch; None or all 0 takes the
+    whole. `context`: how much of the picture around is taken along: sides of the region as multiples of the mask's.
+    `shape`: one of `SHAPES`. Returns the picture [B, h, w, channels], the mask [1 or B, h, w] of the same size, all 1
+    without a mask, and the region.
 
-    Returns:
-        The picture [B, h, w, channels], the mask [1 or B, h, w] of the same size (all 1 without a mask), the region.
-
-    Raises:
-        ValueError: Not a picture or a mask, or the mask has another size than the picture.
+    Raises ValueError: not a picture or a mask, or the mask has another size than the picture.
     """
     check_image(image, "image")
     height, width = image.shape[1:3]
