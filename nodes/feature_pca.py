@@ -8,7 +8,7 @@ from .sockets import CATEGORY, Inversion
 
 class Pix2PixZeroFeaturePCA(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroFeaturePCA",
             display_name="Feature PCA (Pix2Pix-Zero)",

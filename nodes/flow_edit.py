@@ -12,7 +12,7 @@ DEFAULTS = FlowEditing()
 
 class Pix2PixZeroFlowEdit(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroFlowEdit",
             display_name="FlowEdit (Pix2Pix-Zero)",

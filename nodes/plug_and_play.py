@@ -8,7 +8,7 @@ from .sockets import CATEGORY, Inversion
 
 class Pix2PixZeroPlugAndPlay(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroPlugAndPlay",
             display_name="Plug-and-Play (Pix2Pix-Zero)",

@@ -8,7 +8,7 @@ from .sockets import CATEGORY, Inversion
 
 class Pix2PixZeroPromptToPrompt(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroPromptToPrompt",
             display_name="Prompt-to-Prompt (Pix2Pix-Zero)",

@@ -9,7 +9,7 @@ from .sockets import CATEGORY, Inversion, scheduler_input, seed_input
 
 class Pix2PixZeroReference(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroReference",
             display_name="Generate Reference (Pix2Pix-Zero)",

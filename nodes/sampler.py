@@ -12,7 +12,7 @@ FEATURE_UNTIL = 0.5
 
 class Pix2PixZeroKSampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Pix2PixZeroKSampler",
             display_name="KSampler (Pix2Pix-Zero)",

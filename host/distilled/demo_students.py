@@ -1,8 +1,12 @@
 """The students that ship with the demo model."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..networks.students import upscale_model
+
+if TYPE_CHECKING:  # see host/networks/students.py
+    from spandrel import ModelDescriptor
 
 FOLDER = Path(__file__).parents[2] / "demo_model" / "distilled"
 
@@ -12,7 +16,7 @@ def demo_student_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
-def demo_student(edit: str):
+def demo_student(edit: str) -> "ModelDescriptor":
     """The UPSCALE_MODEL of an edit. Raises ValueError if none of that name ships."""
     if edit not in demo_student_names():
         raise ValueError(f"edit: there is no {edit!r}. Choose one of {', '.join(demo_student_names())}.")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from comfy.sd import VAE
 from safetensors import SafetensorError
 from torch import nn
 
@@ -29,6 +32,8 @@ from .views import held_out_strip, preview, write_report
 FOLDER = "pix2pix_zero"  # in models/upscale_models
 SHOW_SECONDS = 2.0
 PART_OF_MEMORY = 0.25  # of what is free, that pairs may take on the device
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Distilled:
     losses: list[float]
 
 
-def distill(wish: Wish, vae=None) -> Distilled:
+def distill(wish: Wish, vae: VAE | None = None) -> Distilled:
     """Train a student on a data set, write it to models/upscale_models/pix2pix_zero, and measure it on held-out pairs.
 
     `vae`: whose encoder's features count too. A cancelled training keeps its state and is gone on with by `wish.resume`.
@@ -103,7 +108,7 @@ def _checkpoint(name: str, wish: Wish, features: bool) -> Path:
     return path
 
 
-def _readable(read, *arguments):
+def _readable(read: Callable[..., Result], *arguments: object) -> Result:
     try:
         return read(*arguments)
     except (SafetensorError, KeyError, TypeError, OSError) as failure:
@@ -112,7 +117,7 @@ def _readable(read, *arguments):
         ) from failure
 
 
-def _features(vae, device: torch.device) -> EncoderFeatures:
+def _features(vae: VAE, device: torch.device) -> EncoderFeatures:
     try:
         features = EncoderFeatures(vae, device)
         with torch.no_grad():

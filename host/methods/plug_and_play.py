@@ -6,10 +6,10 @@ the present noise level, lives in that sampling's own model options and goes wit
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import comfy.samplers
 import comfy.utils
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 
 from ...attention_patches.attention import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
@@ -73,7 +74,17 @@ class _LockstepSampling:
         self.sites = sites
         self.negative_alpha = negative_alpha
 
-    def sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+    def sample(
+        self,
+        executor: Callable,
+        guider: CFGGuider,
+        sigmas: torch.Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Sample with the source's conditioning at hand in the model options."""
         self._check_start(noise, args[0] if args else kwargs.get("latent_image"))
         with processed_source(guider, self.inversion) as source:
@@ -140,7 +151,7 @@ class ReadFeatures:
         self._totals: dict[Site, torch.Tensor] = {}
 
     def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
-        def visit(site, tensors):
+        def visit(site: Site, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             for uuid, *parts in zip(call.uuids, *(tensor.chunk(len(call.uuids)) for tensor in tensors)):
                 self._add(site, parts, self.weights[uuid])
             if site == self.sites[-1]:
@@ -246,7 +257,7 @@ class InjectFeatures:
         # An entry that another pack made up on the way is taken to speak for the whole picture.
         features = [self.features.get(self.areas.get(uuid), {}) for uuid in call.uuids]
 
-        def visit(site, tensors):
+        def visit(site: Site, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             if any(site not in part for part in features):  # the source's text has a time range, and this is outside
                 return tensors
             own = tensors[: len(features[0][site])]

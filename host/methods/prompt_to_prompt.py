@@ -4,8 +4,10 @@ Hertz et al., ICLR 2023. The source branch is the inversion's stored trajectory,
 sampled (direct inversion, Ju et al. 2024): at each noise level one more UNet call on the stored latent gives its attention.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from comfy import samplers
@@ -136,7 +138,16 @@ def _encode_target(clip: CLIP, target: str, prompt: Prompt, inversion: Inversion
 
 
 def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
-    def sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+    def sample(
+        executor: Callable,
+        guider: CFGGuider,
+        sigmas: torch.Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
         check_no_noise_added(noise, args[0] if args else kwargs.get("latent_image"), edit.inversion)
@@ -181,7 +192,9 @@ def _check_sampling(options: dict, guider: CFGGuider, noise: torch.Tensor, edit:
             )
 
 
-def _predict_noise(executor, x, timestep, model_options={}, seed=None):
+def _predict_noise(
+    executor: Callable, x: torch.Tensor, timestep: torch.Tensor, model_options: dict, seed: int | None = None
+) -> torch.Tensor:
     sampling = model_options["transformer_options"][KEY]
     return sampling.predict_noise(executor, x, timestep, model_options, seed)
 
@@ -272,7 +285,9 @@ class Sampling:
         height, width = size_after(at, inversion.trajectory.shape[-2:])
         self.masks = [WordMask(tokens, (height, width)) for tokens in edit.blend_tokens]
 
-    def predict_noise(self, executor, x, timestep, model_options, seed):
+    def predict_noise(
+        self, executor: Callable, x: torch.Tensor, timestep: torch.Tensor, model_options: dict, seed: int | None
+    ) -> torch.Tensor:
         sigma = float(timestep[0])
         step = self.edit.inversion.steps - self.edit.inversion.place_of(sigma)
         cross, to_itself = sigma >= self.edit.cross_end, sigma >= self.edit.self_end
@@ -300,7 +315,9 @@ class Sampling:
                     mask.add(part)
         return self.kept.restore(denoised, x, sigma, self._blend_mask(x, step))
 
-    def _attend_to_source(self, attention, x, timestep, model_options) -> None:
+    def _attend_to_source(
+        self, attention: SourceAttention, x: torch.Tensor, timestep: torch.Tensor, model_options: dict
+    ) -> None:
         options = only_job(model_options, attention)
         latent = self.edit.inversion.latent_at(float(timestep[0])).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)

@@ -14,7 +14,7 @@ from .model_kinds import CLIP, DINO, complete_folder, lpips_file
 from .transformers_models import HeldNetwork, read_network, read_picture_preparation, read_tokenizer, read_weights
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most runs never measure
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, ViTModel
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, PretrainedConfig, ViTModel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -136,7 +136,7 @@ class LpipsJudge(HeldNetwork):
         return perceptual_distance(*features, self.network.channel_weights()).cpu()
 
 
-def vit_bytes(config, size: tuple[int, int] | None = None) -> int:
+def vit_bytes(config: "PretrainedConfig", size: tuple[int, int] | None = None) -> int:
     """About what one picture of a vision transformer takes to compute, in fp32; `size` if it is not the usual one."""
     height, width = size or (config.image_size, config.image_size)
     tokens = (height // config.patch_size) * (width // config.patch_size) + 1

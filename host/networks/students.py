@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...editing.writing import write_whole
+
+if TYPE_CHECKING:
+    from spandrel import ModelDescriptor
 
 NOISE_LEVEL = 15 / 255  # the fourth channel that spandrel gives a DRUNet
 SMALL_WIDTHS = (8, 24, 64, 96)  # 0.74 million weights, 1.5 MB in half precision
@@ -125,7 +129,7 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def load_student(path: Path):
+def load_student(path: Path) -> ModelDescriptor:
     """The file as the host's own *Load Upscale Model* loads it: a spandrel model descriptor."""
     import comfy.utils
     from spandrel import ModelLoader
@@ -133,7 +137,7 @@ def load_student(path: Path):
     return ModelLoader().load_from_state_dict(comfy.utils.load_torch_file(str(path), safe_load=True)).eval()
 
 
-def upscale_model(path: Path):
+def upscale_model(path: Path) -> ModelDescriptor:
     """The UPSCALE_MODEL of a student's file, as *Load Upscale Model* gives it."""
     import comfy.model_management
     import comfy.model_patcher

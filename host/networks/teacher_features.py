@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from comfy.sd import VAE
 from torch import Tensor, nn
 
 
@@ -12,7 +13,7 @@ class EncoderFeatures(nn.Module):
     The encoder is copied, so that the host's stays as it is. Its maps are taken where its sides get smaller, and at its end.
     """
 
-    def __init__(self, vae, device: torch.device | str):
+    def __init__(self, vae: VAE, device: torch.device | str):
         super().__init__()
         with torch.inference_mode(False):
             encoder = copy.deepcopy(vae.first_stage_model.encoder)

@@ -235,7 +235,7 @@ def check_numbers(**knobs: float) -> None:
             raise ValueError(f"{name}: {value} is not a number it can work with. Enter a finite one.")
 
 
-def _reason_against(sampling) -> str | None:
+def _reason_against(sampling: torch.nn.Module) -> str | None:
     if isinstance(sampling, _kinds("CONST", "COSMOS_RFLOW", "IMG_TO_IMG_FLOW")):
         return (
             "this one is a flow model (such as SD3, Flux, AuraFlow, Qwen or Wan). Of those, only UNets are edited, such as "

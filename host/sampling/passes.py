@@ -43,7 +43,11 @@ class UNetPasses:
     """
 
     def __init__(
-        self, model_k, extra_args: dict, sites: list[AttentionSite], checkpointing: Checkpointing | None = None
+        self,
+        model_k: Callable,
+        extra_args: dict,
+        sites: list[AttentionSite],
+        checkpointing: Checkpointing | None = None,
     ):
         self.model_k = model_k
         self.guider = model_k.inner_model

@@ -6,7 +6,7 @@ not for the source, nor the other way round. So the source's are loaded with the
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -44,14 +44,18 @@ class EditGuider(CFGGuider):
         self.conds[SOURCE] = _process(self.inner_model, self._loaded[SOURCE], picture.to(device), device)
 
 
-def _load_and_take_out(loaded: dict, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
+def _load_and_take_out(
+    loaded: dict, executor: Callable, model: ModelPatcher, noise_shape: list[int], conds: dict, *args, **kwargs
+) -> tuple:
     """A PREPARE_SAMPLING wrapper: the source is loaded with the other conditionings, and then stands in `loaded` alone."""
     real_model, conds, models = executor(model, noise_shape, conds, *args, **kwargs)
     loaded[SOURCE] = conds[SOURCE]
     return real_model, {name: entries for name, entries in conds.items() if name != SOURCE}, models
 
 
-def load_with_source(inversion: Inversion, executor, model, noise_shape, conds: dict, *args, **kwargs) -> tuple:
+def load_with_source(
+    inversion: Inversion, executor: Callable, model: ModelPatcher, noise_shape: list[int], conds: dict, *args, **kwargs
+) -> tuple:
     """A PREPARE_SAMPLING wrapper: what the source's conditioning needs, such as its ControlNet, is loaded with the model."""
     # A model may carry several edits, with a source each.
     beside = {**conds, f"{SOURCE}_{len(conds)}": comfy.sampler_helpers.convert_cond(inversion.source)}

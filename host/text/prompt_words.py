@@ -41,7 +41,7 @@ def tokenize(clip: CLIP, text: str, socket: str) -> Prompt:
         )
     rows = tokens.get("l") or next(iter(tokens.values()))
 
-    def spell(token) -> str:
+    def spell(token: int | str) -> str:
         return clip.tokenizer.untokenize([(token, 1.0)])[0][1] if isinstance(token, int) else token + WORD_END
 
     prompt = read_prompt([[(_identity(token), segment) for token, _, segment in row] for row in rows], spell)
@@ -54,7 +54,7 @@ def tokenize(clip: CLIP, text: str, socket: str) -> Prompt:
     return prompt
 
 
-def _identity(token):
+def _identity(token: object) -> object:
     """Tokens that compare equal where they mean the same; those of an embedding are tensors, here named by a digest."""
     if torch.is_tensor(token):
         return hashlib.sha256(token.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()

@@ -94,7 +94,7 @@ def encode_sentences(
 
 
 def _encode_numbered(
-    clip, sentences: Sequence[str], progress: comfy.utils.ProgressBar | None
+    clip: CLIP, sentences: Sequence[str], progress: comfy.utils.ProgressBar | None
 ) -> Iterator[NumberedEncoding]:
     _refuse_scheduled_hooks(clip)
     batched, alone = _group_by_layout(_tokens(clip, sentences))
@@ -119,7 +119,7 @@ def _encode_numbered(
         _advance(progress, 1)
 
 
-def _tokens(clip, sentences: Sequence[str]) -> Iterator[Tokens]:
+def _tokens(clip: CLIP, sentences: Sequence[str]) -> Iterator[Tokens]:
     for sentence in sentences:
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield clip.tokenize(sentence)
@@ -239,7 +239,7 @@ def _refuse_scheduled_hooks(clip: CLIP) -> None:
         )
 
 
-def _is_plain(tokens) -> bool:
+def _is_plain(tokens: object) -> bool:
     """Integer tokens of weight 1 in one list of rows per encoder: what can be encoded together."""
     return isinstance(tokens, dict) and all(
         isinstance(rows, list)
@@ -276,7 +276,7 @@ def _encode_together(clip: CLIP, batch: Sequence[Tokens]) -> Encoding | None:
     chunks = len(next(iter(batch[0].values())))
     pooled_rows: list[torch.Tensor] = []
 
-    def keep_pooled(_module, _args, output):
+    def keep_pooled(_module: torch.nn.Module, _args: tuple, output: tuple) -> None:
         if output[1] is not None:
             pooled_rows.append(output[1])
 

@@ -8,7 +8,7 @@ the input's gradient. No resident weight is copied, and every module is afterwar
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -113,7 +113,7 @@ def differentiable_attention(transformer_options: dict) -> dict:
     """
     previous = transformer_options.get("optimized_attention_override")
 
-    def override(func, *args, **kwargs):
+    def override(func: Callable, *args, **kwargs):
         if previous is not None:
             out = previous(attention_pytorch, *args, **kwargs)
             if not _severed(args, out):
@@ -127,7 +127,7 @@ def differentiable_attention(transformer_options: dict) -> dict:
     return {**transformer_options, "optimized_attention_override": override, "patches_replace": replace}
 
 
-def _checked_replacement(patch):
+def _checked_replacement(patch: Callable):
     def replaced(*args, **kwargs):
         out = patch(*args, **kwargs)
         if _severed(args, out):
@@ -167,7 +167,7 @@ def _works_on_outputs(name: str) -> bool:
     return "block_patch" in name or "output_patch" in name
 
 
-def _protected(patch):
+def _protected(patch: Callable):
     def protected(*args):
         if not torch.is_grad_enabled():
             return patch(*args)
@@ -221,7 +221,7 @@ def _layers_checked() -> Iterator[None]:
     # A kernel that autograd does not know cuts the graph without a word, and the gradient would be silently wrong.
     recording = _active.get()
 
-    def check(module, inputs, output):
+    def check(module: torch.nn.Module, inputs, output):
         if _active.get() is not recording:  # the hook is called in every thread
             return
         if isinstance(module, CrossAttention) and _severed(
@@ -269,7 +269,7 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
         # The parameters themselves, so that none of these ids can pass to another tensor.
         self.resident = {id(parameter): parameter for parameter in parameters}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or func not in self.LAYERS:
             return _call(func, args, kwargs)
@@ -294,14 +294,14 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
             return weight
         return _dense(weight) if _is_quantized(weight) else weight.detach().clone()
 
-    def _linear(self, x, weight, bias=None):
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
         return _Linear.apply(x, self._stable(weight), bias)
 
-    def _conv2d(self, x, weight, bias=None, *geometry, **named):
+    def _conv2d(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *geometry, **named):
         return _Conv2d.apply(x, self._stable(weight), bias, *_Geometry(*geometry, **named))
 
 
-def _call(func, args, kwargs):
+def _call(func: Callable, args: tuple, kwargs: dict):
     """func(*args, **kwargs) outside inference mode, though some arguments were made in it."""
     if _writes_to_inference(func, args, kwargs) and not _any_requires_grad((*args, *kwargs.values())):
         # PyTorch refuses this after it has written, so that it must not come to that.
@@ -318,7 +318,7 @@ def _call(func, args, kwargs):
 IN_PLACE = ("__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "and", "or", "pow")))
 
 
-def _writes_to_inference(func, args, kwargs) -> bool:
+def _writes_to_inference(func: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether a function writes to an inference tensor, as the host fills cast buffers made in other calls."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__") or name in IN_PLACE
@@ -326,7 +326,7 @@ def _writes_to_inference(func, args, kwargs) -> bool:
     return isinstance(target, torch.Tensor) and target.is_inference()
 
 
-def _any_requires_grad(values) -> bool:
+def _any_requires_grad(values: Iterable) -> bool:
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
@@ -346,12 +346,12 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         _keep_weight(ctx, weight)
         return F.linear(x, _dense(weight), bias)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: torch.Tensor):
         return gradient @ _dense(_kept_weight(ctx)).to(gradient.dtype), None, None
 
 
@@ -366,13 +366,13 @@ class _Geometry(NamedTuple):
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *geometry):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *geometry):
         _keep_weight(ctx, weight)
         ctx.input_shape, ctx.geometry = x.shape, geometry
         return F.conv2d(x, _dense(weight), bias, *geometry)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: torch.Tensor):
         weight = _dense(_kept_weight(ctx))
         return torch.nn.grad.conv2d_input(ctx.input_shape, weight, gradient, *ctx.geometry), *([None] * 6)
 

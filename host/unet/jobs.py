@@ -196,14 +196,25 @@ def prepare_with(model_options: dict, prepare: Callable) -> dict:
     return options
 
 
-def _prepare(executor, model, conds, x_in, timestep, model_options):
+def _prepare(
+    executor: Callable, model: BaseModel, conds: list, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict
+):
     prepare = model_options["transformer_options"].get(PREPARE)
     if prepare is not None:
         model_options = prepare(model, conds, x_in, timestep, model_options)
     return executor(model, conds, x_in, timestep, model_options)
 
 
-def _carry_out(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+def _carry_out(
+    executor: Callable,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: torch.Tensor | None = None,
+    c_crossattn: torch.Tensor | None = None,
+    control: dict | None = None,
+    transformer_options: dict = {},
+    **kwargs,
+):
     jobs = transformer_options.get(KEY, ())
     if x.device.type == "cpu" and (jobs or OWN_SAMPLER in transformer_options):
         # Faster and leaner there than the host's choice, sub-quadratic attention.

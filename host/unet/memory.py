@@ -7,7 +7,7 @@ before it loads the model.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -170,7 +170,7 @@ def _in_graph(value) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
-def _needs_gradient(values) -> bool:
+def _needs_gradient(values: Iterable) -> bool:
     return any(_needs_gradient(value) if isinstance(value, (list, tuple)) else _in_graph(value) for value in values)
 
 
@@ -371,7 +371,7 @@ def announce_memory(model: ModelPatcher, amount: int) -> ModelPatcher:
     """A clone of the MODEL for whose sampling the host keeps `amount` bytes more free."""
     model = model.clone()
 
-    def prepare(executor, patcher, noise_shape, *args, **kwargs):
+    def prepare(executor: Callable, patcher, noise_shape, *args, **kwargs):
         # The host's estimate is proportional to the batch, and the batch is all it reads of the shape's first entry.
         one, two = (patcher.model.memory_required([rows, *noise_shape[1:]]) for rows in (1, 2))
         rows = math.ceil(amount / max(two - one, 1))

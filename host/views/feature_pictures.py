@@ -40,7 +40,7 @@ def feature_pictures(
     return F.interpolate(pictures, size=size, mode="nearest").movedim(1, -1)
 
 
-def _sites(unet, kind: str, decoder_block: int) -> tuple[Site, Site]:
+def _sites(unet: torch.nn.Module, kind: str, decoder_block: int) -> tuple[Site, Site]:
     """The residual block of a decoder block, which tells the size, and the site of the features."""
     residuals = {site.number: site for site in residual_sites(unet)}
     number = feature_site(unet).number if decoder_block == -1 else decoder_block
