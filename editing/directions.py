@@ -186,10 +186,10 @@ def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float
             raise ValueError(f"{socket}: {weight} is not a number. Give one between -10 and 10.")
     shapes_a = {name: t.shape for name, t in a.tensors.items()}
     shapes_b = {name: t.shape for name, t in b.tensors.items()}
-    if a.encoder != b.encoder or shapes_a != shapes_b:
+    if not _of_one_encoder(a, b) or shapes_a != shapes_b:
         raise ValueError(
             "direction_a and direction_b come from different text encoders and cannot be added. "
-            "Make both with the same CLIP (and the same CLIP skip)."
+            "Make both with the same CLIP (and the same CLIP skip, in the same precision)."
         )
     # Side by side: words of both edits in the same rows would be neither.
     added = [weight * d.added for weight, d in ((weight_b, b), (weight_a, a)) if d.added is not None]
@@ -246,6 +246,16 @@ def same_encoder(encoding: torch.Tensor, direction: EditDirection) -> bool:
     if direction.first_token is None or not first.any():
         return True
     return all(_relative_difference(row, direction.first_token) <= FIRST_TOKEN_TOLERANCE for row in first)
+
+
+def _of_one_encoder(a: EditDirection, b: EditDirection) -> bool:
+    """Whether two directions come from one text encoder, in the same or in two precisions, which have other names."""
+    if a.encoder == b.encoder:
+        return True
+    kinds = {(d.encoder.partition("-")[0], d.encoder.partition("-layer")[2]) for d in (a, b)}
+    if len(kinds) > 1 or a.first_token is None or b.first_token is None or a.first_token.shape != b.first_token.shape:
+        return False
+    return _relative_difference(a.first_token, b.first_token) <= FIRST_TOKEN_TOLERANCE
 
 
 def _relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -167,7 +167,7 @@ class Inversion(list):
     the picture may change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM.
     `maps`: the source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
     `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
-    `fingerprint`: the model's identity when `model` is gone, "" if it has none. `latent_format`: the host's object that
+    `identity`: what tells the model when `model` is gone, None if nothing does. `latent_format`: the host's object that
     tells how its latents are scaled. `path`: how its latents mix picture and noise.
 
     As a list it is that of the tensors it holds: ComfyUI's cache counts those that it finds in lists, and nothing else.
@@ -181,7 +181,7 @@ class Inversion(list):
     residuals: torch.Tensor | None = None
     maps: MapStore | None = None
     reconstruction_psnr: torch.Tensor | None = None
-    fingerprint: str = ""
+    identity: Any = None
     latent_format: Any = None
     path: NoisePath = DIFFUSION
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import weakref
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +32,8 @@ PATCHER = (
 KEYED = ("wrappers", "callbacks")
 # Options that mix estimates and never reach the UNet.
 MIXING = ("sampler_", "denoise_mask_function", "disable_cfg1_optimization")
+# Least part of a weight's values that are equal in one precision, where two files are the same.
+SAME_VALUES = 0.75
 
 
 def noise_path(model: ModelPatcher) -> NoisePath:
@@ -91,7 +94,7 @@ def noise_levels(model: ModelPatcher, steps: int, scheduler: str) -> torch.Tenso
 def check_inversion(inversion: Inversion, model: ModelPatcher, flow: bool = False) -> None:
     """Raise ValueError as `check_diffusion`, and unless the inversion was made with this MODEL, patched or not.
 
-    A model that was loaded anew from the same file is the same.
+    A model that was loaded anew from the same file is the same, in another precision too.
     """
     check_diffusion(model, flow)
     if inversion.path != noise_path(model):
@@ -101,37 +104,64 @@ def check_inversion(inversion: Inversion, model: ModelPatcher, flow: bool = Fals
         )
     if inversion.model() is model.model:
         return
-    if not inversion.fingerprint or inversion.fingerprint != model_fingerprint(model):
+    if inversion.identity is None or not inversion.identity.is_of(model_identity(model)):
         raise ValueError(
             "inversion: it was made with another model. Connect the same model to Invert Picture and to this node."
         )
 
 
-def model_fingerprint(model: ModelPatcher) -> str:
-    """Identity of a diffusion model, the same in every session: class, shapes, a sample of the weights.
+@dataclass(frozen=True, eq=False)
+class ModelIdentity:
+    """What a diffusion model is known by, in every session: its class, shapes and a sample of its weights.
 
-    Patches such as LoRAs are left out: the model below them counts. The sample is hashed in half precision, so that a
-    model loaded in another precision is the same, as far as its weights are.
+    `weights`: by name, each [up to about 512 values] of the type in which the model holds them.
     """
+
+    shapes: str
+    weights: dict[str, torch.Tensor]
+
+    def is_of(self, other: "ModelIdentity") -> bool:
+        """Whether both are of one file, which may have been loaded in two precisions."""
+        return self.shapes == other.shapes and all(
+            _same_values(values, other.weights[name]) for name, values in self.weights.items() if name in other.weights
+        )
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same values, in whose types they were rounded.
+
+    What was rounded twice on its way may have gone the other way in some places, by a step of the coarser type.
+    """
+    coarse = max((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    step = torch.finfo(coarse).eps
+    least = max(kind.eps * kind.smallest_normal for kind in map(torch.finfo, (a.dtype, b.dtype)))
+    a, b = (values.float().to(coarse).float() for values in (a, b))
+    near = torch.isclose(a, b, rtol=1.01 * step, atol=1.01 * least, equal_nan=True)
+    return bool(near.all()) and float(((a == b) | a.isnan()).float().mean()) >= SAME_VALUES
+
+
+def model_identity(model: ModelPatcher) -> ModelIdentity:
+    """That of a MODEL. Patches such as LoRAs are left out: the model below them counts."""
     shapes = {key: tuple(weight.shape) for key, weight in model.model_state_dict("diffusion_model.").items()}
     digest = hashlib.sha256(type(model.model).__name__.encode())
     for key in sorted(shapes):
         digest.update(f"{key}{shapes[key]}".encode())
-    floating = sorted(key for key, shape in shapes.items() if shape)
-    for key in floating[:: max(1, len(floating) // 16)]:
+    weights = {}
+    sampled = sorted(key for key, shape in shapes.items() if shape)
+    for key in sampled[:: max(1, len(sampled) // 16)]:
         weight = model.get_key_patches(key)[key][0][0]
-        if type(weight) in (torch.Tensor, torch.nn.Parameter):  # a quantized one has no elements to take
+        plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # a quantized one has no elements to take
+        if plain and weight.is_floating_point():
             flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 512)].to("cpu", torch.float16)
-            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{type(model.model).__name__}-{digest.hexdigest()[:16]}"
+            weights[key] = flat[:: max(1, flat.numel() // 512)].to("cpu", copy=True)
+    return ModelIdentity(digest.hexdigest(), weights)
 
 
 def made_with(model: ModelPatcher) -> dict[str, Any]:
     """The fields of an `Inversion` that say which MODEL it is of. Nothing of the model is kept alive."""
     return {
         "model": weakref.ref(model.model),
-        "fingerprint": model_fingerprint(model),
+        "identity": model_identity(model),
         "latent_format": model.get_model_object("latent_format"),
         "path": noise_path(model),
     }

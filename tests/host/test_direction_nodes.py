@@ -135,6 +135,19 @@ def test_a_caption_from_another_text_encoder_is_refused(clip, direction, run_nod
             )
 
 
+def test_directions_of_one_encoder_in_two_precisions_combine(clip, direction, run_node):
+    """Its name is made of its weights, which a rougher precision rounds."""
+    with torch.inference_mode():
+        rounded = tiny_clip("sd1" if "SD1" in direction.encoder else "sdxl")
+        for weight in rounded.cond_stage_model.parameters():
+            weight.copy_(weight.bfloat16())
+    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
+    (again,) = run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=rounded, **lines)
+    assert again.encoder != direction.encoder
+    (both,) = run_node(nodes.Pix2PixZeroCombineDirections, direction_a=direction, direction_b=again)
+    assert torch.allclose(both.tensors["cond"], direction.tensors["cond"] + again.tensors["cond"])
+
+
 def test_combining_two_encoders_is_refused(clip, direction, run_node):
     kind = "sd1" if "SD1" in direction.encoder else "sdxl"
     with torch.inference_mode():

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from patch_catalogue import merged_lora
+from pix2pix_zero.host.sampling.checks import model_identity
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
 from small_edit import edit, invert
@@ -30,6 +31,43 @@ def test_the_same_weights_are_the_same_model(inversion, run_node):
     expected = edit(again, invert(again, map_memory=0))
     assert (edit(again, inversion) - expected).abs().max() <= 1e-5 * expected.std()
     run_node(Pix2PixZeroFeaturePCA, model=again, inversion=inversion, features="queries", percent=0.5)
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("then", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_same_weights_in_another_precision_are_the_same_model(first, then):
+    """Of a file in half precision, whichever of both is the coarser one."""
+    with torch.inference_mode():
+        file, again, other = (small_model(seed=seed) for seed in (0, 0, 5))
+        for model in (file, again, other):
+            model.model.diffusion_model.half()
+        file.model.diffusion_model.to(first)
+        again.model.diffusion_model.to(then)
+        other.model.diffusion_model.to(then)
+    assert model_identity(file).is_of(model_identity(again))
+    assert model_identity(again).is_of(model_identity(file))
+    assert not model_identity(file).is_of(model_identity(other))
+
+
+@pytest.mark.parametrize("then", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_model_trained_on_is_another_model(then):
+    """Of weights that lie a tenth of their spread away, or of another attention layer alone."""
+    with torch.inference_mode():
+        file, tuned, merged = (small_model() for _ in range(3))
+        for weight in tuned.model.diffusion_model.parameters():
+            weight.add_(0.1 * weight.std(correction=0) * torch.randn(weight.shape))
+        name = next(iter(model_identity(file).weights))
+        weight = merged.model.state_dict()[name]
+        weight.add_(0.1 * torch.randn(weight.shape))
+        for model in (tuned, merged):
+            model.model.diffusion_model.to(then)
+    assert not model_identity(file).is_of(model_identity(tuned))
+    assert not model_identity(file).is_of(model_identity(merged))
+
+
+def test_an_inversion_goes_on_with_its_model_in_another_precision(inversion):
+    again = loaded(weight_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert edit(again, inversion).isfinite().all()
 
 
 def test_a_lora_on_it_leaves_it_the_same(inversion):
