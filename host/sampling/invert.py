@@ -40,6 +40,7 @@ from .checks import (
     noise_path,
 )
 from .passes import UNetPasses
+from .source import check_masks
 
 METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
 ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels
@@ -83,6 +84,7 @@ def invert_latent(
     mask = latent_image.get("noise_mask")
     if mask is not None:
         check_finite(mask, "latent_image", "Draw its noise mask again.")
+        check_masks(mask, len(samples), "latent_image")
     check_conditioning(positive, len(samples), "positive")
     transitions = _transitions(model, sigmas, settings.method)
     told = torch.tensor([transition.sigma_model for transition in transitions])

@@ -119,13 +119,23 @@ class NoiseMask:
 def limited(noise_mask: torch.Tensor | None, mask: torch.Tensor | None, latent: torch.Tensor) -> torch.Tensor | None:
     """A latent's noise mask limited to a MASK [B or 1, height, width] as well, 1 where the picture may change.
 
-    Raises ValueError for NaN.
+    Raises ValueError for NaN, and for several masks that are fewer than the pictures.
     """
     for tensor, socket in ((noise_mask, "latent_image"), (mask, "mask")):
         if tensor is not None:
             check_finite(tensor, socket, "Draw the mask again.")
+            check_masks(tensor, len(latent), socket)
     both = [_latent_mask(tensor, latent) for tensor in (mask, noise_mask) if tensor is not None]
     return math.prod(both) if both else None
+
+
+def check_masks(masks: torch.Tensor, pictures: int, socket: str) -> None:
+    """Raise ValueError unless MASKs [.., height, width] are one for all pictures, or at least as many as these."""
+    count = masks.shape[:-2].numel()
+    if 1 < count < pictures:
+        raise ValueError(
+            f"{socket}: it brings {count} masks for {pictures} pictures. Give one for all, or one for each picture."
+        )
 
 
 def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:

@@ -71,6 +71,15 @@ def test_one_mask_is_for_all_pictures_and_more_masks_are_cut_off(model):
     assert torch.equal(more, both)
 
 
+def test_fewer_masks_than_pictures_are_refused(model):
+    """The host would go through them again and give the third picture the first one's."""
+    two = left(64, 96, 2)
+    with pytest.raises(ValueError, match="latent_image: it brings 2 masks for 3 pictures"):
+        invert(model, picture={**latent(3, HEIGHT, WIDTH), "noise_mask": two})
+    with pytest.raises(ValueError, match="mask: it brings 2 masks for 3 pictures"):
+        edit(model, invert(model, picture=latent(3, HEIGHT, WIDTH)), mask=two)
+
+
 def test_masks_of_latent_and_sampler_limit_together(model):
     inversion = masked(invert(model, picture=picture_with(left(64, 96))), left(96, 64).mT.contiguous())
     area = edited_area(model, inversion.trajectory[0], inversion.noise_mask, None)
