@@ -23,6 +23,10 @@ from comfy_api.latest import io
 from ..editing.inputs import Kinds, check_inputs
 from .text.conditionings import check_width, stack_conditionings
 
+NOT_FINITE = (
+    "model: the sampling ended in NaN or infinite values. Load the model in bf16 or fp32, and lower cfg, guidance and the "
+    "weights of patches."
+)
 Result = TypeVar("Result")
 _turn: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_turn", default=(0, 1))
 
@@ -231,11 +235,15 @@ def sample(
     ).to(comfy.model_management.intermediate_device())
     result, is_finite = results[-1]
     if not is_finite:
-        raise ValueError(
-            "model: the sampling ended in NaN or infinite values. Load the model in bf16 or fp32, and lower cfg, guidance "
-            "and the weights of patches."
-        )
+        raise ValueError(NOT_FINITE)
     return sampled, result
+
+
+def finite(sampled: torch.Tensor) -> torch.Tensor:
+    """What a sampler ends on, as it is. Raises ValueError if it is not finite."""
+    if not sampled.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    return sampled
 
 
 def look(guider: CFGGuider, read: Callable[[Run], Result], samples: torch.Tensor, sigmas: torch.Tensor) -> Result:

@@ -23,6 +23,7 @@ from comfy.samplers import CFGGuider
 from ...attention_patches.attention import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
 from ...editing.trajectory import Inversion
+from .. import running
 from ..sampling.checks import check_inversion
 from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
@@ -90,7 +91,7 @@ class _LockstepSampling:
         with processed_source(guider, self.inversion) as source:
             mask = NoiseMask(self.inversion.noise_mask, guider, extra_args["model_options"], sigmas)
             extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
-            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+            return running.finite(executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs))
 
     def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
         options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)

@@ -32,7 +32,7 @@ from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 BLEND_FROM = 0.2
-"""Share of the steps before local blending starts, as in the authors' code: earlier, the maps say little."""
+"""Share of the inversion's steps before local blending starts, as in the authors' code: earlier, the maps say little."""
 
 BLEND_HALVINGS = 2
 """Local blending reads the maps at a quarter of the latent's side: 16x16 for Stable Diffusion at 512x512."""
@@ -44,7 +44,8 @@ class PromptEdit:
 
     `cross_end`, `self_end`: the noise levels down to which the edit takes the source's cross- and self-attention.
     `factors`: [T] for the columns of the edited maps, or None. `blend`: threshold in 0..1 of the mask outside which the
-    picture stays, or 0 for none, and the tokens it is drawn from in the source and in the target.
+    picture stays, or 0 for none; it acts below the noise level `blend_start`, and is drawn from `blend_tokens` of the source
+    and of the target.
     """
 
     inversion: Inversion
@@ -53,6 +54,7 @@ class PromptEdit:
     self_end: float
     factors: torch.Tensor | None
     blend: float
+    blend_start: float
     blend_tokens: tuple[list[int], list[int]]
 
 
@@ -103,6 +105,7 @@ def edit_by_prompt(
         inversion.lowest_sigma(settings.self_until),
         column_factors(after.length, weights) if weights else None,
         settings.local_blend,
+        inversion.lowest_sigma(BLEND_FROM),
         blended,
     )
     return _with_edit(model, edit), positive
@@ -157,7 +160,8 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
             mask = NoiseMask(edit.inversion.noise_mask, guider, options, sigmas)
             kept = KeptEstimate(edit.inversion, mask, sigmas, takes_ddim_steps(executor.class_obj))
             options["transformer_options"][KEY] = Sampling(edit, guider, source, kept)
-            return executor(guider, sigmas, {**extra_args, "model_options": options}, callback, noise, *args, **kwargs)
+            extra_args = {**extra_args, "model_options": options}
+            return running.finite(executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs))
 
     model = with_jobs(model)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(load_with_source, edit.inversion))
@@ -289,7 +293,6 @@ class Sampling:
         self, executor: Callable, x: torch.Tensor, timestep: torch.Tensor, model_options: dict, seed: int | None
     ) -> torch.Tensor:
         sigma = float(timestep[0])
-        step = self.edit.inversion.steps - self.edit.inversion.place_of(sigma)
         cross, to_itself = sigma >= self.edit.cross_end, sigma >= self.edit.self_end
         taken = self.cross if cross else self.watched
         if to_itself:
@@ -313,7 +316,7 @@ class Sampling:
             for mask, part in zip(self.masks, maps):
                 if mask.tokens:
                     mask.add(part)
-        return self.kept.restore(denoised, x, sigma, self._blend_mask(x, step))
+        return self.kept.restore(denoised, x, sigma, self._blend_mask(x, sigma))
 
     def _attend_to_source(
         self, attention: SourceAttention, x: torch.Tensor, timestep: torch.Tensor, model_options: dict
@@ -326,9 +329,9 @@ class Sampling:
                 "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
             )
 
-    def _blend_mask(self, x: torch.Tensor, step: float) -> torch.Tensor | None:
+    def _blend_mask(self, x: torch.Tensor, sigma: float) -> torch.Tensor | None:
         """[B, 1, H, W], 1 where the edited words are drawn; None where no local blend limits the edit."""
-        if not self.edit.blend or step < BLEND_FROM * self.edit.inversion.steps:
+        if not self.edit.blend or sigma >= self.edit.blend_start:
             return None
         areas = [words.area(self.edit.blend) for words in self.masks if words.total is not None]
         return soft_mask(areas, x.shape[-2:]).to(x) if areas else None

@@ -2,6 +2,8 @@
 
 import math
 
+import plug_and_play_runs as plugged
+import prompt_to_prompt_runs as prompted
 import pytest
 import torch
 from pix2pix_zero.editing.directions import EditDirection
@@ -63,6 +65,24 @@ def test_what_a_patch_of_the_model_breaks_is_no_success(model):
         invert(broken)
     with pytest.raises(ValueError, match="model: .*NaN"):
         edit(broken, invert(model))
+
+
+def broken_late(model):
+    """Its last step is NaN, as a LoRA in fp16 makes some."""
+    broken = model.clone()
+    broken.set_model_sampler_post_cfg_function(
+        lambda args: args["denoised"] * (math.nan if args["sigma"].max() < 1.0 else 1.0)
+    )
+    return broken
+
+
+def test_what_a_patch_breaks_is_no_success_of_a_stock_sampler_with_our_edits(model, clip):
+    inversion = prompted.invert(model, clip)
+    patched, positive = prompted.patch(broken_late(model), inversion, clip, "a dog on a sofa")
+    with pytest.raises(ValueError, match="model: .*NaN"):
+        prompted.sample(patched, inversion, positive, prompted.encode(clip, ""))
+    with pytest.raises(ValueError, match="model: .*NaN"):
+        plugged.sample(plugged.patch(broken_late(model), inversion), inversion)
 
 
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0)])

@@ -35,6 +35,21 @@ def test_outside_the_blend_mask_every_step_is_on_the_trajectory(model, clip, met
     assert (visited[1] - inversion.trajectory[STEPS - 1]).abs().max() > 1e-3
 
 
+def test_blending_starts_at_a_noise_level_whatever_the_samplers_grid(model, clip, inversion):
+    """A fifth of the inversion's 4 steps is the first: a sampler with steps of its own blends from below it on."""
+    visited = []
+    patched, positive = patch(model, inversion, clip, "a dog on a sofa", local_blend=1.0)
+    levels = inversion.sigmas.flip(0)
+    sigmas = torch.cat([levels[:1], levels[:1] * 0.99995, levels[:1] * 0.9, levels[1:]])
+    negative = encode(clip, "")
+    sample(patched, inversion, positive, negative, sigmas=sigmas, callback=lambda i, d, x, n: visited.append(x))
+    stays = [
+        bool((x - inversion.latent_at(float(sigma))).abs().max() <= 1e-3 * x.std())
+        for x, sigma in zip(visited[1:], sigmas[1:])
+    ]
+    assert stays == [True, False, True, True, True]  # the first step is too short to leave it
+
+
 def test_the_inversions_noise_mask_is_kept(model, clip):
     picture = latent()
     picture["noise_mask"] = torch.zeros(1, 8, 8)
