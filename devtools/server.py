@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from .environment import Environment, link_folder, sees_gpu, unlink_folder
 from .hosts import ROOT
@@ -114,16 +115,7 @@ class Server:
             if not self.foreground:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 stream = cleanup.enter_context(self.log.open("wb"))
-            self._process = subprocess.Popen(
-                self._command(base),
-                cwd=self.environment.comfyui.path,
-                env=self.environment.variables(**self._variables),
-                stdin=subprocess.PIPE,  # host_main.py ends when this pipe does
-                stdout=stream,
-                stderr=stream and subprocess.STDOUT,
-                # a Ctrl-C in the terminal is ours alone: we end the server, once
-                start_new_session=True,
-            )
+            self._process = self._begin(self._command(base), stream)
             cleanup.callback(stop, self._process)
             self._wait_until_ready()
             self._cleanup = cleanup.pop_all()
@@ -131,6 +123,18 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self._cleanup.close()
+
+    def _begin(self, command: list[str], stream: IO[bytes] | None) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=self.environment.comfyui.path,
+            env=self.environment.variables(**self._variables),
+            stdin=subprocess.PIPE,  # host_main.py ends when this pipe does
+            stdout=stream,
+            stderr=stream and subprocess.STDOUT,
+            # a Ctrl-C in the terminal is ours alone: we end the server, once
+            start_new_session=True,
+        )
 
     def _command(self, base: Path) -> list[str]:
         comfyui = self.environment.comfyui
