@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         "the examples",
         True,
     )
+    soak = add("soak", _soak, "random edits, bad inputs and interrupts on a real server, and a table of what grew")
+    soak.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
+    soak.add_argument("--seed", type=int, default=0, help="another number, other runs (default: %(default)s)")
     add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
     return parser
 
@@ -182,6 +185,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _docs(options: argparse.Namespace, rest: list[str]) -> int:
     return _run_module(prepare(options.comfyui), "pix2pix_zero.devtools.help_pages", rest)
+
+
+def _soak(options: argparse.Namespace, _: list[str]) -> int:
+    arguments = ["--minutes", str(options.minutes), "--seed", str(options.seed)]
+    return _run_module(prepare(options.comfyui), "pix2pix_zero.devtools.soak", arguments)
 
 
 def _lock(options: argparse.Namespace, rest: list[str]) -> int:

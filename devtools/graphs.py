@@ -51,6 +51,10 @@ class Graph:
         (key,) = (key for key, node in self._nodes.items() if node["class_type"] == class_type)
         return Node(key)
 
+    def all(self, *prefixes: str) -> list[Node]:
+        """The nodes of the classes whose names start so."""
+        return [Node(key) for key, node in self._nodes.items() if node["class_type"].startswith(prefixes)]
+
     def keep(self, *nodes: Node) -> None:
         """Drop every node that these do not need."""
         needed: set[str] = set()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import shutil
 import socket
@@ -169,6 +170,17 @@ class Server:
         """The address that opens an example of the pack in the frontend."""
         return f"{self.url}/?{urllib.parse.urlencode({'template': name, 'source': PACK_FOLDER})}"
 
+    @property
+    def process_id(self) -> int:
+        """Of the server."""
+        return self._process.pid
+
+    def another_client(self) -> "Server":
+        """The same server as another client of it sees it. It ends with this one."""
+        client = copy.copy(self)
+        client.client_id = uuid.uuid4().hex
+        return client
+
     def wait(self) -> int:
         """Wait until the server ends by itself; its exit status."""
         return self._process.wait()
@@ -216,7 +228,13 @@ class Server:
         """
         # In a thread of its own: the caller's may have a loop that runs, as that of a browser test has.
         with ThreadPoolExecutor(1) as thread:
-            prompt_id, ending, data = thread.submit(asyncio.run, self._listen(graph, on_progress, patience)).result()
+            listening = thread.submit(asyncio.run, self._listen(graph, on_progress, patience))
+            try:
+                prompt_id, ending, data = listening.result()
+            except BaseException:
+                if not listening.done():  # we are ended, and would wait here for the graph
+                    self.interrupt()
+                raise
         return self._outputs(prompt_id, ending, data)
 
     async def _listen(

@@ -1,0 +1,68 @@
+"""The random run on a real server: one minute of it, and that it tells when something is wrong."""
+
+import random
+
+import pytest
+from pix2pix_zero.devtools.server import GraphError
+from pix2pix_zero.devtools.soak import WARM_UP, Level, Outcome, in_words, soak
+from pix2pix_zero.devtools.soak_runs import bad_input, random_edit
+
+
+def test_a_minute_of_random_runs_leaves_no_fault():
+    outcome = soak(minutes=1.0, seed=17)
+    assert not outcome.faults(), outcome.table()
+    assert outcome.runs > 0
+    assert len(outcome.pictures) >= 2, "the reference picture is drawn before and after"
+
+
+def test_runs_are_drawn_again_from_the_seed(server):
+    schemas = server.object_info()
+    for draw_one in (random_edit, bad_input):
+        first, again, other = (repr(draw_one(random.Random(seed), schemas)) for seed in ("3:14", "3:14", "3:15"))
+        assert first == again != other
+
+
+def levels(**last):
+    """Measurements that stand still, but for the last one's."""
+    still = {"memory": 900.0, "threads": 20, "open_files": 30, "leftover_files": 0}
+    count = WARM_UP + 3
+    return [Level(10 * i, **{**still, **(last if i == count - 1 else {})}) for i in range(count)]
+
+
+def failed(**outcome):
+    return Outcome(pictures=["a", "a"], **{"levels": levels(), **outcome})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fault"),
+    [
+        (failed(failures=[(3, "edit", "RuntimeError")]), "run 3, edit: RuntimeError"),
+        (failed(levels=levels(memory=1300.0)), "memory grew by 400"),
+        (failed(levels=levels(threads=40)), "threads grew by 20"),
+        (failed(levels=levels(open_files=60)), "open files grew by 30"),
+        (failed(levels=levels(leftover_files=1)), "leftover files grew by 1"),
+        (Outcome(pictures=["a", "b"]), "another one from its 2. time on"),
+    ],
+)
+def test_what_is_wrong_is_told(outcome, fault):
+    assert any(fault in told for told in outcome.faults())
+    assert fault in outcome.table()
+
+
+def test_nothing_is_told_where_nothing_is_wrong():
+    assert failed().faults() == []
+    assert "the same bit for bit" in failed().table()
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [
+        ({"exception_type": "ValueError", "exception_message": "cfg: too high", "current_inputs": {"cfg": [1]}}, True),
+        ({"exception_type": "ValueError", "exception_message": "bad value", "current_inputs": {"cfg": [1]}}, False),
+        ({"exception_type": "IndexError", "exception_message": "cfg: none", "current_inputs": {"cfg": [1]}}, False),
+        ({"node_errors": {"3": {}}, "error": {"message": "Prompt outputs failed validation"}}, True),
+        ({}, False),
+    ],
+)
+def test_only_a_refusal_that_names_a_socket_counts_as_words(details, told):
+    assert in_words(GraphError("refused", details)) is told
