@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from .interrupts import interruptible
 from .trajectory import NoisePath
 
 
@@ -52,7 +53,7 @@ def flow_edit(
         share, share_next, total = path.share(sigma), path.share(sigma_next), path.total(sigma)
         moved = torch.zeros_like(picture)
         contrast = torch.zeros_like(_over_channels(picture))
-        for _ in range(settings.samples):
+        for _ in interruptible(range(settings.samples)):
             noised = torch.lerp(picture, passes.noise(), share)
             shifted = noised + edited - picture
             apart = passes.target(total * shifted, sigma) - passes.source(total * noised, sigma)

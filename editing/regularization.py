@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .interrupts import interruptible
+
 SMALLEST_SIDE = 8
 
 
@@ -131,7 +133,7 @@ def regularize_noise(noise: torch.Tensor, settings: NoiseRegularization, generat
     indices = neighbour_indices(shifts.to(noise.device), size)
     result = noise.float()
     for step in range(settings.steps):
-        for roll in indices[step * rolls : (step + 1) * rolls]:
+        for roll in interruptible(indices[step * rolls : (step + 1) * rolls]):
             result = autocorrelation_step(result, roll, settings.autocorrelation_weight / rolls)
         if settings.kl_weight:
             result = kl_step(result, settings.kl_weight)

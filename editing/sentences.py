@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from .inputs import check_text
+from .interrupts import interruptible
 
 DATA = Path(__file__).parent.parent / "directions_data"
 
@@ -238,7 +239,7 @@ def _class_of(head: str) -> str:
 def _frames(concepts: tuple[Concept, ...], count: int, seed: int) -> list[Frame]:
     """Frames that are right for all the concepts, distinct once the concepts' own slots are filled."""
     frames, seen, redraws = [], set(), 0
-    for frame in _draw_frames(concepts, random.Random(seed)):
+    for frame in interruptible(_draw_frames(concepts, random.Random(seed))):
         if len(frames) >= count:
             break
         texts = {c.fill(frame) for c in concepts}

@@ -21,6 +21,7 @@ from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 
 from ..editing.inputs import Kinds, check_inputs
+from ..editing.interrupts import look_with
 from .text.conditionings import check_width, stack_conditionings
 
 NOT_FINITE = (
@@ -31,9 +32,18 @@ Result = TypeVar("Result")
 _turn: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_turn", default=(0, 1))
 
 
+def throw_if_interrupted() -> None:
+    """Raise the host's InterruptProcessingException where the user has cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+look_with(throw_if_interrupted)
+
+
 def in_turn(count: int) -> Iterator[int]:
     """0 to `count` - 1: the pictures of a node's list, one after the other. Text and progress tell whose turn it is."""
     for index in range(count):
+        throw_if_interrupted()
         before, mine = _turn.get(), (index, count)
         _turn.set(mine)
         try:

@@ -6,9 +6,11 @@ from comfy_api.latest import io
 from ..demo_model.scene import FURS, POSES, SIZE, STYLES, SUBJECTS, further_away, sample_scene
 from ..demo_model.scene_captions import caption
 from ..demo_model.scene_renders import render, subject_mask
+from ..editing.interrupts import interruptible
 from .sockets import CATEGORY, seed_input
 
 RANDOM = "random"
+MOST_PIXELS = 4096 * SIZE**2
 
 
 class Pix2PixZeroDemoModel(io.ComfyNode):
@@ -119,12 +121,17 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
             "style": style,
             "pose": pose,
         }
+        if count * side**2 > MOST_PIXELS:
+            raise ValueError(
+                f"count: {count} scenes of {side}x{side} are more than {MOST_PIXELS // 2**20} million pixels. Take at most "
+                f"{MOST_PIXELS // side**2} of them, or a smaller side."
+            )
         fixed = {name: value for name, value in asked.items() if value != RANDOM}
         scenes = [
             further_away(sample_scene(seed + number, subject=subject, **fixed), distance) for number in range(count)
         ]
-        image = torch.stack([torch.from_numpy(render(scene, side)) for scene in scenes]).float() / 255
-        mask = torch.stack([torch.from_numpy(subject_mask(scene, side)) for scene in scenes]).float()
+        image = torch.stack([torch.from_numpy(render(scene, side)) for scene in interruptible(scenes)]).float() / 255
+        mask = torch.stack([torch.from_numpy(subject_mask(scene, side)) for scene in interruptible(scenes)]).float()
         return io.NodeOutput(image, mask, "\n".join(caption(scene) for scene in scenes))
 
 

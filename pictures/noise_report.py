@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from ..editing import noise_statistics as statistics
+from ..editing.interrupts import interruptible
 from ..editing.noise_statistics import NoiseStatistics, noise_statistics
 from ..editing.trajectory import Inversion
 from . import charts
@@ -34,7 +35,7 @@ def report_noise(
             )
         others = others * len(maps) if len(others) == 1 else others
     pictures, lines = [], []
-    for number, (one, other) in enumerate(zip(maps, others), 1):
+    for number, (one, other) in enumerate(interruptible(zip(maps, others)), 1):
         shown = [("noise", one)] + ([] if other is None else [("compare_with", other)])
         measured = {name: noise_statistics(each) for name, each in shown}
         pictures.append(charts.as_image(_draw(dict(shown), measured)))

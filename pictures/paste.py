@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..editing.guidance import edit_mask
 from ..editing.inputs import check_image, rgb
+from ..editing.interrupts import interruptible
 from .regions import CELL, check_mask, read_region, scaled, scaled_mask, shown_by
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -61,7 +62,7 @@ def paste_edit(
         batches["edited_area"] = area
     count = _count(**batches)
     result = source.expand(count, -1, -1, -1).clone()
-    for number, picture in enumerate(result):
+    for number, picture in enumerate(interruptible(result)):
         place, change = region.of(picture), _one(edited, number).to(source.device)
         before = scaled(rgb(place[None]), *small)
         share = edit_share(before, rgb(change), None if area is None else _one(area, number), seam)
@@ -96,10 +97,20 @@ def changed_area(before: torch.Tensor, after: torch.Tensor, threshold: float) ->
 def _closed(mask: torch.Tensor, reach: int) -> torch.Tensor:
     """Morphological closing of [B, 1, H, W] by a square: gaps up to twice `reach` are filled."""
 
-    def largest(values: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(values, 2 * reach + 1, stride=1, padding=reach)
+    return -largest_around(-largest_around(mask, reach), reach)
 
-    return -largest(-largest(mask))
+
+def largest_around(values: torch.Tensor, reach: int) -> torch.Tensor:
+    """The largest of the values [B, C, H, W] in the square of 2 * `reach` + 1 pixels around each."""
+    covered = 0
+    while covered < reach:
+        # Squares around three places that overlap make one of twice the side: few passes, whatever the reach. No further
+        # apart, as at the border there is none around a place outside.
+        step = min(covered + 1, reach - covered)
+        for kernel, dilation, pad in (((3, 1), (step, 1), (0, 0, step, step)), ((1, 3), (1, step), (step, step, 0, 0))):
+            values = F.max_pool2d(F.pad(values, pad, value=-math.inf), kernel, stride=1, dilation=dilation)
+        covered += step
+    return values
 
 
 def _one(batch: torch.Tensor, number: int) -> torch.Tensor:
@@ -145,7 +156,7 @@ def feathered(area: torch.Tensor, seam: Seam) -> torch.Tensor:
         return area
     near = (seam.feather + 1) // 2
     reach = seam.grow + near
-    grown = F.max_pool2d(area[:, None], 2 * reach + 1, stride=1, padding=reach) if reach else area[:, None]
+    grown = largest_around(area[:, None], reach)
     if near:
         # a kernel must not be larger than what it is reflected in
         padded = F.pad(grown, (near,) * 4, mode="replicate")

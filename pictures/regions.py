@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..editing.inputs import check_image
+from ..editing.interrupts import interruptible
 
 CELL = 8
 """Pixels that one value of a latent stands for: sides of a picture to encode are multiples of it."""
@@ -121,8 +122,8 @@ def crop_to_edit(
         across = down = min(across, down)
     drawn = _drawn_size(size, across / down)
     region = _around((left + right) / 2, (top + bottom) / 2, across, down, (width, height))
-    picture = scaled(region.of(image), *drawn)
-    return picture, scaled_mask(region.of(mask[..., None])[..., 0], *drawn), region
+    pictures = [scaled(region.of(picture), *drawn) for picture in interruptible(image.split(1))]
+    return torch.cat(pictures), scaled_mask(region.of(mask[..., None])[..., 0], *drawn), region
 
 
 def check_mask(mask: torch.Tensor, socket: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ..editing.inputs import check_image, check_text
+from ..editing.interrupts import interruptible
 from . import charts
 
 SMALLEST = 256
@@ -81,7 +82,7 @@ def _lay_out(pictures: list[torch.Tensor], captions: list[str], columns: int) ->
             "fewer or smaller pictures."
         )
     sheet = charts.Sheet(*size)
-    for number, (picture, caption) in enumerate(zip(pictures, captions)):
+    for number, (picture, caption) in enumerate(interruptible(zip(pictures, captions))):
         left = MARGIN + number % columns * (width + MARGIN)
         top = MARGIN + number // columns * (height + line + MARGIN)
         sheet.paste(charts.as_pillow(picture), left, top, width, height, Image.Resampling.LANCZOS)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
-from comfy.model_management import soft_empty_cache
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
@@ -215,6 +215,7 @@ def _carry_out(
     transformer_options: dict = {},
     **kwargs,
 ):
+    comfy.model_management.throw_exception_if_processing_interrupted()
     jobs = transformer_options.get(KEY, ())
     if x.device.type == "cpu" and (jobs or OWN_SAMPLER in transformer_options):
         # Faster and leaner there than the host's choice, sub-quadratic attention.
@@ -230,10 +231,11 @@ def _carry_out(
         division.check(call)
         parts, outputs = list(call.divided(division.rows)), []
         while parts:
+            comfy.model_management.throw_exception_if_processing_interrupted()
             part = parts.pop(0)
             output = division.run(part)
             if output is None:  # here the tensors of its frames are gone
-                soft_empty_cache()
+                comfy.model_management.soft_empty_cache()
                 parts[:0] = part.divided(division.rows)
             else:
                 outputs.append(output)

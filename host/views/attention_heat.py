@@ -16,6 +16,7 @@ from PIL import Image
 from ...attention_patches.attention import AttentionSite, map_shapes, site_halvings
 from ...editing.attention_heat import AttentionHeat
 from ...editing.guidance import Maps
+from ...editing.interrupts import interruptible
 from ...editing.token_alignment import Prompt, positions
 from ...editing.trajectory import Inversion
 from ...pictures import charts
@@ -28,6 +29,7 @@ from ..text.text_encoding import require_clip
 from ..unet.jobs import for_own_sampler
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
+MOST_PHRASES = 100
 SMALLEST = 384
 """Smaller pictures are enlarged, so that labels fit under them."""
 
@@ -81,7 +83,7 @@ def attention_heatmaps(
     pictures = []
     for number, words in enumerate(chosen):
         base = None if image is None else image[min(number, len(image) - 1)]
-        for label, tokens in words:
+        for label, tokens in interruptible(words):
             pictures.append(_draw(heat[number, tokens].sum(0), label, base, pixels_per_latent(model)))
     _warn_of_other_captions(clip, captions, inversion.source[0][0])  # in the end, or progress would write over it
     return torch.stack([charts.as_image(picture) for picture in pictures])
@@ -110,7 +112,10 @@ def _choose_words(clip: CLIP, phrases: str, prompt: Prompt) -> list[tuple[str, l
                 named.setdefault(word.text, []).append(word)
         return [(text, positions(words)) for text, words in named.items()]
     chosen = []
-    for phrase in entries(phrases):
+    asked = entries(phrases)
+    if len(asked) > MOST_PHRASES:
+        raise ValueError(f"words: there are {len(asked)}, and at most {MOST_PHRASES} are drawn. Take fewer.")
+    for phrase in interruptible(asked):
         found = prompt.find(tokenize(clip, phrase, "words").words)
         if not found:
             known = ", ".join(dict.fromkeys(word.text for word in prompt.words))

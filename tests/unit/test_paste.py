@@ -1,10 +1,12 @@
 """An edit put back into its source: what was not edited stays, bit for bit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pix2pix_zero.pictures.paste import Seam, feathered, paste_edit, seam_colours
+from pix2pix_zero.pictures.paste import Seam, feathered, largest_around, paste_edit, seam_colours
 from pix2pix_zero.pictures.regions import Region, crop_to_edit, read_region, shown_by
 
 HARD = Seam(grow=0, feather=0, match_colours=0.0, keep_below=0.0)
@@ -315,3 +317,11 @@ def test_the_middle_is_the_largest_part_of_those_proportions():
     assert shown_by((200, 300), (64, 64)) == Region(50, 0, 200, 200)
     assert shown_by((300, 200), (64, 64)) == Region(0, 50, 200, 200)
     assert shown_by((200, 300), (128, 192)) == Region(0, 0, 300, 200)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 2, 3, 4, 5, 12, 13, 14, 40])
+def test_the_largest_value_around_a_pixel_is_that_of_a_whole_square(reach):
+    values = torch.randn(2, 1, 23, 31, generator=torch.Generator().manual_seed(reach))
+    padded = torch.nn.functional.pad(values, (reach,) * 4, value=-math.inf)
+    expected = padded.unfold(2, 2 * reach + 1, 1).unfold(3, 2 * reach + 1, 1).amax((-1, -2))
+    assert torch.equal(largest_around(values, reach), expected)
