@@ -160,12 +160,17 @@ class Soak:
         self.outcome.levels.append(
             Level(
                 self.outcome.runs,
-                self.process.memory_info().rss / 1e6,
+                self._memory() / 1e6,
                 self.process.num_threads(),
                 self.process.num_fds() if hasattr(self.process, "num_fds") else self.process.num_handles(),
                 len(leftovers),
             )
         )
+
+    def _memory(self) -> int:
+        """Bytes, also those that a full machine has moved to its disk, where the system tells."""
+        memory = self.process.memory_full_info()
+        return memory.rss + getattr(memory, "swap", 0)
 
     def _reference(self, client: Server, nonce: str) -> str:
         graph, shown = reference(nonce, self.schemas)
