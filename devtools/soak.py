@@ -168,9 +168,9 @@ class Soak:
         )
 
     def _memory(self) -> int:
-        """Bytes, also those that a full machine has moved to its disk, where the system tells."""
-        memory = self.process.memory_full_info()
-        return memory.rss + getattr(memory, "swap", 0)
+        """Bytes, without what is mapped from files where the system tells: a machine short of memory drops and reads those."""
+        memory = self.process.memory_info()
+        return memory.rss - getattr(memory, "shared", 0)
 
     def _reference(self, client: Server, nonce: str) -> str:
         graph, shown = reference(nonce, self.schemas)

@@ -7,19 +7,10 @@ import re
 
 import pytest
 import torch
-<<<<<<< HEAD
-from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model
-from pix2pix_zero.host.networks.captioner import load_demo_captioner
+from node_inputs import run, usual_inputs, usual_values
 from pix2pix_zero.host.running import check_entrance
 from pix2pix_zero.nodes import NODES
-from pix2pix_zero.nodes.sockets import KINDS, with_defaults
-
-import nodes as core
-=======
-from node_inputs import run, usual_inputs, usual_values
-from pix2pix_zero.nodes import NODES
-from pix2pix_zero.nodes.entrance import check_inputs
->>>>>>> 6c5275b (Let an interrupt end every node within two seconds of work, and bound scenes, phrases and the growing of masks)
+from pix2pix_zero.nodes.sockets import KINDS
 
 COUNT, SEED = 500, 20261128
 # They write files or look for some; what comes in at their sockets is refused before.
