@@ -238,3 +238,18 @@ def direct_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: 
         stepped = ddim_step(x, predicted_eps(x, estimate, grid[i]), grid[i], grid[i - 1])
         residuals.append(trajectory[i - 1] - stepped.cpu())
     return torch.stack(residuals)
+
+
+def corrected_picture(
+    trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: list[torch.Tensor], residuals: torch.Tensor
+) -> torch.Tensor:
+    """What the steps down, each with its residual, end on in the numbers' own precision: [B, C, H, W] on the CPU.
+
+    It is the picture up to rounding; where the estimates are far larger than the picture, that is all that is left.
+    Arguments and result as in `direct_residuals`.
+    """
+    grid = sigmas.tolist()
+    x = trajectory[-1].to(estimates[-1])
+    for i in range(len(grid) - 1, 0, -1):
+        x = ddim_step(x, predicted_eps(x, estimates[i - 1], grid[i]), grid[i], grid[i - 1]) + residuals[i - 1].to(x)
+    return x.cpu()

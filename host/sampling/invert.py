@@ -13,6 +13,7 @@ from ...attention_patches.attention import cross_attention_sites, is_unet
 from ...editing.inversion import (
     FixedPoint,
     Transition,
+    corrected_picture,
     diffusers_transitions,
     direct_residuals,
     inversion_transitions,
@@ -46,6 +47,8 @@ METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
 ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels
 CORRECTED = ("direct", "fixed-point")  # they keep what each step of the sampler misses the trajectory by
 MAP_MEMORY = 2048 * 2**20
+EXACT = 1e-2
+"""How far a picture that comes back exactly may be off by rounding, where latents have a spread of about 1."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +158,28 @@ def _walk_up(
     if method == "direct":
         # The walk up has visited every level but the last one with just these estimates.
         estimates = [*estimates[1:], evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1)]
+    residuals = None
+    if method in CORRECTED:
+        residuals = direct_residuals(trajectory, sigmas, estimates)
+        _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
     return run.x, {
         "trajectory": trajectory,
-        "residuals": direct_residuals(trajectory, sigmas, estimates) if method in CORRECTED else None,
+        "residuals": residuals,
         "maps": maps,
         "reconstruction_psnr": _plain_psnr(trajectory, sigmas, evaluations)
         if settings.measure_reconstruction
         else None,
     }
+
+
+def _check_comes_back(corrected: torch.Tensor, picture: torch.Tensor) -> None:
+    """Raise ValueError if the inversion does not bring the picture back as exactly as its report says."""
+    error = (corrected - picture).square().mean((1, 2, 3)).sqrt()
+    if (error > EXACT).any():  # what is not finite has words of its own
+        raise ValueError(
+            "model: its estimates are so large that the picture is lost in their rounding. Load the model in bf16 or fp32, "
+            "and lower the weights of LoRAs and patches."
+        )
 
 
 def _map_store(model: ModelPatcher, settings: InversionSettings) -> MapStore | None:

@@ -102,6 +102,21 @@ def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, m
     assert redrawn == [f"Redrawing {step}/3" for step in (1, 2, 3)] * (2 if measured else 0)
 
 
+@pytest.mark.parametrize("method", ["direct", "fixed-point"])
+def test_what_no_correction_brings_back_is_not_called_exact(model, method):
+    """Finite estimates of a million times the picture, of which float32 keeps seven digits."""
+    wild = model.clone()
+    wild.set_model_sampler_post_cfg_function(lambda args: args["denoised"] + 1e7 * torch.sin(args["denoised"]))
+    with pytest.raises(ValueError, match="model: its estimates are so large"):
+        invert(wild, method=method, regularization=OFF)
+
+
+def test_an_empty_latent_comes_back_exactly(model):
+    nothing = {"samples": torch.zeros(1, 4, 8, 8)}
+    again = edit(model, invert(model, picture=nothing), conditioning(), conditioning(), strength=0.0)
+    assert again.abs().max() <= 1e-3
+
+
 @pytest.mark.parametrize(("method", "steps"), [("ddim", 40), ("fixed-point", 10)])
 def test_v_prediction_inverts_and_reconstructs(method, steps):
     with torch.inference_mode():
