@@ -6,6 +6,7 @@ import torch
 from pix2pix_zero.demo_model.loader import load_demo_model
 from pix2pix_zero.devtools.graphs import EDITS
 from pix2pix_zero.host import running
+from pix2pix_zero.nodes import NODES as ALL_NODES
 from pix2pix_zero.nodes import direction_files as file_nodes
 from pix2pix_zero.nodes import directions as nodes
 from pix2pix_zero.nodes.sentences import Pix2PixZeroSentences
@@ -62,9 +63,17 @@ def test_the_public_contract():
     assert not expected
 
 
-def test_the_seed_widget_is_named_as_in_core():
-    seed = Pix2PixZeroSentences.INPUT_TYPES()["required"]["seed"][1]
-    assert seed["control_after_generate"] == "fixed"  # a drawn seed would run everything that follows at every queue
+def test_every_seed_stays_as_it_is_and_is_named_as_in_core():
+    """A drawn seed would run everything that follows at every queue. A generated picture is drawn anew, a folder's are counted."""
+    seeds = {}
+    for node in ALL_NODES:
+        given = node.INPUT_TYPES()
+        for name, (_, options) in {**given.get("required", {}), **given.get("optional", {})}.items():
+            if name == "seed" or "control_after_generate" in options:
+                seeds[node.__name__, name] = options.get("control_after_generate")
+    assert len(seeds) >= 5
+    others = {key for key, value in seeds.items() if value != "fixed"}
+    assert others <= {("Pix2PixZeroReference", "seed"), ("Pix2PixZeroFolderPicture", "index")}, seeds
 
 
 def test_sentences_are_one_per_line(run_node):

@@ -59,6 +59,22 @@ def test_parts_of_the_source_text_are_weighted_like_their_predictions(model):
         assert distance(rows[:, :, half:], others[:, :, half:]) < 1e-5
 
 
+def test_masked_parts_are_refused_where_another_patch_resizes_self_attention(model):
+    """One token of each row of pixels fewer than any size of the picture; without masks there is nothing to fit."""
+    left = torch.zeros(1, 8, 8)
+    left[..., :4] = 1
+    resized = model.clone()
+    resized.set_model_attn1_patch(lambda q, k, v, options: (q[:, 1:], k, v))
+    resized.set_model_attn1_output_patch(lambda out, options: torch.nn.functional.pad(out, (0, 0, 1, 0)))
+    a, b = conditioning()[0][0], conditioning(seed=5)[0][0]
+    whole, halves = [[a, {}], [b, {}]], [[a, {"mask": left}], [b, {"mask": 1 - left}]]
+    inversion = invert(resized, positive=whole)
+    assert sample(patch(resized, inversion), inversion).isfinite().all()
+    inversion = invert(resized, positive=halves)
+    with pytest.raises(ValueError, match="model: another patch changes the size of its self-attention"):
+        sample(patch(resized, inversion), inversion)
+
+
 class AddToOutput(comfy.controlnet.ControlBase):
     """A ControlNet that adds a constant to the decoder's inputs and notes what it was asked for."""
 
