@@ -7,7 +7,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from guided_pass import attention
+from plain_unet import attention
 from pix2pix_zero.benchmarks.families_parts.architectures import FAMILIES, detected, file_of
 
 CHANNELS, CONTEXT, HEAD = 32, 24, 8

@@ -13,9 +13,8 @@ from pix2pix_zero.host.unet.gradients import (
     uncompiled,
 )
 from pix2pix_zero.host.unet.memory import MODES, checkpointed
+from plain_unet import PlainUNet, attention, sigma_of
 from small_unet import conditioning, small_model
-
-TIMESTEP = 500
 
 
 class LastSite(Exception):
@@ -33,22 +32,12 @@ def loaded_model(**options):
     return model
 
 
-def sigma_of(model) -> float:
-    return float(model.model.model_sampling.sigmas[TIMESTEP])
-
-
 def latents(model, batch=1, height=8, width=12):
     """(source, edited) latents of the model's space."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, height, width, generator=generator)
     scale = (1 + sigma_of(model) ** 2) ** 0.5
     return scale * x, scale * (x + 0.3 * torch.randn(x.shape, generator=generator))
-
-
-def attention(q, k, v, heads):
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-    return maps, (maps @ v).transpose(1, 2).flatten(2)
 
 
 def tapped(options, sites, on_maps, stop=True):
@@ -143,33 +132,10 @@ def pass_gradient(model, x_source, x, text, mode="none", around=None, grad=torch
 
 
 def float64_gradient(model, x_source, x, text, weights=None, foreign=None):
-    """The same gradient by ordinary autograd through a float64 copy of the weights; nothing of this pack is used.
-
-    `weights`: {name: weight} to use instead of the model's own.
-    """
-    unet = small_model(weight_dtype=torch.float64).model.diffusion_model
+    """The same gradient by `PlainUNet`. `weights`: {name: weight} to use instead of the model's own."""
     stored = {**model.model.diffusion_model.state_dict(), **(weights or {})}
-    unet.load_state_dict({name: weight.clone().double() for name, weight in stored.items()})
-    unet.requires_grad_(False)
-    sites = cross_attention_sites(unet)
-    scale = (1 + sigma_of(model) ** 2) ** 0.5
-    distance = Distance()
-    context = text[0][0].double().expand(len(x), -1, -1)
-
-    def call(x, on_maps):
-        options = {
-            "patches_replace": {"attn2": foreign or {}},
-            "patches": {"input_block_patch_after_skip": [lambda h, _: h.clone()]},
-            "optimized_attention_override": lambda func, q, k, v, heads, **_: attention(q, k, v, heads)[1],
-        }
-        timestep = torch.full((len(x),), float(TIMESTEP), dtype=torch.float64)
-        unet(x / scale, timestep, context=context, transformer_options=tapped(options, sites, on_maps, stop=False))
-
-    x = x.double().requires_grad_(True)
-    with torch.no_grad():
-        call(x_source.double(), distance.record)
-    call(x, distance.match)
-    return torch.autograd.grad(distance.total(), x)[0]
+    own = text[0][0]
+    return PlainUNet(model, foreign=foreign, weights=stored).gradient(own, x_source, x, own)[0]
 
 
 def relative_error(ours, expected) -> float:

@@ -2,13 +2,23 @@
 
 import comfy.samplers
 import torch
-from guided_pass import TIMESTEP, attention, sigma_of
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.unet.jobs import for_own_sampler
 from small_unet import conditioning, small_model
 
 SITES = 11
+TIMESTEP = 500
+
+
+def sigma_of(model) -> float:
+    return float(model.model.model_sampling.sigmas[TIMESTEP])
+
+
+def attention(q, k, v, heads):
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return maps, (maps @ v).transpose(1, 2).flatten(2)
 
 
 def guider_gradient(model, positive, x_source, x, source=None, sites=None, checkpointing=None):
