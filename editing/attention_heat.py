@@ -5,6 +5,7 @@ The mean of probabilities stays one: at every pixel the heat of all tokens sums 
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 
 
 class AttentionHeat:
@@ -26,7 +27,7 @@ class AttentionHeat:
                 "model: another patch changes the size of its attention maps (Deep Shrink?), so they cannot be shown. "
                 "Remove it."
             )
-        drawn = maps.mean(1).unflatten(-1, (-1, self.length)).sum(-2).unflatten(1, shape)
+        drawn = reduce(maps.mean(1), "b (h w) (repeats n) -> b h w n", "sum", h=shape[0], n=self.length)
         self._totals[shape] = drawn + self._totals.get(shape, 0.0)
         self._count += 1
 

@@ -5,6 +5,7 @@ Prompt-to-Prompt (Hertz et al., ICLR 2023), local editing, as in its authors' `L
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 
 class WordMask:
@@ -25,7 +26,7 @@ class WordMask:
                 "model: another patch changes the size of its attention maps (Deep Shrink?), so local_blend cannot sum "
                 "them. Remove it, or set local_blend to 0."
             )
-        drawn = maps[..., self.tokens].sum(-1).mean(1).unflatten(-1, self.shape)
+        drawn = rearrange(maps[..., self.tokens].sum(-1).mean(1), "b (h w) -> b h w", h=self.shape[0])
         self.total = drawn if self.total is None else self.total + drawn
 
     def area(self, threshold: float) -> torch.Tensor:

@@ -19,6 +19,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
+from einops import rearrange
 
 from ...attention_patches.attention import LastSiteReached
 from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
@@ -194,7 +195,7 @@ def _resized(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
                 "fit there. Take it out (HyperTile, ToMe?), or invert the picture with a text without masks."
             )
         return even.squeeze(-1).repeat(len(features) // len(weight), 1, 1).to(features)
-    return F.adaptive_avg_pool2d(weight, size).flatten(2).transpose(1, 2).to(features)
+    return rearrange(F.adaptive_avg_pool2d(weight, size), "b c h w -> b (h w) c").to(features)
 
 
 @dataclass

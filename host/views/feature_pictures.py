@@ -4,6 +4,7 @@ import comfy.samplers
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 
 from ...attention_patches.plug_and_play import Site, feature_site, residual_sites, self_attention_sites
 from ...editing.principal_components import as_colours, principal_components
@@ -29,13 +30,13 @@ def feature_pictures(
     check_inversion(inversion, model)
     residual, site = _sites(model.model.diffusion_model, kind, decoder_block)
     features = features_of_inversion(model, inversion, [residual, site], percent)
-    batch, _, height, width = features[residual][0].shape
+    height, width = features[residual][0].shape[2:]
     if kind == KINDS[0]:
-        tensor = features[residual][0].flatten(2).transpose(1, 2)
+        tensor = rearrange(features[residual][0], "b c h w -> b (h w) c")
     else:
         tensor = features[site][KINDS.index(kind) - 1]
-    colours = as_colours(principal_components(tensor.reshape(batch * height * width, -1)))
-    pictures = colours.reshape(batch, height, width, 3).movedim(-1, 1)
+    colours = as_colours(principal_components(rearrange(tensor, "b n c -> (b n) c")))
+    pictures = rearrange(colours, "(b h w) c -> b c h w", h=height, w=width)
     size = [pixels_per_latent(model) * side for side in inversion.trajectory.shape[-2:]]
     return F.interpolate(pictures, size=size, mode="nearest").movedim(1, -1)
 

@@ -7,8 +7,8 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from plain_unet import attention
 from pix2pix_zero.benchmarks.families_parts.architectures import FAMILIES, detected, file_of
+from plain_unet import attention
 
 CHANNELS, CONTEXT, HEAD = 32, 24, 8
 TOKENS = 5
