@@ -115,6 +115,7 @@ class DemoModelConfig(comfy.supported_models_base.BASE):
     latent_format = DemoLatentFormat
     supported_inference_dtypes = [torch.float32]
     memory_usage_factor = 0.1
+    best_side = 128  # of its pictures, in pixels
 
     def model_type(self, state_dict, prefix="") -> comfy.model_base.ModelType:
         return comfy.model_base.ModelType.V_PREDICTION

@@ -2,7 +2,8 @@
 
 A help page is `web/docs/NODE.md`, in another language `web/docs/NODE/LANGUAGE.md`. Its title and the two tables
 between `<!-- inputs -->`, `<!-- outputs -->` and their ends belong to this program, all else to its author.
-`locales/en/nodeDefs.json` belongs to it too; the other languages' files are written by hand and only put in order.
+`locales/en` belongs to it too, with what nodes say while they run (`host/messages.py`) in `main.json`; the other languages'
+files are written by hand and only put in order.
 """
 
 import json
@@ -10,11 +11,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..host.messages import messages
 from .hosts import ROOT
 
 LOCALES = ROOT / "locales"
 PAGES = ROOT / "web" / "docs"
 CONTROL = "control_after_generate"
+MESSAGES = "pix2pixZero"  # where `main.json` has what nodes say
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ def read_texts(language: str) -> dict[str, dict]:
     """The texts of all nodes in a language; `{}` when there are none yet."""
     path = LOCALES / language / "nodeDefs.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_messages(language: str) -> dict[str, str]:
+    """What nodes say while they run, in a language; `{}` when there are none yet."""
+    path = LOCALES / language / "main.json"
+    return json.loads(path.read_text(encoding="utf-8"))[MESSAGES] if path.is_file() else {}
 
 
 def in_order(texts: dict, model: dict) -> dict:
@@ -222,6 +231,9 @@ def written(infos: list[dict]) -> dict[Path, str]:
             texts = in_order(texts, models)
         if texts:
             files[LOCALES / language / "nodeDefs.json"] = json.dumps(texts, ensure_ascii=False, indent=2) + "\n"
+        said = messages() if language == "en" else in_order(read_messages(language), messages())
+        if said:
+            files[LOCALES / language / "main.json"] = json.dumps({MESSAGES: said}, ensure_ascii=False, indent=2) + "\n"
         shown = with_english(texts, models)
         for info in infos:
             path = page_path(info["name"], language)
@@ -232,6 +244,10 @@ def written(infos: list[dict]) -> dict[Path, str]:
 
 def _named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def _placeholders(text: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", text))
 
 
 def faults(infos: list[dict]) -> list[str]:
@@ -246,6 +262,10 @@ def faults(infos: list[dict]) -> list[str]:
         file, wanted = _named(LOCALES / language / "nodeDefs.json"), paths(models)
         superfluous = paths(read_texts(language)).keys() - wanted.keys()
         found += [f"{file} has {'.'.join(path)}, which does not exist" for path in sorted(superfluous)]
+        file, said = _named(LOCALES / language / "main.json"), read_messages(language)
+        for name, text in said.items():
+            if _placeholders(text) != _placeholders(messages().get(name, "")):
+                found.append(f"{file} has {name} with other braces than the English message, or it does not exist")
     return found
 
 
@@ -258,6 +278,8 @@ def untranslated(infos: list[dict]) -> list[str]:
         lacking = {path: text for path, text in paths(models).items() if path not in translated}
         found += [f"{file} lacks {'.'.join(path)}: {text}" for path, text in lacking.items()]
         found += [f"{_named(path)} is missing" for name in models if not (path := page_path(name, language)).is_file()]
+        file, said = _named(LOCALES / language / "main.json"), read_messages(language)
+        found += [f"{file} lacks {name}: {text}" for name, text in messages().items() if name not in said]
     return found
 
 

@@ -12,7 +12,7 @@ Lipman et al. 2023). The same line then is Euler's step along its velocity `(x -
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType
 
 import torch
@@ -157,6 +157,13 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
     return (codes.float() + (FIXED_POINT_STEPS + 1) // 2) / FIXED_POINT_STEPS
 
 
+class Generated(NamedTuple):
+    """What a picture was generated with: the guidance scale, and the conditioning of the negative text."""
+
+    cfg: float
+    negative: list
+
+
 @dataclass(frozen=True, eq=False)
 class Inversion(list):
     """A source picture at every level of the sampler's grid: what the P2PZ_INVERSION socket carries.
@@ -168,7 +175,8 @@ class Inversion(list):
     `maps`: the source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
     `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
     `identity`: what tells the model when `model` is gone, None if nothing does. `latent_format`: the host's object that
-    tells how its latents are scaled. `path`: how its latents mix picture and noise.
+    tells how its latents are scaled. `path`: how its latents mix picture and noise. `generated`: of a picture that was
+    generated rather than inverted.
 
     As a list it is that of the tensors it holds: ComfyUI's cache counts those that it finds in lists, and nothing else.
     """
@@ -184,6 +192,7 @@ class Inversion(list):
     identity: Any = None
     latent_format: Any = None
     path: NoisePath = DIFFUSION
+    generated: Generated | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         held = (self.trajectory, self.sigmas, self.noise_mask, self.residuals, self.reconstruction_psnr)

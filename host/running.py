@@ -9,6 +9,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from comfy_api.latest import io
 
 from ..editing.inputs import Kinds, check_inputs
 from ..editing.interrupts import look_with
+from .messages import OF_SEVERAL
 from .text.conditionings import check_width, stack_conditionings
 
 NOT_FINITE = (
@@ -30,6 +32,7 @@ NOT_FINITE = (
 )
 Result = TypeVar("Result")
 _turn: ContextVar[tuple[int, int]] = ContextVar("pix2pix_zero_turn", default=(0, 1))
+_told: ContextVar[list[str] | None] = ContextVar("pix2pix_zero_told", default=None)
 
 
 def throw_if_interrupted() -> None:
@@ -54,16 +57,34 @@ def in_turn(count: int) -> Iterator[int]:
                 _turn.set(before)
 
 
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """What `tell` and `warn` are given meanwhile, each text once: what stays on the node that is running."""
+    told: list[str] = []
+    before = _told.set(told)
+    try:
+        yield told
+    finally:
+        _told.reset(before)
+
+
 def show(text: str) -> None:
-    """Write a line on the node that is running. Outside a server, and in hosts that have no such line, nothing happens."""
+    """Write a line on the node that is running, below what stays there. Outside a server nothing happens."""
     # Looked up rather than imported: importing it would start half a server in a script.
     host, execution = sys.modules.get("server"), sys.modules.get("comfy_execution.utils")
     server = getattr(getattr(host, "PromptServer", None), "instance", None)
     send = getattr(server, "send_progress_text", None)
     context = execution.get_executing_context() if send is not None and execution is not None else None
     if context is not None:
-        index, count = _turn.get()
-        send(f"Picture {index + 1}/{count}: {text[:1].lower()}{text[1:]}" if count > 1 else text, context.node_id)
+        told, (index, count) = _told.get() or [], _turn.get()
+        if text in told:
+            lines = told
+        elif count > 1:
+            text = OF_SEVERAL.format(number=index + 1, count=count, text=f"{text[:1].lower()}{text[1:]}")
+            lines = [*told, text]
+        else:
+            lines = [*told, text]
+        send("\n".join(lines), context.node_id)
 
 
 def turn_count() -> int:
@@ -71,17 +92,29 @@ def turn_count() -> int:
     return _turn.get()[1]
 
 
-def warn(text: str) -> None:
-    """Leave a warning on the node that is running, and in the log."""
-    logging.warning("Pix2Pix-Zero: %s", text)
+def tell(text: str) -> None:
+    """Leave a line on the node that is running, which stays there when it has finished."""
+    told = _told.get()
+    if told is not None and text not in told:
+        told.append(text)
     show(text)
 
 
-def over_turns(callback: Callable) -> Callable:
-    """A sampler's callback (step, x0, x, steps) whose progress goes on from picture to picture."""
+def warn(text: str) -> None:
+    """Leave a warning on the node that is running, and in the log."""
+    logging.warning("Pix2Pix-Zero: %s", text)
+    tell(text)
+
+
+def over_turns(callback: Callable, further: int = 0) -> Callable:
+    """A sampler's callback (step, x0, x, steps) whose progress goes on from picture to picture.
+
+    `further`: passes of the model that a picture takes beside its steps.
+    """
 
     def report(step: int, x0: torch.Tensor, x: torch.Tensor, steps: int) -> None:
         index, count = _turn.get()
+        steps += further
         callback(index * steps + step, x0, x, count * steps)
 
     return report
@@ -118,7 +151,7 @@ def per_picture(
 
 
 def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
-    """The node, whose `execute` from now on looks first at all that comes in, and then runs over its lists.
+    """The node, whose `execute` from now on first looks at all that comes in, runs over its lists, and leaves what it tells.
 
     It raises ValueError, naming the socket, for what is not of the socket's type, a number that is none or out of range, a
     text of another CLIP, and tensors that are empty or not finite. `kinds`: of the pack's own sockets.
@@ -134,21 +167,32 @@ def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
             schema.append(node.GET_SCHEMA())  # the host's clone of the class cannot be changed
         given = _named(signature, cls, args, kwargs)
         check_entrance(schema[0], given, kinds)
-        if lists is None:
-            return execute(cls, **given)
-        items = dict(_each_with_its_texts(given, lists))
-        results = []
-        for index in in_turn(max(map(len, items.values()))):
-            # The host repeats the last item of a shorter list.
-            one = {name: values[min(index, len(values) - 1)] for name, values in items.items()}
-            results.append(execute(cls, **one).result)
-        outputs = [list(column) for column in zip(*results)]
-        if lists.finish is not None:
-            lists.finish(*outputs)
-        return io.NodeOutput(*outputs)
+        with listening() as told:
+            if lists is None:
+                output = execute(cls, **given)
+            else:
+                outputs = _over_lists(functools.partial(execute, cls), given, lists)
+                output = io.NodeOutput(*outputs)
+        if told:
+            output.ui = {"text": told}
+        return output
 
     node.execute = classmethod(enter)
     return node
+
+
+def _over_lists(execute: Callable[..., io.NodeOutput], given: dict[str, list], lists: Lists) -> list[list]:
+    """A list for each output of a node that is written for one batch."""
+    items = dict(_each_with_its_texts(given, lists))
+    results = []
+    for index in in_turn(max(map(len, items.values()))):
+        # The host repeats the last item of a shorter list.
+        one = {name: values[min(index, len(values) - 1)] for name, values in items.items()}
+        results.append(execute(**one).result)
+    outputs = [list(column) for column in zip(*results)]
+    if lists.finish is not None:
+        lists.finish(*outputs)
+    return outputs
 
 
 def check_entrance(schema: io.Schema, given: dict[str, Any], kinds: Kinds) -> None:
@@ -209,23 +253,32 @@ class Run(NamedTuple):
     def model_options(self) -> dict:
         return self.extra_args["model_options"]
 
-    def report(self, phase: str, index: int, denoised: torch.Tensor, x: torch.Tensor, note: str = "") -> None:
-        """Show a finished step as text, preview and progress."""
-        show(f"{phase} {index + 1}/{len(self.sigmas) - 1}{note}")
+    def report(self, message: str, index: int, denoised: torch.Tensor, x: torch.Tensor, **said: str) -> None:
+        """Show a finished step as text, preview and progress. `message`: of `messages`, with what it says beside the step."""
+        show(message.format(step=index + 1, steps=len(self.sigmas) - 1, **said))
+        self.advance(index, denoised, x)
+
+    def advance(self, index: int, denoised: torch.Tensor, x: torch.Tensor) -> None:
+        """Show a finished step, or one of the further passes after all steps, as preview and progress."""
         if self.callback is not None:
-            sigma = self.sigmas[index]
+            sigma = self.sigmas[min(index, len(self.sigmas) - 1)]
             self.callback({"i": index, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
 
 
 def sample(
-    guider: CFGGuider, walk: Callable[[Run], tuple[torch.Tensor, Result]], samples: torch.Tensor, sigmas: torch.Tensor
+    guider: CFGGuider,
+    walk: Callable[[Run], tuple[torch.Tensor, Result]],
+    samples: torch.Tensor,
+    sigmas: torch.Tensor,
+    further: int = 0,
 ) -> tuple[torch.Tensor, Result]:
     """Run `walk` on LATENT samples, nothing added to them, with the host's preview and progress bar.
 
     Returns the samples that it ends on, and what else it returns. Raises ValueError if they are not finite. The seed, of
-    what the host draws for a conditioning, such as unCLIP's noise, is the same for inversion and edit.
+    what the host draws for a conditioning, such as unCLIP's noise, is the same for inversion and edit. `further`: passes that
+    `walk` makes beside its steps, for the progress bar.
     """
-    callback = over_turns(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1))
+    callback = over_turns(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), further)
     results = []
 
     def function(model_k, x, sigmas, extra_args, callback, disable):

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.running import show
+from ..host.messages import SAVED
+from ..host.running import tell
 from ..host.text.direction_files import (
     direction_names,
     direction_path,
@@ -40,8 +41,8 @@ class Pix2PixZeroSaveDirection(io.ComfyNode):
     @classmethod
     def execute(cls, direction, filename_prefix: str) -> io.NodeOutput:
         path = save_direction(direction, filename_prefix)
-        show(f"Saved {path.name}")
-        return io.NodeOutput(ui={"text": [path.name]})
+        tell(SAVED.format(file=path.name))
+        return io.NodeOutput()
 
 
 class Pix2PixZeroLoadDirection(io.ComfyNode):

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..editing.directions import ALIGNMENTS, combine
 from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
+from ..host.messages import UNLEARNED
 from ..host.running import warn
 from ..host.text.text_encoding import find_direction, move_conditioning, unlearned_words
 from .sockets import CATEGORY, Direction
@@ -56,7 +57,7 @@ class Pix2PixZeroEditDirection(io.ComfyNode):
         source_sentences, target_sentences = paired_sentences(source, target, PAIRS, seed=0)
         direction = find_direction(clip, source_sentences, target_sentences, source, target, alignment)
         if unlearned := unlearned_words(clip, f"{source} {target}"):
-            warn(f"This model has not learned {', '.join(unlearned)}. What such a word names is not drawn.")
+            warn(UNLEARNED.format(words=", ".join(unlearned)))
         return io.NodeOutput(direction)
 
 

@@ -22,10 +22,9 @@ DEFAULTS = InversionSettings()
 
 def _show_reports(*outputs: list) -> None:
     """Leave the reports of all pictures on the running node, and in the log."""
-    reports = outputs[-1]
-    for report in reports:
+    for report in outputs[-1]:
         logging.info("Pix2Pix-Zero: %s", report)
-    running.show("\n".join(reports))
+        running.tell(report)
 
 
 class Pix2PixZeroInversion(io.ComfyNode):

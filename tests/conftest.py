@@ -1,5 +1,6 @@
 """What every test shares: where ComfyUI and the pack are, the device, how the executor calls a node, and a server."""
 
+import contextlib
 import gc
 import importlib.util
 import os
@@ -116,13 +117,9 @@ def run_node():
     return run
 
 
-@pytest.fixture(scope="session")
-def server(pytestconfig: pytest.Config) -> Iterator:
-    """The real ComfyUI with the pack, started once for all tests that ask for it.
-
-    `run(api_graph) -> outputs`, `object_info()`, `interrupt()`, `get(path)`, `view(image)`. `run` raises
-    `devtools.server.GraphError` in the server's own words. See also `devtools.graphs.Graph`.
-    """
+@contextlib.contextmanager
+def running_server(config: pytest.Config, *options: str) -> Iterator:
+    """The real ComfyUI with the pack, started with further `options` of its own."""
     from pix2pix_zero.devtools.environment import running as environment
     from pix2pix_zero.devtools.process import one_thread
     from pix2pix_zero.devtools.server import Server
@@ -130,8 +127,21 @@ def server(pytestconfig: pytest.Config) -> Iterator:
     offline = pytest.MonkeyPatch()
     offline.setenv("HF_HUB_OFFLINE", "1")  # nothing may be downloaded by a test
     try:
-        gpu = None if pytestconfig.getoption("--gpu") else False
-        with Server(environment(), options=["--disable-api-nodes"], gpu=gpu, variables=one_thread()) as running:
-            yield running
+        gpu = None if config.getoption("--gpu") else False
+        with Server(
+            environment(), options=["--disable-api-nodes", *options], gpu=gpu, variables=one_thread()
+        ) as started:
+            yield started
     finally:
         offline.undo()
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config) -> Iterator:
+    """The real ComfyUI with the pack, started once for all tests that ask for it.
+
+    `run(api_graph) -> outputs`, `object_info()`, `interrupt()`, `get(path)`, `view(image)`. `run` raises
+    `devtools.server.GraphError` in the server's own words. See also `devtools.graphs.Graph`.
+    """
+    with running_server(pytestconfig) as started:
+        yield started

@@ -22,9 +22,10 @@ from ...distillation.checkpoints import FIXED, checkpoint_settings
 from ...distillation.learning import Report, Settings, Training
 from ...distillation.pairs import Pairs
 from ...editing.writing import write_numbered
+from ..messages import FEW_PAIRS, TRAINING
 from ..networks.students import make_student, student_bytes, upscale_model
 from ..networks.teacher_features import EncoderFeatures
-from ..running import show
+from ..running import show, tell
 from .names import plain_name
 from .pair_sets import FEW, load_pairs
 from .views import held_out_strip, preview, write_report
@@ -85,7 +86,7 @@ def distill(wish: Wish, vae: VAE | None = None) -> Distilled:
         strip = held_out_strip(run, errors)
     checkpoint.unlink(missing_ok=True)
     report = f"{report}\nWritten: {path.parent.name}/{path.name} in {path.parent.parent}"
-    show(report.splitlines()[0])
+    tell(report.splitlines()[0])
     return Distilled(upscale_model(path), strip, report, run.losses)
 
 
@@ -136,21 +137,22 @@ def _fits(pairs: Pairs, device: torch.device) -> bool:
 
 def _train(run: Training, steps: int) -> None:
     bar = comfy.utils.ProgressBar(steps)
-    few = len(run.pairs) + len(run.held_out)
-    warning = f" Only {few} pairs: {FEW} and more do better." if few < FEW else ""
+    pairs = len(run.pairs) + len(run.held_out)
+    if pairs < FEW:
+        tell(FEW_PAIRS.format(pairs=pairs, enough=FEW))
     shown = 0.0
 
-    def tell(report: Report) -> None:
+    def on_step(report: Report) -> None:
         nonlocal shown
         comfy.model_management.throw_exception_if_processing_interrupted()
         if time.monotonic() - shown < SHOW_SECONDS and report.step < steps:
             return
         shown = time.monotonic()
         left = _duration((steps - report.step) / max(1e-9, report.rate))
-        show(f"Step {report.step} of {steps}, loss {report.loss:.4f}, {left} left.{warning}")
+        show(TRAINING.format(step=report.step, steps=steps, loss=f"{report.loss:.4f}", left=left))
         bar.update_absolute(report.step, steps, preview(run))
 
-    run.run(tell)
+    run.run(on_step)
 
 
 def _duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tok
 from ...editing.trajectory import Inversion
 from ...editing.word_masks import WordMask, soft_mask
 from .. import running
+from ..messages import OTHER_SOURCE
 from ..sampling.checks import check_inversion
 from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source
 from ..text.conditionings import TEXT_LENGTHS
@@ -126,10 +127,7 @@ def _check_source(clip: CLIP, source: str, prompt: Prompt, inversion: Inversion)
     if clip.encode_from_tokens(clip.tokenize(source)).shape[-1] != encoded.shape[-1]:
         raise ValueError("clip: it does not belong to this model. Connect the CLIP that encoded the caption.")
     if not is_text_of(clip, source, encoded[0]):
-        running.warn(
-            "The source text is not the one that the picture was inverted with, or was encoded otherwise. Words may be "
-            "matched to the wrong parts of the picture."
-        )
+        running.warn(OTHER_SOURCE)
 
 
 def _encode_target(clip: CLIP, target: str, prompt: Prompt, inversion: Inversion) -> list:

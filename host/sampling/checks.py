@@ -3,6 +3,7 @@
 import hashlib
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -15,9 +16,14 @@ from comfy.model_patcher import ModelPatcher
 
 from ...attention_patches.attention import is_unet
 from ...editing.trajectory import DIFFUSION, FLOW, Inversion, NoisePath
+from ..messages import LARGE
 from ..unet.jobs import CACHES
 
 SCHEDULERS = ("ddim_uniform", "simple")
+MANY_TIMES = 4.0
+# The side of the pictures that a UNet was trained on, by the width of the texts that it attends to; of all others the last.
+SIDES = {768: 512, 1024: 768}
+LARGEST_SIDE = 1024
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
 OWN = "pix2pix_zero"
 # What ModelPatcher keeps of changes to a model's weights, objects and calls.
@@ -234,6 +240,22 @@ class _Identity:
 def pixels_per_latent(model: ModelPatcher) -> int:
     """How many pixels of the picture, along a side, a latent pixel of the MODEL stands for."""
     return getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+
+
+def best_side(model: ModelPatcher) -> int:
+    """About the side, in pixels, of the pictures that a MODEL draws best."""
+    config = getattr(model.model, "model_config", None)
+    unet = getattr(config, "unet_config", None) or {}
+    return getattr(type(config), "best_side", None) or SIDES.get(unet.get("context_dim"), LARGEST_SIDE)
+
+
+def too_large(model: ModelPatcher, samples: torch.Tensor) -> Iterator[str]:
+    """That a latent [B, C, H, W] is many times as large as what the MODEL draws best, as a message, if it is."""
+    ratio, side = pixels_per_latent(model), best_side(model)
+    height, width = (ratio * size for size in samples.shape[-2:])
+    times = height * width / side**2
+    if times >= MANY_TIMES:
+        yield LARGE.format(width=width, height=height, times=f"{times:.0f}", side=side)
 
 
 def clean_latent(model: ModelPatcher, latent_image: dict) -> torch.Tensor:

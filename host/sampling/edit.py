@@ -10,9 +10,10 @@ from ...editing.guidance import GuidanceSchedule, KeptSource, LocalBlend, sample
 from ...editing.official import sample_official
 from ...editing.trajectory import Inversion, MapStore
 from .. import running
+from ..messages import GUIDED, LEFT_OUT, SAMPLING
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
-from ..text.conditionings import areas_of, beside_the_source, check_conditioning
+from ..text.conditionings import areas_of, beside_the_source, check_conditioning, unlike_the_source
 from ..unet.jobs import for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
@@ -96,6 +97,8 @@ def sample_edit(
     none.
     """
     _check(model, inversion, positive, negative, settings)
+    for advice in unlike_the_source(inversion, positive, negative, settings.cfg):
+        running.warn(advice)
     left_out = settings.left_out()
     settings = settings.for_preset()
     texts = {
@@ -110,7 +113,7 @@ def sample_edit(
     picture = model.model.process_latent_out(inversion.trajectory[0])
     samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
     if left_out:
-        running.warn(f"preset {settings.preset} leaves out {' and '.join(left_out)}.")
+        running.warn(LEFT_OUT.format(preset=settings.preset, names=" and ".join(left_out)))
     return samples, edited_area(model, edit.inversion.trajectory[0], edit.inversion.noise_mask, blend_mask)
 
 
@@ -179,10 +182,10 @@ class _Edit:
 
         def on_step(step: int, denoised: torch.Tensor, x: torch.Tensor, distance: torch.Tensor | None) -> None:
             if distance is None:
-                run.report("Sampling", step, denoised, x)
+                run.report(SAMPLING, step, denoised, x)
             else:
-                note = f", map distance {float(distance.mean()) / attending:.3f}"
-                run.report("Guided step", step, denoised, x, note)
+                off = float(distance.mean()) / attending
+                run.report(GUIDED, step, denoised, x, distance=f"{off:.3f}")
 
         loop = sample_official if self.preset.authors_update else sample_guided
         return loop(inversion, passes, x, self._schedule(), kept, on_step), None if blend is None else blend.mask

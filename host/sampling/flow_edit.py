@@ -8,10 +8,12 @@ from comfy.model_patcher import ModelPatcher
 
 from ...editing.flow_edit import FlowEditSettings, flow_edit, skipped
 from ...editing.guidance import LocalBlend
+from .. import running
+from ..messages import EDITING
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
-from .checks import check_diffusion, check_numbers, clean_latent, flows, noise_levels, noise_path
+from .checks import check_diffusion, check_numbers, clean_latent, flows, noise_levels, noise_path, too_large
 from .source import EditGuider, NoiseMask, edited_area, limited
 
 SCHEDULERS = ("simple", "normal", "sgm_uniform", "beta", "ddim_uniform")
@@ -60,6 +62,8 @@ def flow_edit_latent(
         if conditioning is not None:
             check_conditioning(conditioning, len(samples), socket)
             check_whole_sampling(conditioning, model, sigmas, socket)
+    for advice in too_large(model, samples):
+        running.warn(advice)
     picture = model.model.process_latent_in(samples)
     mask = limited(latent_image.get("noise_mask"), settings.mask, picture)
     guider = EditGuider(for_own_sampler(model))
@@ -107,7 +111,7 @@ class _FlowEdit:
             mask = noise_mask.at(levels[step], picture)
             if mask is not None:
                 edited = torch.lerp(picture, edited, mask)
-            run.report("Editing", step, edited, edited)
+            run.report(EDITING, step, edited, edited)
             return edited
 
         path, passes = noise_path(run.guider.model_patcher), _Passes(run, picture, self.settings)

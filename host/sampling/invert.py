@@ -27,6 +27,7 @@ from ...editing.official import official_transitions
 from ...editing.regularization import NoiseRegularization, regularize_noise
 from ...editing.trajectory import Inversion, MapStore
 from .. import running
+from ..messages import EXACT, INVERTING, MEASURED, MEASURED_EXACT, NOT_MEASURED, REDRAWING
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
@@ -39,6 +40,7 @@ from .checks import (
     ddim_grid,
     made_with,
     noise_path,
+    too_large,
 )
 from .passes import UNetPasses
 from .source import check_masks
@@ -89,17 +91,25 @@ def invert_latent(
         check_finite(mask, "latent_image", "Draw its noise mask again.")
         check_masks(mask, len(samples), "latent_image")
     check_conditioning(positive, len(samples), "positive")
+    for advice in too_large(model, samples):
+        running.warn(advice)
     transitions = _transitions(model, sigmas, settings.method)
     told = torch.tensor([transition.sigma_model for transition in transitions])
     check_whole_sampling(positive, model, torch.cat([told, sigmas[-1:]]), "positive")
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     # The negative is evaluated only where a patch of another pack asks for one.
     guider.set_conds(positive, positive)
-    _, found = sample(guider, partial(_walk_up, model, settings, transitions), samples, sigmas)
+    walk = partial(_walk_up, model, settings, transitions)
+    _, found = sample(guider, walk, samples, sigmas, _further_passes(settings, len(sigmas) - 1))
     for tensor in (found["trajectory"], found["residuals"]):
         if tensor is not None:
             check_finite(tensor, "model", "The inversion ended in them. Load it in bf16 or fp32.")
     return Inversion(sigmas=sigmas, source=positive, noise_mask=mask, **made_with(model), **found)
+
+
+def _further_passes(settings: InversionSettings, steps: int) -> int:
+    """UNet calls after the last step of an inversion."""
+    return (settings.method == "direct") + (steps if settings.measure_reconstruction else 0)
 
 
 def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[Transition]:
@@ -145,7 +155,7 @@ def _walk_up(
 
     def on_step(index: int, denoised: torch.Tensor, x: torch.Tensor) -> None:
         evaluations.keep_maps_of(x, level=index + 1)
-        run.report("Inverting", index + skipped, denoised, x)
+        run.report(INVERTING, index + skipped, denoised, x)
 
     if method == "fixed-point":
         visited, estimates = invert_fixed_point(
@@ -158,6 +168,7 @@ def _walk_up(
     if method == "direct":
         # The walk up has visited every level but the last one with just these estimates.
         estimates = [*estimates[1:], evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1)]
+        run.advance(len(sigmas) - 1, estimates[-1], visited[-1])
     residuals = None
     if method in CORRECTED:
         residuals = direct_residuals(trajectory, sigmas, estimates)
@@ -166,7 +177,7 @@ def _walk_up(
         "trajectory": trajectory,
         "residuals": residuals,
         "maps": maps,
-        "reconstruction_psnr": _plain_psnr(trajectory, sigmas, evaluations)
+        "reconstruction_psnr": _plain_psnr(trajectory, run, evaluations, len(sigmas) - 1 + (method == "direct"))
         if settings.measure_reconstruction
         else None,
     }
@@ -239,27 +250,27 @@ class _Evaluations:
             self.maps.drop(level)
 
 
-def _plain_psnr(trajectory: torch.Tensor, sigmas: torch.Tensor, evaluations: _Evaluations) -> torch.Tensor:
+def _plain_psnr(trajectory: torch.Tensor, run: Run, evaluations: _Evaluations, done: int) -> torch.Tensor:
     """How well plain DDIM redraws the pictures from the end of their trajectory, see `latent_psnr`: [B].
 
-    It takes N UNet calls with the source text as the positive, and no guidance.
+    It takes N UNet calls with the source text as the positive, and no guidance. `done`: those before it.
     """
-    grid = sigmas.tolist()
+    grid = run.sigmas.tolist()
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        running.show(f"Redrawing {len(grid) - grid.index(sigma)}/{len(grid) - 1}")
-        return evaluations.denoise(x, sigma)
+        step = len(grid) - grid.index(sigma)
+        denoised = evaluations.denoise(x, sigma)
+        running.show(REDRAWING.format(step=step, steps=len(grid) - 1))
+        run.advance(done + step - 1, denoised, x)
+        return denoised
 
-    return latent_psnr(reconstruct(trajectory[-1].to(sigmas.device), sigmas, denoise).cpu(), trajectory[0])
+    return latent_psnr(reconstruct(trajectory[-1].to(run.sigmas.device), run.sigmas, denoise).cpu(), trajectory[0])
 
 
 def reconstruction_report(inversion: Inversion) -> str:
     """One line: the PSNR of each picture if it was measured, and whether the sampler corrects what is lost."""
     corrected = inversion.residuals is not None
     if inversion.reconstruction_psnr is None:
-        if corrected:
-            return "Reconstruction: exact, as every step is corrected. Without correction: not measured."
-        return "Reconstruction: not measured. This method does not correct what is lost."
+        return EXACT if corrected else NOT_MEASURED
     figures = ", ".join(f"{psnr:.1f}" for psnr in inversion.reconstruction_psnr.tolist())
-    ending = "corrected at every step, so that it is exact" if corrected else "this method does not correct it"
-    return f"Reconstruction without correction: {figures} dB PSNR in the latent; {ending}."
+    return (MEASURED_EXACT if corrected else MEASURED).format(figures=figures)

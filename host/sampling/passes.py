@@ -1,6 +1,5 @@
 """The evaluations of the guided samplers, carried out by a running ComfyUI guider."""
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,8 @@ from comfy import samplers
 
 from ...attention_patches.attention import AttentionSite
 from ...editing.guidance import Maps
+from .. import running
+from ..messages import NOT_AT_ONCE, ONE_BY_ONE
 from ..text.conditionings import Entry, compared_with, entries_of, same_tensor
 from ..unet.jobs import add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
@@ -94,7 +95,7 @@ class UNetPasses:
         working = add_job(options, jobs.pop()) if jobs else options
         if self.patched and theirs is None and negative is not None:
             if len(args["input"]) * (len(positive) + len(negative)) > self.checkpointing.rows:
-                self._tell("memory does not hold both texts at once")
+                self._tell(NOT_AT_ONCE)
             return samplers.calc_cond_batch(args["model"], [positive, negative], *rest, working)
         (edited,) = samplers.calc_cond_batch(args["model"], [positive], *rest, working)
         if theirs is not None:
@@ -107,11 +108,7 @@ class UNetPasses:
     def _tell(self, reason: str) -> None:
         if not self.told:
             self.told = True
-            logging.warning(
-                "Pix2Pix-Zero: %s in guided steps. What another node does with both texts, as NAGuidance does, is left "
-                "out there.",
-                reason,
-            )
+            running.warn(reason)
 
     def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         source = self.estimates.negative
@@ -164,7 +161,7 @@ class UNetPasses:
         self, branch: str, x: torch.Tensor, sigma: float, reference: Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.patched:
-            self._tell("the preset official evaluates the texts one by one")
+            self._tell(ONE_BY_ONE)
         job = self._match(branch, x, sigma, reference, stops=True)
         self._evaluate(branch, x, sigma, job)
         return job.gradient, job.distance

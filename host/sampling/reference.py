@@ -8,10 +8,12 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...editing.trajectory import Inversion, NoisePath, ddim_step, predicted_eps
+from ...editing.trajectory import Generated, Inversion, NoisePath, ddim_step, predicted_eps
+from .. import running
+from ..messages import GENERATING
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
-from .checks import SCHEDULERS, check_numbers, clean_latent, ddim_grid, made_with, noise_path
+from .checks import SCHEDULERS, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def generate_reference(
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, len(empty), socket)
     check_whole_sampling(positive, model, sigmas, "positive")
+    for advice in too_large(model, empty):
+        running.warn(advice)
     noise = comfy.sample.prepare_noise(empty, settings.seed, latent_image.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
@@ -44,7 +48,8 @@ def generate_reference(
     latent, trajectory = sample(
         guider, partial(_walk_down, noise_path(model), noise), model.model.process_latent_out(noise), sigmas
     )
-    return Inversion(trajectory, sigmas.flip(0), positive, **made_with(model)), latent
+    generated = Generated(settings.cfg, negative)
+    return Inversion(trajectory, sigmas.flip(0), positive, generated=generated, **made_with(model)), latent
 
 
 def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,5 +63,5 @@ def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Te
         denoised = run.model_k(x, x.new_full((len(x),), sigma), **run.extra_args)
         x = ddim_step(x, predicted_eps(x, denoised, sigma), sigma, sigma_next)
         visited.append(x.cpu())
-        run.report("Generating", index, denoised, x)
+        run.report(GENERATING, index, denoised, x)
     return x, torch.stack(visited[::-1])

@@ -5,7 +5,7 @@ What the host has processed for a guider is a list of dicts, one for each entry;
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import get_area_and_mult
 
 from ...attention_patches.attention import is_unet, layers
+from ...editing.trajectory import Inversion
+from .. import messages
 from ..sampling.checks import check_finite
 
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
@@ -176,6 +178,49 @@ def _common_channels(sources: list[dict], socket: str) -> dict[str, torch.Tensor
 def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Whether both are the same values, or both are None."""
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a)))
+
+
+def remember_base(moved: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """`moved`, which from now on knows the text that it was made from by adding a direction."""
+    # On the tensor: whatever makes another text of it, such as Conditioning (Concat), drops it.
+    if moved is not text:
+        moved.pix2pix_zero_base = getattr(text, "pix2pix_zero_base", text)
+    return moved
+
+
+def moved_from(conditioning: list) -> list | None:
+    """The CONDITIONING that one was moved from along a direction, so far as that is known."""
+    bases = [getattr(text, "pix2pix_zero_base", None) for text, _ in conditioning]
+    return None if any(base is None for base in bases) else [[base, {}] for base in bases]
+
+
+def same_texts(conditioning: list, other: list) -> bool:
+    """Whether two CONDITIONINGs hold the same texts, one for all pictures counting as one for each."""
+    return len(conditioning) == len(other) and all(_same_rows(a, b) for (a, _), (b, _) in zip(conditioning, other))
+
+
+def _same_rows(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    fits = a.shape[1:] == b.shape[1:] and (1 in (len(a), len(b)) or len(a) == len(b))
+    return fits and bool((a == b.to(a)).all())
+
+
+def unlike_the_source(inversion: Inversion, positive: list, negative: list, cfg: float) -> Iterator[str]:
+    """What in the CONDITIONINGs or the `cfg` of an edit lets change what is not edited, as messages."""
+    source, generated = inversion.source, inversion.generated
+    base, negative_is_source = moved_from(positive), same_texts(negative, source)
+    swapped = base is None and moved_from(negative) is not None and not negative_is_source
+    if same_texts(positive, source) and base is None:
+        yield messages.SWAPPED if swapped else messages.NO_EDIT
+    elif base is not None and not same_texts(base, source):
+        yield messages.OTHER_TEXT
+    if generated is None and not negative_is_source and not swapped:
+        yield messages.OTHER_NEGATIVE
+    if generated is not None and not same_texts(negative, generated.negative):
+        yield messages.OTHER_REFERENCE_NEGATIVE
+    if generated is not None and abs(cfg - generated.cfg) > 1e-6:
+        yield messages.OTHER_CFG.format(cfg=f"{cfg:g}", reference=f"{generated.cfg:g}")
 
 
 @dataclass(frozen=True)

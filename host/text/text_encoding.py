@@ -23,7 +23,9 @@ from ...editing.directions import (
     same_encoder,
 )
 from ...editing.token_alignment import Partners, partner_rows
+from ..messages import SENTENCES
 from ..running import show
+from .conditionings import remember_base
 from .prompt_words import tokenize
 
 ROWS_PER_BATCH = 32
@@ -128,7 +130,7 @@ def _tokens(clip: CLIP, sentences: Sequence[str]) -> Iterator[Tokens]:
 def _advance(progress: comfy.utils.ProgressBar | None, sentences: int) -> None:
     if progress is not None:
         progress.update(sentences)
-        show(f"Encoding sentences {progress.current}/{progress.total}")
+        show(SENTENCES.format(step=progress.current, steps=progress.total))
 
 
 def chunk_length(clip: CLIP) -> int | None:
@@ -198,7 +200,7 @@ def move_conditioning(conditioning: list, direction: EditDirection, strength: fl
         for name, tensor in direction.tensors.items():
             if name != "cond" and torch.is_tensor(options.get(name)):
                 new_options[name] = apply_direction(options[name], tensor, strength)
-        moved.append([new_cond, new_options])
+        moved.append([remember_base(new_cond, cond), new_options])
     return moved
 
 

@@ -1,7 +1,6 @@
 """Jobs that record or match the cross-attention maps of UNet calls, see `jobs`."""
 
 import contextlib
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from ...attention_patches.attention import (
     with_attention,
 )
 from ...editing.guidance import Maps
+from .. import messages, running
 from ..text.conditionings import Entry, narrowed, own_tokens
 from .gradients import clone_inference, clone_skips, differentiable_attention, input_gradients, protect_from_patches
 from .jobs import LEFT_OUT, UNetCall
@@ -62,10 +62,7 @@ class Checkpointing:
         if self.mode == MODES[-1]:
             self.rows = math.ceil(rows / 2)
         self.mode = MODES[-1]
-        logging.warning(
-            "Pix2Pix-Zero: out of memory in a guided step. The edit goes on with less memory and more time, as in the "
-            "preset 'low memory'."
-        )
+        running.warn(messages.OUT_OF_MEMORY)
         return True
 
 

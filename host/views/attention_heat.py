@@ -21,6 +21,7 @@ from ...editing.token_alignment import Prompt, positions
 from ...editing.trajectory import Inversion
 from ...pictures import charts
 from .. import running
+from ..messages import OTHER_CAPTION, READING_MAPS, RECORDING_MAPS
 from ..running import Run, look
 from ..sampling.checks import attention_state, check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
@@ -92,10 +93,7 @@ def attention_heatmaps(
 def _warn_of_other_captions(clip: CLIP, captions: list[str], encoded: torch.Tensor) -> None:
     for number, caption in enumerate(captions):
         if not is_text_of(clip, caption, encoded[min(number, len(encoded) - 1)]):
-            running.warn(
-                f"The caption {caption!r} is not the one that the picture was inverted with, or was encoded otherwise. "
-                "The words may name the wrong maps."
-            )
+            running.warn(OTHER_CAPTION.format(caption=repr(caption)))
             return
 
 
@@ -152,11 +150,11 @@ def mean_attention(
     heat = AttentionHeat(length)
     bar = comfy.utils.ProgressBar(len(levels))
 
-    def add(maps: Maps, verb: str) -> None:
+    def add(maps: Maps, message: str) -> None:
         for site, shape in shapes.items():
             heat.add(maps[0, site], shape)
         bar.update(1)
-        running.show(f"{verb} maps {bar.current}/{bar.total}")
+        running.show(message.format(step=bar.current, steps=bar.total))
 
     kept = inversion.maps
     if kept is not None and kept.made_with != attention_state(model):
@@ -168,7 +166,7 @@ def mean_attention(
         if maps is None:
             missing.append(level)
         else:
-            add(maps, "Reading")
+            add(maps, READING_MAPS)
     if missing:
         _record(model, inversion, missing, shapes, add)
     return heat.mean(tuple(inversion.trajectory.shape[-2:])).cpu()
@@ -210,7 +208,7 @@ def _record(model: ModelPatcher, inversion: Inversion, levels: list[int], shapes
         passes = UNetPasses(run.model_k, run.extra_args, list(shapes))
         for level in levels:
             x = inversion.trajectory[level].to(run.x)
-            add(passes.record_maps("positive", x, float(inversion.sigmas[level])), "Recording")
+            add(passes.record_maps("positive", x, float(inversion.sigmas[level])), RECORDING_MAPS)
 
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browser_page import Frontend, speak
+from pix2pix_zero.devtools.frontends import newest_frontend
 from pix2pix_zero.devtools.hosts import DEFAULT_VERSION, ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
@@ -16,17 +19,30 @@ def find_browser() -> str | None:
     return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-@pytest.fixture(scope="session")
-def opened_frontend(request: pytest.FixtureRequest) -> Iterator[Frontend]:
+@pytest.fixture(scope="session", params=["pinned", "newest"])
+def frontend_server(request: pytest.FixtureRequest) -> Iterator:
+    """ComfyUI with the frontend that it pins, then with the newest that is known."""
     from comfyui_version import __version__
+    from conftest import running_server
 
     if __version__ != DEFAULT_VERSION:
         pytest.skip(f"they know the frontend of ComfyUI {DEFAULT_VERSION}, this is {__version__}")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = find_browser()
-    if path is None:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if find_browser() is None:
         pytest.skip("no Chromium is installed here (Debian: apt install chromium), and BROWSER_PATH names none")
-    server = request.getfixturevalue("server")  # after the reasons to skip: it takes a while to start
+    if request.param == "pinned":
+        yield request.getfixturevalue("server")
+        return
+    root = newest_frontend(Path(sys.executable))
+    with running_server(request.config, "--front-end-root", str(root)) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def opened_frontend(frontend_server) -> Iterator[Frontend]:
+    import playwright.sync_api as playwright
+
+    server, path = frontend_server, find_browser()
     folder = ROOT / "demo_output" / "browser"
     folder.mkdir(parents=True, exist_ok=True)
     server.post("/api/settings/Comfy.TutorialCompleted", True)  # else the templates open at every start

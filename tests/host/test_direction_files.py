@@ -57,11 +57,9 @@ def test_saving_again_counts_up_and_leaves_no_other_files(plain_direction, folde
     assert sorted(p.name for p in folder.iterdir()) == [f"cat2dog_0000{i}_.safetensors" for i in (1, 2, 3)]
 
 
-def test_the_node_says_what_it_saved(plain_direction, folder, run_node, monkeypatch):
-    said = []
-    monkeypatch.setattr(file_nodes, "show", said.append)
-    save(plain_direction, "animals/cat2dog", run_node)
-    assert said == ["Saved cat2dog_00001_.safetensors"]
+def test_the_node_says_what_it_saved(plain_direction, folder):
+    output = file_nodes.Pix2PixZeroSaveDirection.execute(plain_direction, "animals/cat2dog")
+    assert output.ui == {"text": ["Saved cat2dog_00001_.safetensors"]}
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(plain_direction, folder, run_node, monkeypatch):
@@ -304,6 +302,6 @@ def test_the_server_takes_the_name_of_a_workflow_from_windows(server):
         kept = graph.add("Pix2PixZeroSaveDirection", direction=loaded[0], filename_prefix="again")
         return server.run(graph.api(info))[kept.key]["text"]
 
-    assert load("animals\\cat2dog_00001_.safetensors") == ["again_00001_.safetensors"]
+    assert load("animals\\cat2dog_00001_.safetensors") == ["Saved again_00001_.safetensors"]
     with pytest.raises(GraphError, match="there is no"):
         load("animals\\missing.safetensors")

@@ -69,7 +69,7 @@ def test_the_measured_reconstruction_is_that_of_a_stock_sampler(model, method):
 
 @pytest.mark.parametrize("method", ["direct", "ddim"])
 @pytest.mark.parametrize("measured", [False, True])
-def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, measured, caplog, monkeypatch):
+def test_the_node_reports_how_each_picture_comes_back(model, method, measured, caplog, monkeypatch):
     shown = []
     monkeypatch.setattr(running, "show", shown.append)
     settings = dict(
@@ -84,10 +84,9 @@ def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, m
     )
     inputs = {name: [value] for name, value in settings.items()}
     pictures = [latent(seed=1), latent(batch=2, seed=2)]
-    with caplog.at_level("INFO"):
-        inversions, _, _, reports = run_node(
-            Pix2PixZeroInversion, model=[model], positive=[conditioning()], latent_image=pictures, **inputs
-        )
+    with caplog.at_level("INFO"), torch.inference_mode():
+        output = Pix2PixZeroInversion.execute(model=[model], positive=[conditioning()], latent_image=pictures, **inputs)
+    inversions, _, _, reports = output.result
     assert len(reports) == 2
     for inversion, report, batch in zip(inversions, reports, (1, 2)):
         figures = re.findall(r"\d+\.\d", report)
@@ -97,9 +96,9 @@ def test_the_node_reports_how_each_picture_comes_back(model, run_node, method, m
         assert ("dB" in report) == measured
         assert ("exact" in report) == (method == "direct")
         assert report in caplog.text
-    assert shown[-1].split("\n") == reports
+    assert output.ui == {"text": list(dict.fromkeys(reports))}, "it stays on the node"
     redrawn = [text for text in shown if text.startswith("Redrawing")]
-    assert redrawn == [f"Redrawing {step}/3" for step in (1, 2, 3)] * (2 if measured else 0)
+    assert redrawn == [f"Redrawing without an edit {step}/3" for step in (1, 2, 3)] * (2 if measured else 0)
 
 
 @pytest.mark.parametrize("method", ["direct", "fixed-point"])

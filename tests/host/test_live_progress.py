@@ -31,11 +31,22 @@ def seen(monkeypatch):
     return texts, bar, estimates
 
 
+# (method, whether the reconstruction is measured, passes): direct looks once more, from where it has arrived.
+PASSES = [
+    ("direct", False, STEPS + 1),
+    ("ddim", False, STEPS),
+    ("diffusers", False, STEPS),
+    ("fixed-point", False, STEPS),
+    ("direct", True, 2 * STEPS + 1),
+    ("ddim", True, 2 * STEPS),
+]
+
+
 @torch.inference_mode()
-def invert(model, method="direct"):
-    return invert_latent(
-        model, conditioning(), latent(), InversionSettings(STEPS, 0, NoiseRegularization(steps=0), method)
-    )
+def invert(model, method="direct", measured=False):
+    regularization = NoiseRegularization(steps=0)
+    settings = InversionSettings(STEPS, 0, regularization, method, measure_reconstruction=measured)
+    return invert_latent(model, conditioning(), latent(), settings)
 
 
 @torch.inference_mode()
@@ -49,12 +60,12 @@ def every_step(phase):
     return [f"{phase} {step}/{STEPS}" for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.parametrize("method", ["direct", "ddim", "diffusers"])
-def test_inversion_shows_every_step_and_its_estimate(model, seen, method):
+@pytest.mark.parametrize(("method", "measured", "passes"), PASSES)
+def test_inversion_shows_every_step_and_is_done_with_its_last_pass(model, seen, method, measured, passes):
     texts, bar, estimates = seen
-    invert(model, method)
-    assert texts == every_step("Inverting")
-    assert bar == [(step, STEPS) for step in range(1, STEPS + 1)]
+    invert(model, method, measured)
+    assert texts == every_step("Inverting") + (every_step("Redrawing without an edit") if measured else [])
+    assert bar == [(step, passes) for step in range(1, passes + 1)]
     assert all(estimate.shape == (1, 4, 8, 8) and estimate.isfinite().all() for estimate in estimates)
 
 
@@ -107,10 +118,10 @@ def test_guided_steps_name_the_distance_per_pixel(model, seen, monkeypatch, pres
     monkeypatch.setattr(edit_room, "UNetPasses", Passes)
     edit(model, inversion, 6e-4, preset)
     assert [text.split(",")[0] for text in texts] == every_step("Guided step")
-    shown = [float(text.split("map distance ")[1]) for text in texts]
+    shown = [float(text.split("layout off by ")[1]) for text in texts]
     # 8x8 and 4x4 pixels: two and one, two and three layers on the way down, in the middle and up again
     layers = [maps.shape[2] for maps in inversion.maps._levels[1].values()]
     assert sorted(set(layers)) == [16, 64]
     assert shown == pytest.approx([total / sum(layers) for total in sums], abs=6e-4)
     assert max(shown) > 0
-    assert len(bar) == 2 * STEPS
+    assert len(bar) == 2 * STEPS + 1

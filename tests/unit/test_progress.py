@@ -73,3 +73,19 @@ def test_nothing_happens_outside_a_running_node(sent, monkeypatch):
     monkeypatch.setattr(sys.modules["comfy_execution.utils"], "get_executing_context", lambda: None)
     running.show("Inverting 3/50")
     assert sent == []
+
+
+def test_what_is_told_stays_above_the_line_of_the_step_and_is_kept_once(sent):
+    with running.listening() as told:
+        for _ in running.runs(2):
+            running.warn("negative is another text.")
+            running.show("Sampling 1/4")
+    running.show("Sampling 2/4")
+    assert told == ["negative is another text."]
+    assert [text for text, _ in sent] == [
+        "negative is another text.",
+        "negative is another text.\nPicture 1/2: sampling 1/4",
+        "negative is another text.",
+        "negative is another text.\nPicture 2/2: sampling 1/4",
+        "Sampling 2/4",
+    ]

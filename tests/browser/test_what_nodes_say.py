@@ -1,0 +1,125 @@
+"""What a node says of itself: whole, in the frontend's language, on the node while it runs and when it has finished."""
+
+import json
+from pathlib import Path
+
+import pytest
+from browser_page import speak
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "example_workflows" / "cat_to_dog_demo.json"
+SAID = """kind => app.graph.nodes.filter(node => node.type === kind).flatMap(node => node.widgets ?? [])
+  .filter(widget => widget.name === '$$pix2pix-zero-text').map(widget => {
+    const shown = widget.element;
+    return {text: shown.textContent, whole: shown.scrollHeight <= shown.clientHeight + 1, seen: shown.isConnected};
+  })"""
+# An edit of a demo scene, as a person wires it; `negative`: which text goes there.
+WIRE = """([swapped, other, side]) => {
+  const add = (kind, values = {}) => {
+    const node = LiteGraph.createNode(kind);
+    app.graph.add(node);
+    node.pos = [300 * app.graph.nodes.length, 200];
+    for (const [name, value] of Object.entries(values)) node.widgets.find(one => one.name === name).value = value;
+    return node;
+  };
+  const join = (from, output, to, name) => from.connect(output, to, to.inputs.findIndex(slot => slot.name === name));
+  const model = add('Pix2PixZeroDemoModel'), scene = add('Pix2PixZeroDemoScene', {side});
+  const text = add('CLIPTextEncode', {text: 'a photo of a cat'}), second = add('CLIPTextEncode', {text: other});
+  const encode = add('VAEEncode'), invert = add('Pix2PixZeroInversion', {steps: 2});
+  const direction = add('Pix2PixZeroEditDirection'), apply = add('Pix2PixZeroApplyDirection');
+  const sampler = add('Pix2PixZeroKSampler', {cfg: 1.5, guidance_strength: 0}), decode = add('VAEDecode');
+  const show = add('PreviewImage');
+  join(model, 1, text, 'clip'); join(model, 1, second, 'clip'); join(model, 2, encode, 'vae'); join(scene, 0, encode, 'pixels');
+  join(model, 0, invert, 'model'); join(text, 0, invert, 'positive'); join(encode, 0, invert, 'latent_image');
+  join(model, 1, direction, 'clip'); join(direction, 0, apply, 'direction'); join(text, 0, apply, 'conditioning');
+  join(model, 0, sampler, 'model'); join(invert, 0, sampler, 'inversion');
+  join(swapped ? text : apply, 0, sampler, 'positive');
+  join(swapped ? apply : second, 0, sampler, 'negative');
+  join(sampler, 0, decode, 'samples'); join(model, 2, decode, 'vae'); join(decode, 0, show, 'images');
+}"""
+
+
+def said(frontend, kind: str) -> list[str]:
+    """What the nodes of a type say, each of them seen, and whole."""
+    frontend.page.wait_for_timeout(500)  # it is drawn
+    found = frontend.page.evaluate(SAID, kind)
+    assert all(each["whole"] and each["seen"] for each in found), found
+    return [each["text"] for each in found]
+
+
+def messages(language: str) -> dict[str, str]:
+    return json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["pix2pixZero"]
+
+
+@pytest.mark.parametrize("language", ["en", "ko", "zh", "ja"])
+def test_the_text_stays_on_a_finished_node_in_the_language_of_the_frontend(language, opened_frontend):
+    frontend = opened_frontend
+    speak(frontend, language)
+    frontend.failures.clear()
+    frontend.open(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    frontend.set_widgets("steps", 3)
+    frontend.set_widgets("seed", 50 + len(language) + ord(language[0]))
+    assert frontend.run()["ending"][0] == "execution_success"
+    frontend.screenshot(f"said_{language}")
+    texts = messages(language)
+    assert said(frontend, "Pix2PixZeroInversion") == [texts["exact"]]
+    sampling = texts["sampling"].format(step=3, steps=3)
+    several = texts["of_several"].format(number=3, count=3, text=sampling)
+    assert [text.casefold() for text in said(frontend, "Pix2PixZeroKSampler")] == [
+        sampling.casefold(),
+        several.casefold(),
+    ]
+    before = frontend.api_form()
+    frontend.open(frontend.serialize())
+    assert frontend.api_form() == before, "the text is no value of the node's"
+    assert frontend.complaints() == []
+
+
+@pytest.mark.parametrize(
+    ("swapped", "other", "message"),
+    [
+        (True, "a photo of a cat", "swapped"),
+        (False, "a blurry picture", "other_negative"),
+        (False, "a photo of a cat", None),
+    ],
+)
+def test_texts_in_the_wrong_places_are_said_on_the_sampler(swapped, other, message, frontend):
+    frontend.page.evaluate(WIRE, [swapped, other, 128])
+    assert frontend.run()["ending"][0] == "execution_success"
+    (text,) = said(frontend, "Pix2PixZeroKSampler")
+    warnings = [line for line in text.split("\n") if line in messages("en").values()]
+    assert warnings == ([] if message is None else [messages("en")[message]])
+
+
+def test_a_picture_many_times_the_models_size_is_said_before_the_long_work(frontend):
+    frontend.page.evaluate(WIRE, [False, "a photo of a cat", 384])
+    frontend.set_widgets("steps", 1000)
+    frontend.queue()
+    (inversion,) = frontend.nodes("Pix2PixZeroInversion")
+    frontend.wait_until(f"window.seen.previews['{inversion}'] > 0")
+    (text,) = said(frontend, "Pix2PixZeroInversion")
+    frontend.command("Comfy.Interrupt")
+    frontend.wait_until("window.seen.ending", 30)
+    assert messages("en")["large"].format(width=384, height=384, times=9, side=128) in text.split("\n")
+
+
+def test_a_saved_direction_is_offered_at_once(frontend):
+    page = frontend.page
+    page.evaluate(
+        """() => {
+          const add = kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); return node; };
+          const model = add('Pix2PixZeroDemoModel'), made = add('Pix2PixZeroEditDirectionFromSentences');
+          made.widgets[0].value = 'a cat'; made.widgets[1].value = 'a dog';
+          const save = add('Pix2PixZeroSaveDirection'); add('Pix2PixZeroLoadDirection');
+          model.connect(1, made, 0); made.connect(0, save, 0);
+        }"""
+    )
+    assert frontend.run()["ending"][0] == "execution_success"
+    (text,) = said(frontend, "Pix2PixZeroSaveDirection")
+    file = text.removeprefix("Saved ")
+    offered = """file => app.graph.nodes.filter(node => node.type === 'Pix2PixZeroLoadDirection')
+      .every(node => node.widgets.find(one => one.name === 'direction_name').options.values.includes(file))"""
+    page.wait_for_function(offered, arg=file, timeout=10_000)
+    page.evaluate("() => app.graph.add(LiteGraph.createNode('Pix2PixZeroLoadDirection'))")
+    assert page.evaluate(offered, file), "a new node offers it too"
+    assert frontend.complaints() == []
