@@ -5,7 +5,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -117,31 +117,34 @@ def run_node():
     return run
 
 
-@contextlib.contextmanager
-def running_server(config: pytest.Config, *options: str) -> Iterator:
-    """The real ComfyUI with the pack, started with further `options` of its own."""
+@pytest.fixture(scope="session")
+def start_server(pytestconfig: pytest.Config) -> Callable:
+    """`with start_server(*options) as server`: the real ComfyUI with the pack, with further options of its own."""
     from pix2pix_zero.devtools.environment import running as environment
     from pix2pix_zero.devtools.process import one_thread
     from pix2pix_zero.devtools.server import Server
 
-    offline = pytest.MonkeyPatch()
-    offline.setenv("HF_HUB_OFFLINE", "1")  # nothing may be downloaded by a test
-    try:
-        gpu = None if config.getoption("--gpu") else False
-        with Server(
-            environment(), options=["--disable-api-nodes", *options], gpu=gpu, variables=one_thread()
-        ) as started:
-            yield started
-    finally:
-        offline.undo()
+    @contextlib.contextmanager
+    def start(*options: str) -> Iterator[Server]:
+        offline = pytest.MonkeyPatch()
+        offline.setenv("HF_HUB_OFFLINE", "1")  # nothing may be downloaded by a test
+        gpu = None if pytestconfig.getoption("--gpu") else False
+        settings = dict(options=["--disable-api-nodes", *options], gpu=gpu, variables=one_thread())
+        try:
+            with Server(environment(), **settings) as server:
+                yield server
+        finally:
+            offline.undo()
+
+    return start
 
 
 @pytest.fixture(scope="session")
-def server(pytestconfig: pytest.Config) -> Iterator:
+def server(start_server: Callable) -> Iterator:
     """The real ComfyUI with the pack, started once for all tests that ask for it.
 
     `run(api_graph) -> outputs`, `object_info()`, `interrupt()`, `get(path)`, `view(image)`. `run` raises
     `devtools.server.GraphError` in the server's own words. See also `devtools.graphs.Graph`.
     """
-    with running_server(pytestconfig) as started:
-        yield started
+    with start_server() as server:
+        yield server

@@ -9,6 +9,8 @@ const TEXTS = "pix2pixZero";
 const WIDGET = "$$pix2pix-zero-text";
 const FONT = "12px sans-serif";
 const LINE = 16;
+const PADDING = 4;
+const MARGIN = 6;
 const SAVES = "Pix2PixZeroSaveDirection";
 const LOADS = "Pix2PixZeroLoadDirection";
 
@@ -59,7 +61,7 @@ function find(id) {
 function height(text, width) {
   measure.font = FONT;
   const lines = text.split("\n").map((line) => Math.ceil((measure.measureText(line).width * 1.1) / Math.max(80, width)) || 1);
-  return LINE * lines.reduce((sum, count) => sum + count, 0) + 12;
+  return LINE * lines.reduce((sum, count) => sum + count, 0) + 2 * (PADDING + MARGIN);
 }
 
 function addWidget(node) {
@@ -71,12 +73,12 @@ function addWidget(node) {
     overflow: "auto",
     overflowWrap: "anywhere",
     userSelect: "text",
-    padding: "4px 6px",
+    padding: `${PADDING}px`,
     boxSizing: "border-box",
     color: "var(--input-text, #ddd)",
   });
-  const size = () => height(element.textContent, node.size[0] - 44);
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: size, getMaxHeight: size };
+  const size = () => height(element.textContent, node.size[0] - 2 * (PADDING + MARGIN));
+  const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: size, getMaxHeight: size };
   const widget = node.addDOMWidget(WIDGET, "pix2pix_zero_text", element, options);
   widget.serialize = false;
   return widget;

@@ -23,7 +23,6 @@ def find_browser() -> str | None:
 def frontend_server(request: pytest.FixtureRequest) -> Iterator:
     """ComfyUI with the frontend that it pins, then with the newest that is known."""
     from comfyui_version import __version__
-    from conftest import running_server
 
     if __version__ != DEFAULT_VERSION:
         pytest.skip(f"they know the frontend of ComfyUI {DEFAULT_VERSION}, this is {__version__}")
@@ -34,8 +33,8 @@ def frontend_server(request: pytest.FixtureRequest) -> Iterator:
         yield request.getfixturevalue("server")
         return
     root = newest_frontend(Path(sys.executable))
-    with running_server(request.config, "--front-end-root", str(root)) as started:
-        yield started
+    with request.getfixturevalue("start_server")("--front-end-root", str(root)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
