@@ -22,6 +22,7 @@ TEXT_PREFIX = "cond_stage_model.transformer."
 VAE_PREFIX = "first_stage_model."
 CAPTIONER_PREFIX = "captioner."
 SCALE_FACTOR = "scale_factor"
+SMALLEST = 8  # side of a picture, in pixels: one latent pixel
 
 # comfy.sd.VAE wants a network it knows: a minute AutoencoderKL that LightAutoencoder then replaces.
 _PLACEHOLDER = {
@@ -57,6 +58,16 @@ class DemoVAE(comfy.sd.VAE):
         self.memory_used_decode = lambda shape, dtype: 2000 * 64 * shape[2] * shape[3]
         self.size = None
         self.model_size()
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """Latents of pictures [B, height, width, 3]. Raises ValueError for one without a whole latent pixel."""
+        height, width = pixel_samples.shape[-3:-1]
+        if min(height, width) < SMALLEST:
+            raise ValueError(
+                f"pixels: a picture of {width}x{height} is too small, {SMALLEST}x{SMALLEST} is the least. Put Crop to Edit ahead "
+                "of VAE Encode."
+            )
+        return super().encode(pixel_samples)
 
 
 def read_weights(path: str | Path = WEIGHTS) -> dict[str, Tensor]:

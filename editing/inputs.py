@@ -24,6 +24,7 @@ class Socket(Protocol):
 
     id: str
     optional: bool
+    # Some sockets have `lazy`: nothing comes in where the node has not asked for it.
 
     def get_io_type(self) -> str:
         """Such as "MODEL"."""
@@ -72,7 +73,7 @@ def _values(sockets: Sequence[Socket], lists: Mapping[str, Sequence], kinds: Kin
     for socket in sockets:
         io_type = socket.get_io_type()
         for value in lists.get(socket.id, ()):
-            if value is None and socket.optional and io_type not in WIDGETS:
+            if value is None and io_type not in WIDGETS and (socket.optional or getattr(socket, "lazy", False)):
                 continue
             if io_type in WIDGETS:
                 WIDGETS[io_type](value, socket)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host.networks.captioner import load_captioner
+from ..host.networks.captioner import load_captioner, own_captions
 from ..host.networks.model_kinds import BLIP, DEMO, fingerprint, model_names, register_folders
 from .sockets import CATEGORY, Captioner
 
@@ -57,7 +57,11 @@ class Pix2PixZeroCaption(io.ComfyNode):
             description="Describe each picture of a batch in one sentence.",
             search_aliases=["blip", "interrogate", "image to text", "describe"],
             inputs=[
-                Captioner.Input("captioner", tooltip="From Load Captioner."),
+                Captioner.Input(
+                    "captioner",
+                    tooltip="From Load Captioner. It is not loaded where you write the caption yourself.",
+                    lazy=True,
+                ),
                 io.Image.Input(
                     "image",
                     tooltip="The picture to describe: the one you will edit. Each picture of a batch gets its own "
@@ -78,6 +82,15 @@ class Pix2PixZeroCaption(io.ComfyNode):
                     tooltip="The longest caption, in word pieces. Raise it if captions are cut off; lower it if they "
                     "ramble or repeat.",
                 ),
+                io.String.Input(
+                    "caption",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Your own caption: one sentence that says what the picture shows, such as 'a photo of a cat on a "
+                    "sofa', or a line for each picture of a batch. No captioner is needed then. Leave it empty to have the "
+                    "picture described.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -87,7 +100,17 @@ class Pix2PixZeroCaption(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, captioner, image, prefix: str = "", max_new_tokens: int = 40) -> io.NodeOutput:
+    def check_lazy_status(
+        cls, captioner=None, image=None, prefix: str = "", max_new_tokens: int = 40, caption: str = ""
+    ) -> list[str]:
+        return [] if caption.strip() or captioner is not None else ["captioner"]
+
+    @classmethod
+    def execute(
+        cls, image, captioner=None, prefix: str = "", max_new_tokens: int = 40, caption: str = ""
+    ) -> io.NodeOutput:
+        if caption.strip():
+            return io.NodeOutput(own_captions(caption, len(image)))
         return io.NodeOutput(captioner.caption(image, prefix, max_new_tokens))
 
 

@@ -23,6 +23,7 @@ DEMO_PREFIX = "captioner."
 IMAGES_AT_ONCE = 8
 BEAMS = 3
 LONGEST_PREFIX = 2000
+LONGEST_CAPTIONS = 1_000_000
 
 
 class Captioner(HeldNetwork):
@@ -116,6 +117,21 @@ def step_hook(progress: comfy.utils.ProgressBar, done: int) -> Callable:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     return hook
+
+
+def own_captions(text: str, pictures: int) -> list[str]:
+    """A caption for each picture of a batch, from a text that a person wrote: one for all, or a line for each.
+
+    Raises ValueError if it has another number of lines.
+    """
+    lines = [line.strip() for line in check_text(text, "caption", LONGEST_CAPTIONS).splitlines() if line.strip()]
+    if pictures == 1:
+        return [" ".join(lines)]
+    if len(lines) not in (1, pictures):
+        raise ValueError(
+            f"caption: it has {len(lines)} lines for {pictures} pictures. Write one for all, or a line for each picture."
+        )
+    return lines if len(lines) == pictures else lines * pictures
 
 
 def load_captioner(model_name: str, allow_download: bool = False) -> Captioner:

@@ -159,7 +159,10 @@ def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     if not missing:
         return folder
     source = next((repo_id for repo_id in kind.well_known if repo_id.endswith("/" + folder.name)), None)
-    by_tick = f" Or choose '{source}' and tick allow_download." if source else ""
+    choice = "" if source == name else f"choose '{source}' and "
+    by_tick = f" Or {choice}tick allow_download." if source else ""
+    if kind is BLIP:
+        by_tick += " Or write the caption yourself, on Caption Image."
     if not os.path.isdir(folder):
         raise ValueError(
             f"{kind.socket}: there is no {kind.words} '{name}'. Put {', '.join(missing)} of one into the folder {folder}."

@@ -21,6 +21,7 @@ from ..unet.jobs import CACHES
 
 SCHEDULERS = ("ddim_uniform", "simple")
 MANY_TIMES = 4.0
+NORM_GROUPS = 32  # of channels, in the normalizations of a UNet
 # The side of the pictures that a UNet was trained on, by the width of the texts that it attends to; of all others the last.
 SIDES = {768: 512, 1024: 768}
 LARGEST_SIDE = 1024
@@ -271,7 +272,23 @@ def clean_latent(model: ModelPatcher, latent_image: dict) -> torch.Tensor:
             "Encode the picture with the VAE that belongs to the model."
         )
     check_finite(samples, "latent_image", "Try the VAE in fp32, and check the picture.")
+    _check_not_too_small(model, *samples.shape[-2:])
     return samples
+
+
+def _check_not_too_small(model: ModelPatcher, height: int, width: int) -> None:
+    """Raise ValueError for a latent of which a UNet with one channel in each group has a single value to normalize."""
+    unet = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
+    widths = [factor * unet.get("model_channels", 0) for factor in unet.get("channel_mult", ())]
+    # Halved after a level of so many channels, they are normalized before there are more of them.
+    halvings = [min(level + 1, len(widths) - 1) for level, wide in enumerate(widths) if wide == NORM_GROUPS]
+    halved = 2 ** max(halvings, default=0)
+    if halvings and max(height, width) <= halved:
+        ratio = pixels_per_latent(model)
+        raise ValueError(
+            f"latent_image: a picture of {ratio * width}x{ratio * height} is too small for this model. One side has to be "
+            f"longer than {ratio * halved} pixels: put Crop to Edit ahead of VAE Encode."
+        )
 
 
 def check_finite(tensor: torch.Tensor, socket: str, advice: str) -> None:

@@ -11,7 +11,10 @@ EXAMPLES = ROOT / "example_workflows"
 API_COPIES = ROOT / "tests" / "workflows"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
 TO_BRING = {
-    "edit_your_picture": ["CheckpointLoaderSimple", "LoadImage"],
+    **dict.fromkeys(
+        ("edit_your_picture", "edit_your_picture_sd2", "edit_your_picture_sdxl"),
+        ["CheckpointLoaderSimple", "LoadImage"],
+    ),
     "use_a_distilled_edit": ["LoadImage", "LoadVideo", "UpscaleModelLoader"],
 }
 """The nodes whose files a person has to bring."""

@@ -69,7 +69,7 @@ def test_the_package_holds_what_users_need_and_nothing_else(files):
     assert {"__init__.py", "nodes", "host", "demo_model", "web", "locales"} <= {name.split("/")[0] for name in files}
     assert [name for name in files if "train" in name.lower() or "test" in name.lower()] == []
     kinds = {Path(name).suffix for name in files}
-    assert kinds <= {".py", ".json", ".txt", ".md", ".jpg", ".toml", ".safetensors", ""}
+    assert kinds <= {".py", ".js", ".json", ".txt", ".md", ".jpg", ".toml", ".safetensors", ""}
     weights = [name for name in files if name.endswith(".safetensors")]
     assert [name for name in weights if not name.startswith("demo_model/distilled/")] == [
         "demo_model/weights.safetensors"

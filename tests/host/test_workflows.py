@@ -22,6 +22,8 @@ NAMES = [
     "edit_a_generated_image",
     "edit_a_small_subject",
     "edit_your_picture",
+    "edit_your_picture_sd2",
+    "edit_your_picture_sdxl",
     "flowedit",
     "plug_and_play",
     "prompt_to_prompt",
@@ -29,6 +31,7 @@ NAMES = [
     "use_a_distilled_edit",
 ]
 ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture", "flowedit"]
+YOUR_PICTURE = ["edit_your_picture", "edit_your_picture_sd2", "edit_your_picture_sdxl"]
 SUBGRAPHS = ROOT / "subgraphs"
 TITLE_HEIGHT = 30
 
@@ -189,7 +192,7 @@ def showing_the_source(api: dict) -> dict:
 
 
 GRAPHS = {name: read_api for name in NAMES} | {
-    "edit_your_picture": lambda name: on_the_demo_model(read_api(name)),
+    **{name: lambda name: on_the_demo_model(read_api(name)) for name in YOUR_PICTURE},
     "use_a_distilled_edit": lambda name: with_a_shipped_student(read_api(name)),
 }
 
@@ -293,8 +296,9 @@ def test_no_method_keeps_more_than_the_perfect_edit_and_the_report_names_them(se
     assert max(psnr, key=psnr.get) == "perfect edit"
 
 
-def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(server):
-    api = read_api("edit_your_picture")
+@pytest.mark.parametrize("name", YOUR_PICTURE)
+def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(name, server):
+    api = read_api(name)
     with pytest.raises(GraphError) as refusal:
         server.run(api)
     lacking = {
@@ -334,3 +338,13 @@ def test_the_blueprint_is_one_subgraph_and_the_server_offers_it(server):
             ("image", "IMAGE"),
         ]
         assert [(slot["name"], slot["type"]) for slot in subgraph["outputs"]] == [("image", "IMAGE")]
+
+
+@pytest.mark.parametrize(("name", "side"), zip(YOUR_PICTURE, (512, 768, 1024)))
+def test_your_picture_is_cut_to_the_size_of_its_checkpoint_which_the_frontend_can_download(name, side):
+    workflow = read(name)
+    assert only(read_api(name), "Pix2PixZeroCrop")["inputs"]["model_size"] == side
+    (loader,) = (node for node in workflow["nodes"] if node["type"] == "CheckpointLoaderSimple")
+    (model,) = loader["properties"]["models"]
+    assert model["name"] == loader["widgets_values"][0] and model["directory"] == "checkpoints"
+    assert model["url"].startswith("https://") and model["url"].endswith("/" + model["name"])
