@@ -11,11 +11,8 @@ const FONT = "12px sans-serif";
 const LINE = 16;
 const PADDING = 4;
 const MARGIN = 6;
-const SAVES = "Pix2PixZeroSaveDirection";
-const LOADS = "Pix2PixZeroLoadDirection";
 
 let texts = {};
-let directions = null;
 const measure = document.createElement("canvas").getContext("2d");
 
 function patterns(language) {
@@ -92,26 +89,6 @@ function show(node, text) {
   node.setDirtyCanvas(true, true);
 }
 
-function offer(node) {
-  const widget = node.widgets?.find((one) => one.name === "direction_name");
-  if (widget && directions) widget.options.values = directions;
-}
-
-function everyNode(graph, act) {
-  for (const node of graph?.nodes ?? []) {
-    act(node);
-    everyNode(node.subgraph, act);
-  }
-}
-
-// The files that Load Direction offers, asked for anew after one was saved.
-async function refreshDirections() {
-  const info = await (await api.fetchApi(`/object_info/${LOADS}`)).json();
-  const [kind, options] = info[LOADS].input.required.direction_name;
-  directions = Array.isArray(kind) ? kind : options.options;
-  everyNode(app.rootGraph ?? app.graph, (node) => node.comfyClass === LOADS && offer(node));
-}
-
 app.registerExtension({
   name: "pix2pix-zero.node-texts",
 
@@ -133,12 +110,7 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (output) {
       before?.apply(this, arguments);
       if (output?.text?.length) show(this, output.text.join("\n"));
-      if (nodeData.name === SAVES) refreshDirections();
     };
-  },
-
-  nodeCreated(node) {
-    if (node.comfyClass === LOADS) offer(node);
   },
 
   // When the results of an earlier run are shown again.

@@ -11,6 +11,7 @@ EXAMPLES = ROOT / "example_workflows"
 API_COPIES = ROOT / "tests" / "workflows"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
 TO_BRING = {
+    "edit_with_written_sentences": ["CLIPLoader", "CheckpointLoaderSimple", "LoadImage"],
     **dict.fromkeys(
         ("edit_your_picture", "edit_your_picture_sd2", "edit_your_picture_sdxl"),
         ["CheckpointLoaderSimple", "LoadImage"],

@@ -9,9 +9,11 @@ tests/workflows anew. URL is that of a running server with the pack, such as `py
 import json
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 NOTES = {"MarkdownNote", "Note"}
+CHOICE_OF_INPUTS = "COMFY_DYNAMICCOMBO_V3"  # a choice that has further inputs, by which one is chosen
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -52,6 +54,9 @@ def _widget_values(node: dict, schema: dict) -> dict[str, object]:
     inputs = {}
     try:
         for name, (kind, settings) in schema_inputs(schema).items():
+            if kind == CHOICE_OF_INPUTS:
+                inputs.update(_chosen(name, settings, values))
+                continue
             if kind not in WIDGET_TYPES or settings.get("forceInput"):
                 continue
             inputs[name] = next(values)
@@ -64,6 +69,13 @@ def _widget_values(node: dict, schema: dict) -> dict[str, object]:
     if left := list(values):
         raise ValueError(f"node {node['id']} ({node['type']}): values without a widget: {left}")
     return inputs
+
+
+def _chosen(name: str, settings: dict, values: Iterator) -> dict[str, object]:
+    choice = next(values)
+    (option,) = (option for option in settings["options"] if option["key"] == choice)
+    further = [each for group in ("required", "optional") for each in option["inputs"].get(group, {})]
+    return {name: choice, **{f"{name}.{each}": next(values) for each in further}}
 
 
 def main(url: str) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comfyui_version import __version__
 from PIL import Image
+from pix2pix_zero.devtools.hosts import DEFAULT_VERSION
 from pix2pix_zero.devtools.server import PACK_FOLDER, GraphError
 from workflow_forms import NOTES, api_form
 
@@ -31,6 +33,10 @@ NAMES = [
     "use_a_distilled_edit",
 ]
 ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture", "flowedit"]
+# With the newer inputs of ComfyUI's text generation node.
+LANGUAGE_MODEL = "edit_with_written_sentences"
+if __version__ == DEFAULT_VERSION:
+    NAMES.append(LANGUAGE_MODEL)
 YOUR_PICTURE = ["edit_your_picture", "edit_your_picture_sd2", "edit_your_picture_sdxl"]
 SUBGRAPHS = ROOT / "subgraphs"
 TITLE_HEIGHT = 30
@@ -68,9 +74,8 @@ def box(node: dict) -> tuple[float, float, float, float]:
 
 
 def test_every_example_has_its_thumbnail_and_its_api_copy():
-    assert sorted(path.stem for path in EXAMPLES.glob("*.json")) == NAMES
-    assert sorted(path.stem for path in EXAMPLES.glob("*.jpg")) == NAMES
-    assert sorted(path.stem for path in API_COPIES.glob("*.json")) == NAMES
+    for folder, ending in ((EXAMPLES, "json"), (EXAMPLES, "jpg"), (API_COPIES, "json")):
+        assert {path.stem for path in folder.glob(f"*.{ending}")} == {*NAMES, LANGUAGE_MODEL}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,6 +172,15 @@ def on_the_demo_model(api: dict) -> dict:
     return api
 
 
+def with_sentences_of_the_bank(api: dict) -> dict:
+    """The example of the language model on the demo, with the pack's own sentences in the place of those it would write."""
+    api = on_the_demo_model(api)
+    del api[ids_of(api, "CLIPLoader")[0]]
+    for key, concept in zip(ids_of(api, "TextGenerate"), ("cat", "dog")):
+        api[key].update(class_type="Pix2PixZeroSentences", inputs={"concept": concept, "count": 16, "seed": 0})
+    return api
+
+
 def with_a_shipped_student(api: dict) -> dict:
     """`use_a_distilled_edit` with a student, a scene and three frames of the demo in the place of files that one has to bring."""
     api = copy.deepcopy(api)
@@ -193,6 +207,7 @@ def showing_the_source(api: dict) -> dict:
 
 GRAPHS = {name: read_api for name in NAMES} | {
     **{name: lambda name: on_the_demo_model(read_api(name)) for name in YOUR_PICTURE},
+    LANGUAGE_MODEL: lambda name: with_sentences_of_the_bank(read_api(name)),
     "use_a_distilled_edit": lambda name: with_a_shipped_student(read_api(name)),
 }
 
@@ -312,7 +327,7 @@ def test_your_picture_lacks_nothing_but_the_files_one_has_to_bring(name, server)
 
 def test_the_template_browser_lists_the_examples_with_their_thumbnails(server):
     listed = json.loads(server.get("/workflow_templates"))
-    assert sorted(listed[PACK_FOLDER]) == NAMES
+    assert set(listed[PACK_FOLDER]) == {*NAMES, LANGUAGE_MODEL}
     for name in NAMES:
         for ending in ("json", "jpg"):
             content = server.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.{ending}")
