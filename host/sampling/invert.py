@@ -49,7 +49,7 @@ METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
 ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels
 CORRECTED = ("direct", "fixed-point")  # they keep what each step of the sampler misses the trajectory by
 MAP_MEMORY = 2048 * 2**20
-EXACT = 1e-2
+EXACTLY = 1e-2
 """How far a picture that comes back exactly may be off by rounding, where latents have a spread of about 1."""
 
 
@@ -186,7 +186,7 @@ def _walk_up(
 def _check_comes_back(corrected: torch.Tensor, picture: torch.Tensor) -> None:
     """Raise ValueError if the inversion does not bring the picture back as exactly as its report says."""
     error = (corrected - picture).square().mean((1, 2, 3)).sqrt()
-    if (error > EXACT).any():  # what is not finite has words of its own
+    if (error > EXACTLY).any():  # what is not finite has words of its own
         raise ValueError(
             "model: its estimates are so large that the picture is lost in their rounding. Load the model in bf16 or fp32, "
             "and lower the weights of LoRAs and patches."
