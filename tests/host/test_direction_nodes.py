@@ -64,7 +64,7 @@ def test_the_public_contract():
 
 
 def test_every_seed_stays_as_it_is_and_is_named_as_in_core():
-    """A drawn seed would run everything that follows at every queue. A generated picture is drawn anew, a folder's are counted."""
+    """A drawn seed would run all that follows at every queue. A generated picture is drawn anew, a folder's are counted."""
     seeds = {}
     for node in ALL_NODES:
         given = node.INPUT_TYPES()
