@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
-import numpy as np
 import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from PIL import Image
 
 from ...attention_patches.attention import AttentionSite, map_shapes, site_halvings
 from ...editing.attention_heat import AttentionHeat
@@ -19,7 +16,8 @@ from ...editing.guidance import Maps
 from ...editing.interrupts import interruptible
 from ...editing.token_alignment import Prompt, positions
 from ...editing.trajectory import Inversion
-from ...pictures import charts
+from ...pictures.charts import as_image
+from ...pictures.heat import draw_heat
 from .. import running
 from ..messages import OTHER_CAPTION, READING_MAPS, RECORDING_MAPS
 from ..running import Run, look
@@ -31,23 +29,6 @@ from ..unet.jobs import for_own_sampler
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 MOST_PHRASES = 100
-SMALLEST = 384
-"""Smaller pictures are enlarged, so that labels fit under them."""
-
-PALETTE = np.array(
-    [
-        [0, 0, 4],
-        [33, 12, 74],
-        [87, 16, 110],
-        [137, 34, 106],
-        [187, 55, 84],
-        [227, 89, 51],
-        [249, 140, 10],
-        [249, 201, 50],
-        [252, 255, 164],
-    ]
-)
-"""The colours of "inferno", evenly spaced: equal steps of heat look equal, in grey too."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +66,9 @@ def attention_heatmaps(
     for number, words in enumerate(chosen):
         base = None if image is None else image[min(number, len(image) - 1)]
         for label, tokens in interruptible(words):
-            pictures.append(_draw(heat[number, tokens].sum(0), label, base, pixels_per_latent(model)))
+            pictures.append(draw_heat(heat[number, tokens].sum(0), label, base, pixels_per_latent(model)))
     _warn_of_other_captions(clip, captions, inversion.source[0][0])  # in the end, or progress would write over it
-    return torch.stack([charts.as_image(picture) for picture in pictures])
+    return torch.stack([as_image(picture) for picture in pictures])
 
 
 def _warn_of_other_captions(clip: CLIP, captions: list[str], encoded: torch.Tensor) -> None:
@@ -213,28 +194,3 @@ def _record(model: ModelPatcher, inversion: Inversion, levels: list[int], shapes
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
     look(guider, read, model.model.process_latent_out(inversion.trajectory[0]), inversion.sigmas.flip(0))
-
-
-def _draw(heat: torch.Tensor, label: str, image: torch.Tensor | None, scale: int) -> Image.Image:
-    """The heat [H, W] in colours, over the picture if there is one, with the word and the largest share under it.
-
-    `scale`: pixels of the picture to one of the heat.
-    """
-    size = [scale * side for side in heat.shape] if image is None else image.shape[:2]
-    enlarged = -(-SMALLEST // min(size))
-    height, width = (enlarged * side for side in size)
-    low, high = float(heat.min()), float(heat.max())
-    even = ((heat - low) / max(high - low, 1e-12))[None, None]
-    even = F.interpolate(even, (height, width), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1).numpy()
-    places = np.linspace(0, 1, len(PALETTE))
-    colours = np.stack([np.interp(even, places, PALETTE[:, i]) for i in range(3)], -1)
-    if image is not None:
-        below = charts.as_pillow(image).resize((width, height), Image.Resampling.BICUBIC).convert("L")
-        share = 0.35 + 0.4 * even[..., None]
-        colours = share * colours + (1 - share) * np.asarray(below, dtype=np.float64)[..., None]
-    line = max(36, round(min(height, width) / 14))
-    sheet = charts.Sheet(width, height + line)
-    sheet.paste(Image.fromarray(colours.round().astype(np.uint8)), 0, 0, width, height, Image.Resampling.NEAREST)
-    sheet.text((12, height + line / 2), label, 0.5 * line, anchor="lm", within=0.6 * width)
-    sheet.text((width - 12, height + line / 2), f"up to {high:.0%} of attention", 0.4 * line, charts.FAINT_INK, "rm")
-    return sheet.finish()

@@ -26,7 +26,7 @@ def twins(prediction_type: str = "epsilon", seed: int = 0) -> tuple:
 
 
 def share_shifts(monkeypatch, shifts: list[torch.Tensor]) -> None:
-    """Make the pipeline draw the given shifts, [channels, levels] for each roll, channel by channel, level by level."""
+    """Make the pipeline draw the given shifts, [channels, scales] for each roll, channel by channel, scale by scale."""
     queue = [shift for roll in shifts for shift in roll.flatten().tolist()]
 
     class Torch:
@@ -35,7 +35,7 @@ def share_shifts(monkeypatch, shifts: list[torch.Tensor]) -> None:
 
         def randint(self, high, size, generator=None):
             shift = queue.pop(0)
-            assert 1 <= shift <= high, "a shift of another level"
+            assert 1 <= shift <= high, "a shift of another scale"
             return torch.full(size, shift)
 
     monkeypatch.setattr(theirs, "torch", Torch())

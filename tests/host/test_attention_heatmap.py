@@ -10,6 +10,7 @@ from pix2pix_zero.host.views import attention_heat
 from pix2pix_zero.host.views.attention_heat import HeatmapSettings, attention_heatmaps, mean_attention
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.pictures import charts
+from pix2pix_zero.pictures.heat import draw_heat
 from small_unet import latent, small_model
 
 CAPTION = "a photo of a fluffy cat on grass"
@@ -193,7 +194,7 @@ def test_each_picture_of_a_batch_is_shown_with_its_own_caption(model, clip, run_
     with torch.inference_mode():
         heat = mean_attention(model, batch, 77, FULL, "all")
     zebra = clip.tokenize("a zebra")["l"][0].index(clip.tokenize("zebra")["l"][0][1])
-    expected = attention_heat._draw(heat[1, [zebra]].sum(0), "zebra", image[1], 8)
+    expected = draw_heat(heat[1, [zebra]].sum(0), "zebra", image[1], 8)
     assert torch.equal(together[2], charts.as_image(expected))
 
 
