@@ -125,6 +125,7 @@ class Lists(NamedTuple):
 
     pictures: str
     texts: tuple[str, ...]
+    rows: tuple[str, ...]
     join: Callable[[list, str], Any]
     finish: Callable[..., None] | None
 
@@ -132,6 +133,7 @@ class Lists(NamedTuple):
 def per_picture(
     pictures: str,
     texts: tuple[str, ...],
+    rows: tuple[str, ...] = (),
     join: Callable[[list, str], Any] = stack_conditionings,
     finish: Callable[..., None] | None = None,
 ) -> Callable[[Callable], Callable]:
@@ -139,12 +141,12 @@ def per_picture(
 
     `execute` is called for each item of the lists as ComfyUI would, with the texts of a batch joined; the node gives a list per
     output. `pictures`: the socket that brings the batches. `texts`: sockets with a text for each batch, for each picture
-    of all batches, for a single one as many as wanted, or one for all. `join`: the texts of a batch as one. `finish`:
-    called with the lists of all outputs.
+    of all batches, for a single one as many as wanted, or one for all. `rows`: sockets with MASKs or IMAGEs [B, ...], which
+    go to their pictures in the same way. `join`: the texts of a batch as one. `finish`: called with the lists of all outputs.
     """
 
     def decorate(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-        execute.lists = Lists(pictures, texts, join, finish)
+        execute.lists = Lists(pictures, texts, rows, join, finish)
         return execute
 
     return decorate
@@ -215,16 +217,35 @@ def _each_with_its_texts(inputs: dict[str, list], lists: Lists) -> Iterator[tupl
             raise ValueError(f"{name}: the list is empty. Connect at least one.")
     sizes = [_batch(item) for item in inputs[lists.pictures]]
     for name, values in inputs.items():
-        yield name, _split(values, name, sizes, lists.join) if name in lists.texts else values
+        if name in lists.texts:
+            values = _split(values, name, sizes, lists.join)
+        elif name in lists.rows:
+            values = _split(_each_row(values, sizes), name, sizes, _as_batch, "batches of them")
+        yield name, values
 
 
-def _split(texts: list, socket: str, sizes: list[int], join: Callable) -> list:
-    """One text for each batch, of `sizes` pictures, or as many as there are for a single picture."""
+def _each_row(tensors: list, sizes: list[int]) -> list:
+    """A batch [B, ...] of all pictures as one for each; other lists as they are. `sizes`: those of the pictures' batches."""
+    if len(sizes) > 1 and len(tensors) == 1 and tensors[0] is not None and len(tensors[0]) == sum(sizes) > 1:
+        return list(tensors[0].split(1))
+    return tensors
+
+
+def _as_batch(tensors: list, socket: str) -> torch.Tensor:
+    if any(tensor is None or tensor.shape != tensors[0].shape for tensor in tensors):
+        raise ValueError(
+            f"{socket}: those of one batch must be of one size. Resize them, or give the pictures one by one."
+        )
+    return torch.cat([tensor if tensor.ndim > 2 else tensor[None] for tensor in tensors])
+
+
+def _split(texts: list, socket: str, sizes: list[int], join: Callable, words: str = "texts") -> list:
+    """One text, or one batch of masks, for each batch of `sizes` pictures, or as many as there are for a single one."""
     if len(texts) in (1, len(sizes)) or sizes == [1]:
         return texts
     if len(texts) != sum(sizes):
         raise ValueError(
-            f"{socket}: it brings {len(texts)} texts for {sum(sizes)} pictures in {len(sizes)} batches. Give one for each "
+            f"{socket}: it brings {len(texts)} {words} for {sum(sizes)} pictures in {len(sizes)} batches. Give one for each "
             "picture, or one for all."
         )
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

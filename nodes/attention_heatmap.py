@@ -67,7 +67,9 @@ class Pix2PixZeroAttentionHeatmap(io.ComfyNode):
         )
 
     @classmethod
-    @per_picture(pictures="inversion", texts=("caption", "words"), join=lambda texts, socket: tuple(texts))
+    @per_picture(
+        pictures="inversion", texts=("caption", "words"), rows=("image",), join=lambda texts, socket: tuple(texts)
+    )
     def execute(
         cls, model, inversion, clip, caption, words, start_percent, end_percent, resolution, image=None
     ) -> io.NodeOutput:

@@ -122,7 +122,7 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
         )
 
     @classmethod
-    @per_picture(pictures="latent_image", texts=("source", "target", "negative"))
+    @per_picture(pictures="latent_image", texts=("source", "target", "negative"), rows=("mask",))
     def execute(
         cls,
         model,

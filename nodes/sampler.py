@@ -113,7 +113,7 @@ class Pix2PixZeroKSampler(io.ComfyNode):
         )
 
     @classmethod
-    @per_picture(pictures="inversion", texts=("positive", "negative"))
+    @per_picture(pictures="inversion", texts=("positive", "negative"), rows=("mask",))
     def execute(
         cls,
         model,

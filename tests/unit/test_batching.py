@@ -27,7 +27,7 @@ def node(calls):
             return io.Schema(node_id="Node", inputs=[], is_input_list=True)
 
         @classmethod
-        @per_picture("picture", ("text",))
+        @per_picture("picture", ("text",), ("mask",))
         def execute(cls, **inputs):
             calls.append(inputs)
             return io.NodeOutput(len(calls))
@@ -77,6 +77,36 @@ def test_the_texts_of_a_list_of_batches_go_to_their_pictures(node, calls, batche
 def test_texts_that_fit_no_picture_are_refused_with_both_numbers(node, batches, texts):
     with pytest.raises(ValueError, match=f"text: it brings {texts} texts for {sum(batches)} pictures"):
         node(picture=[picture(size) for size in batches], text=[text(value) for value in range(texts)])
+
+
+def masks(*values):
+    return torch.tensor(values, dtype=torch.float32)[:, None, None].expand(-1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("batches", "given", "expected"),
+    [
+        ([2], [masks(1), masks(2)], [[1, 2]]),  # from a list of pictures that were made a batch
+        ([2], [masks(1, 2)], [[1, 2]]),
+        ([2], [masks(1)], [[1]]),
+        ([2, 1], [masks(1, 2, 3)], [[1, 2], [3]]),
+        ([1, 1], [masks(1, 2)], [[1], [2]]),
+        ([2, 1], [masks(1), masks(2), masks(3)], [[1, 2], [3]]),
+        ([2, 1], [masks(1, 2), masks(3)], [[1, 2], [3]]),
+        ([2, 2], [masks(1)], [[1], [1]]),
+        ([1], [masks(1), masks(2)], [[1], [2]]),  # one picture, edited twice
+    ],
+)
+def test_masks_go_to_their_pictures_as_texts_do(node, calls, batches, given, expected):
+    node(picture=[picture(size) for size in batches], text=[text(1)], mask=given)
+    assert [call["mask"][:, 0, 0].tolist() for call in calls] == expected
+
+
+def test_masks_that_fit_no_picture_are_refused(node):
+    with pytest.raises(ValueError, match="mask: it brings 3 batches of them for 4 pictures in 2 batches"):
+        node(picture=[picture(2), picture(2)], text=[text(1)], mask=[masks(1), masks(2), masks(3)])
+    with pytest.raises(ValueError, match="mask: those of one batch must be of one size"):
+        node(picture=[picture(2)], text=[text(1)], mask=[masks(1), torch.ones(1, 9, 9)])
 
 
 def test_an_empty_list_is_named(node):
