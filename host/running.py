@@ -226,8 +226,9 @@ def _each_with_its_texts(inputs: dict[str, list], lists: Lists) -> Iterator[tupl
 
 def _each_row(tensors: list, sizes: list[int]) -> list:
     """A batch [B, ...] of all pictures as one for each; other lists as they are. `sizes`: those of the pictures' batches."""
-    if len(sizes) > 1 and len(tensors) == 1 and tensors[0] is not None and len(tensors[0]) == sum(sizes) > 1:
-        return list(tensors[0].split(1))
+    (first, *others) = tensors
+    if len(sizes) > 1 and not others and first is not None and first.ndim > 2 and len(first) == sum(sizes):
+        return list(first.split(1))
     return tensors
 
 

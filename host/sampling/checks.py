@@ -39,6 +39,7 @@ PATCHER = (
 KEYED = ("wrappers", "callbacks")
 # Options that mix estimates and never reach the UNet.
 MIXING = ("sampler_", "denoise_mask_function", "disable_cfg1_optimization")
+BROKEN = "Load it in bf16 or fp32, and lower the weights of LoRAs and patches."
 # Least part of a weight's values that are equal in one precision, where two files are the same.
 SAME_VALUES = 0.75
 

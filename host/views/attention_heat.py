@@ -21,7 +21,7 @@ from ...pictures.heat import draw_heat
 from .. import running
 from ..messages import OTHER_CAPTION, READING_MAPS, RECORDING_MAPS
 from ..running import Run, look
-from ..sampling.checks import attention_state, check_inversion, pixels_per_latent
+from ..sampling.checks import BROKEN, attention_state, check_finite, check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
 from ..text.prompt_words import entries, is_text_of, tokenize
 from ..text.text_encoding import require_clip
@@ -62,6 +62,7 @@ def attention_heatmaps(
     prompts = [tokenize(clip, text, "caption") for text in captions]
     chosen = [_choose_words(clip, text, prompt) for text, prompt in zip(phrases, prompts)]
     heat = mean_attention(model, inversion, prompts[0].length, settings.window, settings.resolution)
+    check_finite(heat, "model", BROKEN)
     pictures = []
     for number, words in enumerate(chosen):
         base = None if image is None else image[min(number, len(image) - 1)]

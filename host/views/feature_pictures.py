@@ -11,7 +11,7 @@ from ...editing.principal_components import as_colours, principal_components
 from ...editing.trajectory import Inversion
 from ..methods.plug_and_play import read_features
 from ..running import Run, look
-from ..sampling.checks import check_inversion, pixels_per_latent
+from ..sampling.checks import BROKEN, check_finite, check_inversion, pixels_per_latent
 from ..unet.jobs import for_own_sampler
 
 KINDS = ("residual features", "queries", "keys", "values")
@@ -35,6 +35,7 @@ def feature_pictures(
         tensor = rearrange(features[residual][0], "b c h w -> b (h w) c")
     else:
         tensor = features[site][KINDS.index(kind) - 1]
+    check_finite(tensor, "model", BROKEN)
     colours = as_colours(principal_components(rearrange(tensor, "b n c -> (b n) c")))
     pictures = rearrange(colours, "(b h w) c -> b c h w", h=height, w=width)
     size = [pixels_per_latent(model) * side for side in inversion.trajectory.shape[-2:]]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
+from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from small_edit import edit, invert
 from small_unet import conditioning, latent
 
@@ -83,6 +85,21 @@ def test_what_a_patch_breaks_is_no_success_of_a_stock_sampler_with_our_edits(mod
         prompted.sample(patched, inversion, positive, prompted.encode(clip, ""))
     with pytest.raises(ValueError, match="model: .*NaN"):
         plugged.sample(plugged.patch(broken_late(model), inversion), inversion)
+
+
+def test_what_a_patch_breaks_in_attention_is_no_picture_of_it(model, clip, run_node):
+    inversion = prompted.invert(model, clip)
+    broken = model.clone()
+    broken.set_model_attn2_patch(lambda q, k, v, options: (q * math.nan, k, v))
+    window = {"start_percent": [0.0], "end_percent": [1.0], "resolution": ["all"]}
+    with pytest.raises(ValueError, match="model: .*NaN"):
+        run_node(
+            Pix2PixZeroAttentionHeatmap,
+            **{"model": [broken], "inversion": [inversion], "clip": [clip]},
+            **{"caption": [prompted.SOURCE], "words": ["cat"], **window},
+        )
+    with pytest.raises(ValueError, match="model: .*NaN"):
+        run_node(Pix2PixZeroFeaturePCA, model=broken, inversion=inversion, features="queries", percent=0.5)
 
 
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0)])
