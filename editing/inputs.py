@@ -172,6 +172,15 @@ def mask_values(mask: Any, socket: str, words: str = "") -> Iterator[Values]:
     yield Values(mask, socket, "Draw it again.")
 
 
+def sigmas_values(sigmas: Any, socket: str) -> Iterator[Values]:
+    """The tensor of SIGMAS [N + 1], two noise levels or more."""
+    advice = "Connect a scheduler node."
+    if not torch.is_tensor(sigmas) or not sigmas.is_floating_point() or sigmas.ndim != 1 or len(sigmas) < 2:
+        found = list(sigmas.shape) if torch.is_tensor(sigmas) else type(sigmas).__name__
+        raise ValueError(f"{socket}: expected two noise levels or more, got {found}. {advice}")
+    yield Values(sigmas, socket, advice)
+
+
 def model_values(model: Any, socket: str) -> Iterator[Values]:
     """Nothing; a MODEL has no values to look at."""
     if not hasattr(model, "get_model_object"):
@@ -213,6 +222,7 @@ TENSORS: dict[str, Callable[[Any, str], Iterator[Values]]] = {
     "LATENT": latent_values,
     "IMAGE": image_values,
     "MASK": mask_values,
+    "SIGMAS": sigmas_values,
 }
 
 

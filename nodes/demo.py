@@ -11,6 +11,7 @@ from .sockets import CATEGORY, seed_input
 
 RANDOM = "random"
 MOST_PIXELS = 4096 * SIZE**2
+OBJECTIVES = ("diffusion", "flow")
 
 
 class Pix2PixZeroDemoModel(io.ComfyNode):
@@ -23,7 +24,17 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
             description="A tiny Stable Diffusion that ships with this pack: it draws 128x128 scenes with a cat, dog, horse or "
             "zebra. Use it to try edits without downloading a checkpoint; load a real checkpoint for photographs.",
             search_aliases=["demo checkpoint", "example model", "tiny stable diffusion"],
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "objective",
+                    options=list(OBJECTIVES),
+                    default=OBJECTIVES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="diffusion: as Stable Diffusion is trained. flow: the same network as a rectified flow, to try "
+                    "edits of flow models. It draws the same pictures.",
+                ),
+            ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The UNet, as from any checkpoint."),
                 io.Clip.Output(display_name="clip", tooltip="The text encoder, for captions and directions."),
@@ -32,10 +43,12 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, objective=OBJECTIVES[0]) -> io.NodeOutput:
+        from ..demo_model.flow_view import as_flow
         from ..demo_model.loader import load_demo_model
 
-        return io.NodeOutput(*load_demo_model())
+        model, clip, vae = load_demo_model()
+        return io.NodeOutput(as_flow(model) if objective == OBJECTIVES[1] else model, clip, vae)
 
 
 class Pix2PixZeroDemoScene(io.ComfyNode):

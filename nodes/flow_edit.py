@@ -4,8 +4,9 @@ from comfy_api.latest import io
 
 from ..editing.flow_edit import FlowEditSettings
 from ..host.running import per_picture
-from ..host.sampling.flow_edit import SCHEDULERS, FlowEditing, flow_edit_latent
-from .sockets import CATEGORY, edited_area_output, edited_latent_output, seed_input
+from ..host.sampling.checks import SCHEDULERS
+from ..host.sampling.flow_edit import FlowEditing, flow_edit_latent
+from .sockets import CATEGORY, edited_area_output, edited_latent_output, seed_input, sigmas_input
 
 DEFAULTS = FlowEditing()
 
@@ -117,6 +118,7 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                     "it if the background still changes, lower it if the edit is cut off. 0 lets the whole picture change.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Where the picture may change at all: white."),
+                sigmas_input(),
             ],
             outputs=[edited_latent_output(), edited_area_output()],
         )
@@ -140,9 +142,10 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
         source_consistency=DEFAULTS.averaging.consistency,
         local_blend=DEFAULTS.local_blend,
         mask=None,
+        sigmas=None,
     ) -> io.NodeOutput:
         averaging = FlowEditSettings(samples, source_consistency)
-        settings = FlowEditing(steps, scheduler, skip, source_cfg, cfg, seed, local_blend, mask, averaging)
+        settings = FlowEditing(steps, scheduler, skip, source_cfg, cfg, seed, local_blend, mask, sigmas, averaging)
         edited, edited_area = flow_edit_latent(model, source, target, negative, latent_image, settings)
         return io.NodeOutput({"samples": edited}, edited_area)
 

@@ -15,7 +15,7 @@ from ..host.sampling.invert import (
     inverted_noise,
     reconstruction_report,
 )
-from .sockets import CATEGORY, Inversion, scheduler_input, seed_input
+from .sockets import CATEGORY, Inversion, scheduler_input, seed_input, sigmas_input
 
 DEFAULTS = InversionSettings()
 
@@ -140,6 +140,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     tooltip="Also redraws the picture plainly, without edit and correction, and reports how close it comes. "
                     "It changes nothing else and takes about as long as inverting.",
                 ),
+                sigmas_input(),
             ],
             outputs=[
                 Inversion.Output(
@@ -182,6 +183,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
         scheduler=DEFAULTS.scheduler,
         fixed_point_iterations=DEFAULTS.fixed_point_iterations,
         measure_reconstruction=DEFAULTS.measure_reconstruction,
+        sigmas=None,
     ) -> io.NodeOutput:
         settings = InversionSettings(
             steps,
@@ -192,6 +194,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
             scheduler,
             fixed_point_iterations,
             measure_reconstruction,
+            sigmas,
         )
         inversion = invert_latent(model, positive, latent_image, settings)
         noise = {"samples": inverted_noise(inversion, model)}

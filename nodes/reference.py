@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..host.sampling.checks import SCHEDULERS
+from ..host.sampling.checks import AUTO
 from ..host.sampling.reference import ReferenceSettings, generate_reference
-from .sockets import CATEGORY, Inversion, scheduler_input, seed_input
+from .sockets import CATEGORY, Inversion, scheduler_input, seed_input, sigmas_input
 
 
 class Pix2PixZeroReference(io.ComfyNode):
@@ -45,6 +45,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                 ),
                 seed_input(tooltip="The noise the picture is drawn from. Change it for another picture."),
                 scheduler_input(),
+                sigmas_input(),
             ],
             outputs=[
                 Inversion.Output(display_name="inversion", tooltip="The picture and the way to it, for edits."),
@@ -54,9 +55,9 @@ class Pix2PixZeroReference(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, steps, cfg, seed, scheduler=SCHEDULERS[0]
+        cls, model, positive, negative, latent_image, steps, cfg, seed, scheduler=AUTO, sigmas=None
     ) -> io.NodeOutput:
-        settings = ReferenceSettings(steps, cfg, seed, scheduler)
+        settings = ReferenceSettings(steps, cfg, seed, scheduler, sigmas)
         inversion, samples = generate_reference(model, positive, negative, latent_image, settings)
         return io.NodeOutput(inversion, {"samples": samples})
 

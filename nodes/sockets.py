@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..editing.directions import EditDirection
 from ..editing.trajectory import Inversion as InvertedPicture
 from ..host.networks.captioner import Captioner as CaptionerModel
-from ..host.sampling.checks import SCHEDULERS
+from ..host.sampling.checks import AUTO, SCHEDULERS
 
 # The names of socket types are part of shared workflow files and never change.
 Inversion = io.Custom("P2PZ_INVERSION")
@@ -41,14 +41,24 @@ start_percent_input = partial(io.Float.Input, "start_percent", default=0.0, min=
 scheduler_input = partial(
     io.Combo.Input,
     "scheduler",
-    options=list(SCHEDULERS),
-    default=SCHEDULERS[0],
+    options=[AUTO, *SCHEDULERS],
+    default=AUTO,
     optional=True,
     advanced=True,
-    tooltip="Which noise levels the steps lie on. ddim_uniform: the paper's. simple: for models that draw in 1 to 8 steps "
-    "(LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as many steps as you ask for.",
+    tooltip="Which noise levels the steps lie on. auto: ddim_uniform, the paper's, and normal for flow models. simple: for "
+    "models that draw in 1 to 8 steps (LCM, Turbo, Lightning, Hyper), since it begins at pure noise and takes exactly as "
+    "many steps as you ask for. beta: more steps at both ends. sgm_uniform: as such models were trained.",
 )
 """Of the nodes that lay out the steps of an inversion."""
+
+sigmas_input = partial(
+    io.Sigmas.Input,
+    "sigmas",
+    optional=True,
+    tooltip="The noise levels themselves, from a scheduler node, for models that have one of their own. steps and "
+    "scheduler then do nothing.",
+)
+"""Of the nodes that lay out steps: noise levels of the user's own."""
 
 edited_latent_output = partial(
     io.Latent.Output, display_name="latent", is_output_list=True, tooltip="The edited picture, for VAE Decode."

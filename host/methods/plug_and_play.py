@@ -26,7 +26,7 @@ from ...attention_patches.plug_and_play import Site, feature_site, self_attentio
 from ...editing.trajectory import Inversion
 from .. import running
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source
+from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source, start_of
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
 KEY = "pix2pix_zero_plug_and_play"
@@ -84,15 +84,17 @@ class _LockstepSampling:
         extra_args: dict,
         callback: Callable | None,
         noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Sample with the source's conditioning at hand in the model options."""
-        self._check_start(noise, args[0] if args else kwargs.get("latent_image"))
+        self._check_start(noise, latent_image)
+        start = start_of(self.inversion, sigmas, noise, latent_image)
         with processed_source(guider, self.inversion) as source:
             mask = NoiseMask(self.inversion.noise_mask, guider, extra_args["model_options"], sigmas)
             extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
-            return running.finite(executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs))
+            return running.finite(executor(guider, sigmas, extra_args, callback, *start, *args, **kwargs))
 
     def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
         options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)

@@ -25,7 +25,7 @@ from ...editing.word_masks import WordMask, soft_mask
 from .. import running
 from ..messages import OTHER_SOURCE
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source
+from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source, start_of
 from ..text.conditionings import TEXT_LENGTHS
 from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize
 from ..text.text_encoding import require_clip
@@ -146,12 +146,14 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
         extra_args: dict,
         callback: Callable | None,
         noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
-        check_no_noise_added(noise, args[0] if args else kwargs.get("latent_image"), edit.inversion)
+        check_no_noise_added(noise, latent_image, edit.inversion)
+        start = start_of(edit.inversion, sigmas, noise, latent_image)
         with processed_source(guider, edit.inversion) as source:
             if source[0].get("area") is not None:
                 raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
@@ -159,7 +161,7 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
             kept = KeptEstimate(edit.inversion, mask, sigmas, takes_ddim_steps(executor.class_obj))
             options["transformer_options"][KEY] = Sampling(edit, guider, source, kept)
             extra_args = {**extra_args, "model_options": options}
-            return running.finite(executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs))
+            return running.finite(executor(guider, sigmas, extra_args, callback, *start, *args, **kwargs))
 
     model = with_jobs(model)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(load_with_source, edit.inversion))

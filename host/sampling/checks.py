@@ -19,7 +19,9 @@ from ...editing.trajectory import DIFFUSION, FLOW, Inversion, NoisePath
 from ..messages import LARGE
 from ..unet.jobs import CACHES
 
-SCHEDULERS = ("ddim_uniform", "simple")
+AUTO = "auto"
+SCHEDULERS = ("ddim_uniform", "simple", "normal", "sgm_uniform", "beta")
+ON_THE_TABLE = SCHEDULERS[:2]  # their levels are entries of the model's table
 MANY_TIMES = 4.0
 NORM_GROUPS = 32  # of channels, in the normalizations of a UNet
 # The side of the pictures that a UNet was trained on, by the width of the texts that it attends to; of all others the last.
@@ -27,6 +29,7 @@ SIDES = {768: 512, 1024: 768}
 LARGEST_SIDE = 1024
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
 OWN = "pix2pix_zero"
+FAINT = 1e-3  # part of a model's noisiest level, by which a grid may miss it
 # What ModelPatcher keeps of changes to a model's weights, objects and calls.
 PATCHER = (
     "patches_uuid",
@@ -49,14 +52,14 @@ def noise_path(model: ModelPatcher) -> NoisePath:
     return FLOW if isinstance(model.get_model_object("model_sampling"), kinds.CONST) else DIFFUSION
 
 
-def check_diffusion(model: ModelPatcher, flow: bool = False) -> None:
-    """Raise ValueError unless a MODEL diffuses on discrete, variance-preserving steps and predicts eps or v.
+def check_model(model: ModelPatcher, unet: bool = True) -> None:
+    """Raise ValueError unless a MODEL diffuses on discrete, variance-preserving steps and predicts eps or v, or flows.
 
-    `flow`: a UNet that flows in straight lines from standard noise (rectified flow) will do as well.
+    `unet`: one that flows must be a UNet.
     """
-    if flow and flows(model) and is_unet(model.model.diffusion_model):
+    if flows(model) and (not unet or is_unet(model.model.diffusion_model)):
         return
-    reason = _reason_against(model.get_model_object("model_sampling"))
+    reason = _reason_against(model)
     if reason is not None:
         raise ValueError(f"model: {reason} {USE}")
 
@@ -70,28 +73,44 @@ def flows(model: ModelPatcher) -> bool:
     return straight and shifted and scale == 1.0
 
 
-def ddim_grid(model: ModelPatcher, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
-    """Noise levels descending to 0, [steps + 1]. Those above 0 are entries of the model's table of noise levels.
+def ddim_grid(
+    model: ModelPatcher, steps: int, scheduler: str = AUTO, given: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Noise levels descending to 0, about [steps + 1], see `noise_levels`.
 
     `scheduler`: "ddim_uniform" counts from the cleanest level, as DDIM does (Song et al. 2021), and has more levels where
     `steps` does not divide the table; "simple" counts from the noisiest, as models that draw in few steps are trained,
-    and has exactly `steps`.
+    and has exactly `steps`. The levels of these two are entries of the model's table. "auto" is "normal" for models that
+    flow and "ddim_uniform" for others.
 
-    A flow model begins at its noisiest level only with "simple".
-
-    Raises ValueError for a model that neither diffuses on discrete variance-preserving steps nor is a UNet that flows, or
-    that has fewer levels, and for a scheduler that does not fit it.
+    Raises ValueError for a model that `check_model` refuses or that has fewer levels, for levels that do not fit it, and
+    for a scheduler that does not begin at the noise of a model that flows.
     """
-    check_diffusion(model, flow=True)
-    if scheduler == "ddim_uniform" and noise_path(model).straight:
+    check_model(model)
+    scheduler = fitting_scheduler(model, scheduler)
+    levels = noise_levels(model, steps, scheduler, given)
+    if given is None and noise_path(model).straight and levels[0] < (1 - FAINT) * _noisiest(model):
+        others = ", ".join(SCHEDULERS[1:-1])
         raise ValueError(
-            "scheduler: ddim_uniform does not begin at the noise of a flow model, as this one is. Choose simple."
+            f"scheduler: {scheduler} does not begin at the noise of this flow model. Choose {others} or {SCHEDULERS[-1]}."
         )
-    return noise_levels(model, steps, scheduler)
+    return levels
 
 
-def noise_levels(model: ModelPatcher, steps: int, scheduler: str) -> torch.Tensor:
-    """The host's grid of a scheduler, descending to 0, for any MODEL. Raises ValueError if it has fewer levels."""
+def fitting_scheduler(model: ModelPatcher, scheduler: str) -> str:
+    """The scheduler that "auto" stands for with this MODEL, or the one that it is."""
+    if scheduler != AUTO:
+        return scheduler
+    return "normal" if noise_path(model).straight else SCHEDULERS[0]
+
+
+def noise_levels(model: ModelPatcher, steps: int, scheduler: str, given: torch.Tensor | None = None) -> torch.Tensor:
+    """The host's grid of a scheduler, or the `given` SIGMAS, descending to 0, for any MODEL.
+
+    Raises ValueError if the model has fewer levels, and for SIGMAS that do not fit it.
+    """
+    if given is not None:
+        return _fitting_levels(given, _noisiest(model))
     sampling = model.get_model_object("model_sampling")
     table = len(sampling.sigmas)  # an LCM has 50 where others have 1000
     if not 1 <= steps <= table:
@@ -99,12 +118,31 @@ def noise_levels(model: ModelPatcher, steps: int, scheduler: str) -> torch.Tenso
     return comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
 
 
-def check_inversion(inversion: Inversion, model: ModelPatcher, flow: bool = False) -> None:
-    """Raise ValueError as `check_diffusion`, and unless the inversion was made with this MODEL, patched or not.
+def _fitting_levels(given: torch.Tensor, noisiest: float) -> torch.Tensor:
+    levels = given.detach().float().cpu()
+    if levels[-1] != 0 or (levels.diff() >= 0).any():
+        raise ValueError(
+            "sigmas: they must descend to 0, without a level twice. Connect those of a scheduler node with denoise 1, not "
+            "flipped and not the high part of a split."
+        )
+    if levels[0] > (1 + FAINT) * noisiest:
+        raise ValueError(
+            f"sigmas: they begin at {float(levels[0]):.4g}, and the noise of this model at {noisiest:.4g}. Connect the same "
+            "model to the scheduler node and to this one."
+        )
+    return levels
+
+
+def _noisiest(model: ModelPatcher) -> float:
+    return float(model.get_model_object("model_sampling").sigma_max)
+
+
+def check_inversion(inversion: Inversion, model: ModelPatcher) -> None:
+    """Raise ValueError as `check_model`, and unless the inversion was made with this MODEL, patched or not.
 
     A model that was loaded anew from the same file is the same, in another precision too.
     """
-    check_diffusion(model, flow)
+    check_model(model)
     if inversion.path != noise_path(model):
         raise ValueError(
             "inversion: it was made with a model that mixes picture and noise in another way. Connect the same Model "
@@ -305,12 +343,15 @@ def check_numbers(**knobs: float) -> None:
             raise ValueError(f"{name}: {value} is not a number it can work with. Enter a finite one.")
 
 
-def _reason_against(sampling: torch.nn.Module) -> str | None:
-    if isinstance(sampling, _kinds("CONST", "COSMOS_RFLOW", "IMG_TO_IMG_FLOW")):
+def _reason_against(model: ModelPatcher) -> str | None:
+    sampling = model.get_model_object("model_sampling")
+    if flows(model):
         return (
-            "this one is a flow model (such as SD3, Flux, AuraFlow, Qwen or Wan). Of those, only UNets are edited, such as "
-            "SDXL behind ModelSamplingSD3, and only by Invert Picture, Generate Reference and KSampler (Pix2Pix-Zero)."
+            "this one is a flow model without a UNet (such as SD3, Flux, AuraFlow, Qwen or Wan). This node edits UNets, also "
+            "those that flow, such as SDXL behind ModelSamplingSD3; FlowEdit (Pix2Pix-Zero) edits all of them."
         )
+    if isinstance(sampling, _kinds("CONST", "COSMOS_RFLOW", "IMG_TO_IMG_FLOW")):
+        return "this one is a flow model that does not go straight from a picture to standard noise."
     if isinstance(sampling, _kinds("StableCascadeSampling")):
         return "this one is Stable Cascade, which diffuses on a schedule and latents of its own, without a UNet's attention."
     if isinstance(sampling, _kinds("V_PREDICTION_DDPM")):

@@ -118,7 +118,7 @@ def sample_edit(
 
 
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
-    check_inversion(inversion, model, flow=True)
+    check_inversion(inversion, model)
     if inversion.path.straight and PRESETS[settings.preset].authors_update:
         raise ValueError(
             f"preset: {settings.preset} is the authors' update of models that diffuse. Use default for a flow model."

@@ -13,10 +13,9 @@ from ..messages import EDITING
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
-from .checks import check_diffusion, check_numbers, clean_latent, flows, noise_levels, noise_path, too_large
+from .checks import check_model, check_numbers, clean_latent, noise_levels, noise_path, too_large
 from .source import EditGuider, NoiseMask, edited_area, limited
 
-SCHEDULERS = ("simple", "normal", "sgm_uniform", "beta", "ddim_uniform")
 SOURCE_CFG = (
     "source_cfg: without a negative, the source's text is that of both texts. Connect a negative, or set it to 1."
 )
@@ -26,20 +25,21 @@ SOURCE_CFG = (
 class FlowEditing:
     """How a picture is edited.
 
-    `steps`, `scheduler`: of the host's grid of noise levels. `skip`: share of the steps, in 0..1 from the noisiest on, that
-    are left out. `source_cfg`, `cfg`: of classifier-free guidance with the source's text and the edit's. `seed`: of the
-    noise, which is the same for all pictures of a batch. `local_blend`: see `editing.guidance.LocalBlend`; 0 without.
-    `mask`: MASK [B or 1, height, width], 1 where the picture may change.
+    `steps`, `scheduler`: of the host's grid of noise levels, or `sigmas` in its place. `skip`: share of the steps, in 0..1
+    from the noisiest on, that are left out. `source_cfg`, `cfg`: of classifier-free guidance with the source's text and
+    the edit's. `seed`: of the noise, which is the same for all pictures of a batch. `local_blend`: see
+    `editing.guidance.LocalBlend`; 0 without. `mask`: MASK [B or 1, height, width], 1 where the picture may change.
     """
 
     steps: int = 20
-    scheduler: str = SCHEDULERS[0]
+    scheduler: str = "simple"
     skip: float = 0.33
     source_cfg: float = 1.0
     cfg: float = 5.0
     seed: int = 0
     local_blend: float = 0.2
     mask: torch.Tensor | None = None
+    sigmas: torch.Tensor | None = None
     averaging: FlowEditSettings = field(default_factory=FlowEditSettings)
 
 
@@ -83,9 +83,8 @@ def _grid(model: ModelPatcher, settings: FlowEditing) -> torch.Tensor:
         local_blend=settings.local_blend,
         source_consistency=settings.averaging.consistency,
     )
-    if not flows(model):
-        check_diffusion(model)
-    sigmas = noise_levels(model, settings.steps, settings.scheduler)
+    check_model(model, unet=False)
+    sigmas = noise_levels(model, settings.steps, settings.scheduler, settings.sigmas)
     return sigmas[skipped(len(sigmas) - 1, settings.skip) :]
 
 

@@ -32,7 +32,8 @@ from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
 from .checks import (
-    SCHEDULERS,
+    AUTO,
+    ON_THE_TABLE,
     attention_state,
     check_finite,
     check_numbers,
@@ -57,7 +58,7 @@ EXACTLY = 1e-2
 class InversionSettings:
     """How a picture is inverted.
 
-    `steps`, `scheduler`: see `ddim_grid`. `seed`: of the regularization's shifts. `method`: one of `METHODS`.
+    `steps`, `scheduler`, `sigmas`: see `ddim_grid`. `seed`: of the regularization's shifts. `method`: one of `METHODS`.
     `map_memory`: bytes for the cross-attention maps of its UNet calls, which are kept for edits with the methods
     `ON_THE_GRID`. `fixed_point_iterations`: those of each step with the method "fixed-point", see
     `editing.inversion.invert_fixed_point`. `measure_reconstruction`: also redraw the picture plainly, in as many UNet
@@ -69,9 +70,10 @@ class InversionSettings:
     regularization: NoiseRegularization = field(default_factory=NoiseRegularization)
     method: str = METHODS[0]
     map_memory: int = MAP_MEMORY
-    scheduler: str = SCHEDULERS[0]
+    scheduler: str = AUTO
     fixed_point_iterations: int = 1
     measure_reconstruction: bool = False
+    sigmas: torch.Tensor | None = None
 
 
 def invert_latent(
@@ -84,7 +86,7 @@ def invert_latent(
     settings = settings or InversionSettings()
     regularization = settings.regularization
     check_numbers(autocorrelation_weight=regularization.autocorrelation_weight, kl_weight=regularization.kl_weight)
-    sigmas = ddim_grid(model, settings.steps, settings.scheduler).flip(0)
+    sigmas = ddim_grid(model, settings.steps, settings.scheduler, settings.sigmas).flip(0)
     samples = clean_latent(model, latent_image)
     mask = latent_image.get("noise_mask")
     if mask is not None:
@@ -93,7 +95,7 @@ def invert_latent(
     check_conditioning(positive, len(samples), "positive")
     for advice in too_large(model, samples):
         running.warn(advice)
-    transitions = _transitions(model, sigmas, settings.method)
+    transitions = _transitions(model, sigmas, settings)
     told = torch.tensor([transition.sigma_model for transition in transitions])
     check_whole_sampling(positive, model, torch.cat([told, sigmas[-1:]]), "positive")
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
@@ -112,11 +114,17 @@ def _further_passes(settings: InversionSettings, steps: int) -> int:
     return (settings.method == "direct") + (steps if settings.measure_reconstruction else 0)
 
 
-def _transitions(model: ModelPatcher, sigmas: torch.Tensor, method: str) -> list[Transition]:
+def _transitions(model: ModelPatcher, sigmas: torch.Tensor, settings: InversionSettings) -> list[Transition]:
+    method = settings.method
     if method not in ON_THE_GRID and noise_path(model).straight:
         raise ValueError(
             f"method: {method} is defined on the noise levels of a model that diffuses, and this one is a flow model. Use "
             f"{', '.join(ON_THE_GRID[:-1])} or {ON_THE_GRID[-1]}."
+        )
+    if method not in ON_THE_GRID and (settings.sigmas is not None or settings.scheduler not in (AUTO, *ON_THE_TABLE)):
+        raise ValueError(
+            f"method: {method} takes its noise levels from the model's table. Choose the scheduler {' or '.join(ON_THE_TABLE)}, "
+            "without sigmas."
         )
     sampling = model.get_model_object("model_sampling")
     if method == "official":

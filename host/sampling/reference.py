@@ -13,17 +13,20 @@ from .. import running
 from ..messages import GENERATING
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
-from .checks import SCHEDULERS, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large
+from .checks import AUTO, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large
+
+ALL_NOISE = 0.9  # part of the model's own noise that a picture can be drawn from
 
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """`steps`, `scheduler`: see `ddim_grid`. `cfg`: of classifier-free guidance. `seed`: of the noise."""
+    """`steps`, `scheduler`, `sigmas`: see `ddim_grid`. `cfg`: of classifier-free guidance. `seed`: of the noise."""
 
     steps: int = 50
     cfg: float = 5.0
     seed: int = 0
-    scheduler: str = SCHEDULERS[0]
+    scheduler: str = AUTO
+    sigmas: torch.Tensor | None = None
 
 
 def generate_reference(
@@ -34,7 +37,8 @@ def generate_reference(
     Raises ValueError for a model, latent, text or number that does not fit.
     """
     check_numbers(cfg=settings.cfg)
-    sigmas = ddim_grid(model, settings.steps, settings.scheduler)
+    sigmas = ddim_grid(model, settings.steps, settings.scheduler, settings.sigmas)
+    _check_start(model, sigmas)
     empty = clean_latent(model, latent_image)
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, len(empty), socket)
@@ -50,6 +54,16 @@ def generate_reference(
     )
     generated = Generated(settings.cfg, negative)
     return Inversion(trajectory, sigmas.flip(0), positive, generated=generated, **made_with(model)), latent
+
+
+def _check_start(model: ModelPatcher, sigmas: torch.Tensor) -> None:
+    path, begin = noise_path(model), float(sigmas[0])
+    noisiest = float(model.get_model_object("model_sampling").sigma_max)
+    if path.share(begin) < ALL_NOISE * path.share(noisiest):
+        raise ValueError(
+            f"sigmas: a picture is drawn from noise, and they begin at {begin:.4g} of {noisiest:.4g}. "
+            "Connect all levels of a scheduler node with denoise 1."
+        )
 
 
 def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:

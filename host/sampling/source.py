@@ -90,6 +90,20 @@ def check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None,
         )
 
 
+def start_of(
+    inversion: Inversion, sigmas: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(noise, latent) that make the host's samplers begin at a latent that is the inversion's noise, where none is added.
+
+    They mix the two by their shares, and a latent that flows is to be all noise at its noisiest level. Further down the
+    host's own latents are as it wants them.
+    """
+    above = float(sigmas[0]) >= (1 - 1e-3) * float(inversion.sigmas[-1])
+    if not inversion.path.straight or not above or latent_image is None or noise.any():
+        return noise, latent_image
+    return latent_image / sigmas[0].to(latent_image), torch.zeros_like(latent_image)
+
+
 def _process(model: BaseModel, source: list[dict], picture: torch.Tensor, device: torch.device) -> list[dict]:
     noise = torch.zeros_like(picture)
     return comfy.samplers.process_conds(model, noise, {SOURCE: source}, device, picture, seed=0)[SOURCE]

@@ -6,7 +6,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
-from flow_view import as_flow
+from pix2pix_zero.demo_model.flow_view import as_flow
 from pix2pix_zero.editing.flow_edit import FlowEditSettings
 from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from small_unet import conditioning, latent, loaded_small_model
@@ -74,6 +74,7 @@ def test_the_unedited_text_gives_the_picture_back(model, negative):
     assert relative(edited, picture["samples"]) <= 1e-5
 
 
+@pytest.mark.works("FlowEdit", family=("sd15", "flow"))
 def test_a_model_and_its_view_as_a_flow_draw_the_same(model):
     options = {"local_blend": 0.3, "averaging": FlowEditSettings(2, 0.02)}
     plain, plain_area = edit(model, **options)

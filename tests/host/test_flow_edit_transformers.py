@@ -90,6 +90,7 @@ def text(seed: int, pooled_width: int) -> list:
     return [[torch.randn(1, 12, TEXT_WIDTH, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]]
 
 
+@pytest.mark.works("FlowEdit")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_flow_transformer_edits_and_gives_the_unedited_picture_back(family):

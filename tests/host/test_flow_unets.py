@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-from flow_view import as_flow
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
+from pix2pix_zero.demo_model.flow_view import as_flow
 from pix2pix_zero.editing.regularization import NoiseRegularization
-from pix2pix_zero.host.methods.plug_and_play import with_source_features
-from pix2pix_zero.host.sampling.checks import ddim_grid
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import METHODS, ON_THE_GRID, InversionSettings, invert_latent
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
@@ -35,6 +33,7 @@ def difference(flowing, diffusing):
     return (flowing - diffusing).abs().max()
 
 
+@pytest.mark.works("Invert Picture", "KSampler", family=("sd15", "flow"))
 @pytest.mark.parametrize("method", ON_THE_GRID)
 @torch.inference_mode()
 def test_as_a_flow_the_demo_model_draws_the_same_edit(demo, method):
@@ -50,6 +49,7 @@ def test_as_a_flow_the_demo_model_draws_the_same_edit(demo, method):
     assert difference(edits[0], picture["samples"]) > 1
 
 
+@pytest.mark.works("Generate Reference", family=("sd15", "flow"))
 @torch.inference_mode()
 def test_as_a_flow_the_demo_model_generates_the_same_reference(demo):
     model, flowing, source, _, picture = demo
@@ -95,12 +95,6 @@ def test_inversions_of_the_authors_levels_are_refused(method):
         invert_latent(model, conditioning(), latent(), InversionSettings(4, method=method, scheduler="simple"))
 
 
-def test_a_grid_that_does_not_begin_at_the_noise_is_refused():
-    model = ModelSamplingSD3().patch(loaded_small_model(), 3.0)[0]
-    with pytest.raises(ValueError, match="^scheduler: ddim_uniform .* Choose simple"):
-        ddim_grid(model, 10, "ddim_uniform")
-
-
 @torch.inference_mode()
 def test_models_that_mix_in_another_way_are_refused():
     plain = loaded_small_model()
@@ -110,11 +104,3 @@ def test_models_that_mix_in_another_way_are_refused():
         sample_edit(plain, inversion, conditioning(), conditioning(), EditSettings())
     with pytest.raises(ValueError, match="^preset: official"):
         sample_edit(flowing, inversion, conditioning(), conditioning(), replace(EditSettings(), preset="official"))
-
-
-@torch.inference_mode()
-def test_nodes_of_the_stock_samplers_say_that_they_do_not_take_a_flow():
-    flowing = ModelSamplingSD3().patch(loaded_small_model(), 3.0)[0]
-    inversion = invert_latent(flowing, conditioning(), latent(), InversionSettings(2, scheduler="simple"))
-    with pytest.raises(ValueError, match="^model: this one is a flow model"):
-        with_source_features(flowing, inversion, 0.8, 0.5)

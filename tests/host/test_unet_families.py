@@ -102,6 +102,7 @@ def test_sites_are_those_that_the_forward_pass_comes_by(family):
     assert [attends_to_itself(unet, site) for site in sites] == seen[::2]
 
 
+@pytest.mark.works("Invert Picture", "KSampler")
 @pytest.mark.parametrize(
     "family",
     [

@@ -199,7 +199,8 @@ def test_a_negative_of_another_number_of_parts_takes_what_all_parts_of_the_sourc
         beside_the_source(negative, [part(0.5), part(1.0)], "negative")
 
 
-@pytest.mark.parametrize("family", ["koala-700m", "sdxs-09", "sd15-inpaint", "unclip-h"])
+@pytest.mark.works("Plug-and-Play")
+@pytest.mark.parametrize("family", ["sd21-v", "sdxl", "koala-700m", "sdxs-09", "sd15-inpaint", "unclip-h"])
 def test_plug_and_play_draws_with_the_layout_of_the_picture(family):
     with torch.inference_mode():
         model = small_family(family)
@@ -211,7 +212,10 @@ def test_plug_and_play_draws_with_the_layout_of_the_picture(family):
     assert (edited - plain).std() > 1e-4 * plain.std()
 
 
-@pytest.mark.parametrize(("family", "kind"), [("koala-700m", "sdxl"), ("sd15-inpaint", "sd1"), ("sdxs-09", "sd1")])
+@pytest.mark.works("Prompt-to-Prompt")
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sdxl", "sdxl"), ("koala-700m", "sdxl"), ("sd15-inpaint", "sd1"), ("sdxs-09", "sd1")]
+)
 def test_prompt_to_prompt_edits_by_words(family, kind):
     clip = tiny_clip(kind)
     width, pooled = (WIDTH_L + WIDTH_G, WIDTH_G) if kind == "sdxl" else (WIDTH_L, None)
