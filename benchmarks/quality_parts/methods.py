@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nodes as host_nodes
 
+from ...host.sampling.checks import AUTO, fitting_scheduler
 from ...host.sampling.edit import EditSettings, sample_edit
 from ...host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from ...host.sampling.invert import inverted_noise
@@ -88,7 +89,8 @@ def reconstruction(bench: Workbench, _: float = 0.0) -> Tensor:
 def sdedit(bench: Workbench, denoise: float) -> Tensor:
     """SDEdit (Meng et al., ICLR 2022): the host's KSampler from a noisy picture, with the edited caption."""
     (negative,) = host_nodes.CLIPTextEncode().encode(bench.clip, "")
-    settings = (0, bench.steps, SDEDIT_CFG, "ddim", "ddim_uniform")
+    scheduler = fitting_scheduler(bench.model, bench.scheduler)
+    settings = (0, bench.steps, SDEDIT_CFG, "ddim", scheduler)
     latent = {"samples": bench.latent}
     return host_nodes.KSampler().sample(bench.model, *settings, bench.wanted, negative, latent, denoise)[0]["samples"]
 
@@ -120,7 +122,8 @@ def plug_and_play_shorter(bench: Workbench, cfg: float) -> Tensor:
 
 def flow_edit(bench: Workbench, cfg: float, **changes) -> Tensor:
     """FlowEdit, which needs no inversion, with the node's defaults. `changes`: of its settings."""
-    settings = FlowEditing(steps=bench.steps, cfg=cfg, **changes)
+    chosen = {} if bench.scheduler == AUTO else {"scheduler": bench.scheduler}
+    settings = FlowEditing(steps=bench.steps, cfg=cfg, **chosen, **changes)
     return flow_edit_latent(bench.model, bench.described, bench.moved, None, {"samples": bench.latent}, settings)[0]
 
 
@@ -132,6 +135,7 @@ def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float)
     return stock.SamplerCustomAdvanced.execute(nothing, guider, sampler, sigmas, noise).result[0]["samples"]
 
 
+DIFFUSING = ("official", "diffusers")  # what is defined only for models that diffuse
 METHODS = [
     Method("default", "cfg", CFG, this_pack),
     Method("fast", "cfg", CFG, fast),

@@ -9,10 +9,12 @@ from torch import Tensor
 
 import nodes as host_nodes
 
+from ...demo_model.flow_view import as_flow
 from ...demo_model.loader import WEIGHTS, load_demo_model
 from ...editing.regularization import NoiseRegularization
 from ...editing.trajectory import Inversion
 from ...host.networks.captioner import load_demo_captioner
+from ...host.sampling.checks import AUTO
 from ...host.sampling.invert import InversionSettings, invert_latent
 from ...host.text.conditionings import stack_conditionings
 from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
@@ -27,16 +29,19 @@ def node_default(node_class: type, socket: str):
 
 @dataclass(frozen=True)
 class DemoModels:
-    """Everything that is loaded once."""
+    """Everything that is loaded once. `scheduler`: whose noise levels all methods go by."""
 
     model: object
     clip: object
     vae: object
     captioner: object
+    scheduler: str = AUTO
 
     @classmethod
-    def load(cls) -> "DemoModels":
-        return cls(*load_demo_model(), load_demo_captioner(WEIGHTS))
+    def load(cls, flow: bool = False, scheduler: str = AUTO) -> "DemoModels":
+        """`flow`: the demo model as one that flows."""
+        model, clip, vae = load_demo_model()
+        return cls(as_flow(model) if flow else model, clip, vae, load_demo_captioner(WEIGHTS), scheduler)
 
 
 class Workbench:
@@ -53,7 +58,7 @@ class Workbench:
         steps: int,
         settings: dict[str, float] | None = None,
     ):
-        self.model, self.clip, self.vae = models.model, models.clip, models.vae
+        self.model, self.clip, self.vae, self.scheduler = models.model, models.clip, models.vae, models.scheduler
         self.edit, self.scenes, self.steps, self.settings = edit, scenes, steps, settings or {}
         self.captions = models.captioner.caption(scenes.sources)
         self.wanted_captions = [text.replace(*edit.swap) for text in self.captions]
@@ -86,7 +91,8 @@ class Workbench:
         regularization = NoiseRegularization(*(node_default(Pix2PixZeroInversion, name) for name in names))
         method = node_default(Pix2PixZeroInversion, "method")
         latent = {"samples": self.latent}
-        return invert_latent(self.model, self.described, latent, InversionSettings(steps, 0, regularization, method))
+        settings = InversionSettings(steps, 0, regularization, method, scheduler=self.scheduler)
+        return invert_latent(self.model, self.described, latent, settings)
 
     def keep_area(self, edited: tuple[Tensor, Tensor]) -> Tensor:
         """The samples of an edit; the area that it tells is kept in `area` until the next is timed."""
