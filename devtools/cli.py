@@ -6,6 +6,7 @@ import time
 import webbrowser
 from pathlib import Path
 
+from . import family_table
 from .environment import Environment, lock, prepare
 from .hosts import DEFAULT_VERSION, ROOT, SOURCES, named_versions
 from .process import DevError, one_thread, run, told
@@ -60,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     serve = add("serve", _serve, "run ComfyUI with the pack; other arguments go to it", takes_more=True)
     serve.add_argument("--port", type=int, default=8188, help="default: %(default)s")
     serve.add_argument("--open", action="store_true", help="open the first example in a browser")
-    add("lint", _lint, "check the code with ruff; other arguments go to it", takes_more=True, host=False)
+    add(
+        "lint",
+        _lint,
+        "check the code with ruff, and the table of families; other arguments go to it",
+        takes_more=True,
+        host=False,
+    )
     bench = add("bench", _bench, "run benchmarks/NAME.py with the other arguments", takes_more=True)
     bench.add_argument("name", metavar="NAME", nargs="?", default="")
     add(
@@ -91,7 +98,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
     versions = named_versions(options.comfyui)
-    status = _ruff(prepare(versions[0]), [])
+    status = _ruff(prepare(versions[0]), []) or _check_tables()
     if status:
         return status
     folders, left_out = ("unit", "host", "browser"), ()
@@ -147,7 +154,13 @@ def _serve(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _lint(options: argparse.Namespace, rest: list[str]) -> int:
-    return _ruff(prepare(), rest)
+    return _ruff(prepare(), rest) or _check_tables()
+
+
+def _check_tables() -> int:
+    if not family_table.is_up_to_date():
+        raise DevError("README.md: its table of families is not what the tests prove. Run `python dev.py docs`.")
+    return 0
 
 
 def _ruff(environment: Environment, rest: list[str]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..host.messages import messages
+from . import family_table
 from .hosts import ROOT
 
 LOCALES = ROOT / "locales"
@@ -311,6 +312,8 @@ def main(arguments: list[str]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
             print(f"wrote {_named(path)}")
+    if family_table.write():
+        print(f"wrote {_named(family_table.README)}")
     lacking, wrong = untranslated(infos), faults(infos)
     if lacking:
         print("Not translated, shown in English:", *lacking, sep="\n  ")
