@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..editing.flow_edit import FlowEditSettings
 from ..host.running import per_picture
 from ..host.sampling.checks import SCHEDULERS
-from ..host.sampling.flow_edit import FlowEditing, flow_edit_latent
+from ..host.sampling.flow_edit import PRESETS, FlowEditing, flow_edit_latent
 from .sockets import CATEGORY, edited_area_output, edited_latent_output, seed_input, sigmas_input
 
 DEFAULTS = FlowEditing()
@@ -118,6 +118,14 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                     "it if the background still changes, lower it if the edit is cut off. 0 lets the whole picture change.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Where the picture may change at all: white."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=DEFAULTS.preset,
+                    optional=True,
+                    tooltip="default: as set. whole picture: for another light, season or style, from pure noise on: skip, "
+                    "local_blend and source_consistency then do nothing. Choose it if such an edit comes out faint or spotted.",
+                ),
                 sigmas_input(),
             ],
             outputs=[edited_latent_output(), edited_area_output()],
@@ -142,10 +150,13 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
         source_consistency=DEFAULTS.averaging.consistency,
         local_blend=DEFAULTS.local_blend,
         mask=None,
+        preset=DEFAULTS.preset,
         sigmas=None,
     ) -> io.NodeOutput:
         averaging = FlowEditSettings(samples, source_consistency)
-        settings = FlowEditing(steps, scheduler, skip, source_cfg, cfg, seed, local_blend, mask, sigmas, averaging)
+        settings = FlowEditing(
+            steps, scheduler, skip, source_cfg, cfg, seed, local_blend, mask, sigmas, averaging, preset
+        )
         edited, edited_area = flow_edit_latent(model, source, target, negative, latent_image, settings)
         return io.NodeOutput({"samples": edited}, edited_area)
 

@@ -11,7 +11,7 @@ import nodes as host_nodes
 
 from ...host.sampling.checks import AUTO, fitting_scheduler
 from ...host.sampling.edit import EditSettings, sample_edit
-from ...host.sampling.flow_edit import FlowEditing, flow_edit_latent
+from ...host.sampling.flow_edit import WHOLE, FlowEditing, flow_edit_latent
 from ...host.sampling.invert import inverted_noise
 from ...nodes.plug_and_play import Pix2PixZeroPlugAndPlay
 from ...nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
@@ -127,6 +127,10 @@ def flow_edit(bench: Workbench, cfg: float, **changes) -> Tensor:
     return flow_edit_latent(bench.model, bench.described, bench.moved, None, {"samples": bench.latent}, settings)[0]
 
 
+def flow_edit_whole(bench: Workbench, cfg: float) -> Tensor:
+    return flow_edit(bench, cfg, preset=WHOLE)
+
+
 def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float) -> Tensor:
     (guider,) = stock.CFGGuider.execute(model, positive, negative, cfg).result
     (nothing,) = stock.DisableNoise.execute().result
@@ -149,4 +153,5 @@ METHODS = [
     Method("Plug-and-Play", "cfg", (*CFG, 7.5), plug_and_play),
     Method("Plug-and-Play 0.5", "cfg", (*CFG, 7.5), plug_and_play_shorter),
     Method("FlowEdit", "cfg", CFG, flow_edit),
+    Method("FlowEdit, whole picture", "cfg", CFG, flow_edit_whole),
 ]

@@ -1,6 +1,6 @@
 """FlowEdit by ComfyUI's guider, for models that diffuse and for flow models, see `editing.flow_edit`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import comfy.samplers
 import torch
@@ -19,6 +19,12 @@ from .source import EditGuider, NoiseMask, edited_area, limited
 SOURCE_CFG = (
     "source_cfg: without a negative, the source's text is that of both texts. Connect a negative, or set it to 1."
 )
+WHOLE = "whole picture"
+PRESETS = ("default", WHOLE)
+ADVICE = (
+    "The two texts differ over the whole picture, as for another light or style. If the edit comes out faint, choose the preset "
+    f"{WHOLE}."
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class FlowEditing:
     from the noisiest on, that are left out. `source_cfg`, `cfg`: of classifier-free guidance with the source's text and
     the edit's. `seed`: of the noise, which is the same for all pictures of a batch. `local_blend`: see
     `editing.guidance.LocalBlend`; 0 without. `mask`: MASK [B or 1, height, width], 1 where the picture may change.
+    `preset`: one of `PRESETS`.
     """
 
     steps: int = 20
@@ -41,6 +48,13 @@ class FlowEditing:
     mask: torch.Tensor | None = None
     sigmas: torch.Tensor | None = None
     averaging: FlowEditSettings = field(default_factory=FlowEditSettings)
+    preset: str = PRESETS[0]
+
+    def for_preset(self) -> "FlowEditing":
+        """These settings as the preset draws them: light and style are decided in the first steps, and are everywhere."""
+        if self.preset != WHOLE:
+            return self
+        return replace(self, skip=0.0, local_blend=0.0, averaging=replace(self.averaging, consistency=0.0))
 
 
 def flow_edit_latent(
@@ -53,6 +67,7 @@ def flow_edit_latent(
 
     Raises ValueError for a model, latent, text or number that does not fit.
     """
+    settings = settings.for_preset()
     sigmas = _grid(model, settings)
     samples = clean_latent(model, latent_image)
     if negative is None and settings.source_cfg != 1:
@@ -71,6 +86,8 @@ def flow_edit_latent(
     guider.set_cfg(settings.cfg)
     edit = _FlowEdit(picture, mask, settings)
     samples, blend_mask = sample(guider, edit.walk_down, samples, sigmas)
+    if blend_mask is not None and settings.skip and (blend_mask.amin((1, 2, 3)) == 1).any():
+        running.warn(ADVICE)
     return samples, edited_area(model, picture, mask, blend_mask)
 
 

@@ -127,6 +127,19 @@ def test_every_knob_acts(model):
     assert relative(edit(model)[0], plain) > 1e-3, "negative"
 
 
+def test_the_preset_for_the_whole_picture_leaves_out_what_holds_its_light(model):
+    set_otherwise = {"skip": 0.5, "local_blend": 0.6, "averaging": FlowEditSettings(2, 0.1)}
+    expected, _ = edit(model, skip=0.0, local_blend=0.0, averaging=FlowEditSettings(2, 0.0))
+    edited, area = edit(model, preset="whole picture", **set_otherwise)
+    assert torch.equal(edited, expected) and area.min() == 1
+
+
+@pytest.mark.parametrize(("threshold", "skip", "advised"), [(1e-4, 0.25, True), (1e-4, 0.0, False), (1.0, 0.25, False)])
+def test_the_node_advises_the_preset_where_the_texts_differ_everywhere(model, caplog, threshold, skip, advised):
+    edit(model, local_blend=threshold, skip=skip)
+    assert ("choose the preset whole picture" in caplog.text) == advised
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
