@@ -62,6 +62,7 @@ RECIPES: dict[str, Pictures] = {
     "compare_methods": _strip,
     "edit_a_generated_image": _source_and_saved,
     "edit_a_small_subject": _source_and_saved,
+    "edit_with_flow": _source_and_saved,
     "edit_your_picture": _on_the_demo,
     "flowedit": _source_and_saved,
     "plug_and_play": _with_features,

@@ -23,6 +23,7 @@ NAMES = [
     "distill_an_edit",
     "edit_a_generated_image",
     "edit_a_small_subject",
+    "edit_with_flow",
     "edit_your_picture",
     "edit_your_picture_sd2",
     "edit_your_picture_sdxl",
@@ -32,7 +33,7 @@ NAMES = [
     "sdedit_and_word_swap",
     "use_a_distilled_edit",
 ]
-ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_your_picture", "flowedit"]
+ALONG_A_DIRECTION = ["cat_to_dog_demo", "edit_a_generated_image", "edit_with_flow", "edit_your_picture", "flowedit"]
 # With the newer inputs of ComfyUI's text generation node.
 LANGUAGE_MODEL = "edit_with_written_sentences"
 if __version__ == DEFAULT_VERSION:
