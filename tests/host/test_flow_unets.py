@@ -9,9 +9,12 @@ from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
 from pix2pix_zero.demo_model.flow_view import as_flow
 from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.editing.trajectory import DIFFUSION, FLOW
+from pix2pix_zero.host.sampling.checks import noise_path
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import METHODS, ON_THE_GRID, InversionSettings, invert_latent
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
+from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
 from small_unet import conditioning, latent, loaded_small_model
 
 STEPS = 12
@@ -47,6 +50,13 @@ def test_as_a_flow_the_demo_model_draws_the_same_edit(demo, method):
     edits = [sample_edit(*pair, target, source, EVERYTHING)[0] for pair in ((model, one), (flowing, other))]
     assert difference(*edits) <= 1e-4
     assert difference(edits[0], picture["samples"]) > 1
+
+
+@pytest.mark.parametrize(("objective", "path"), [("diffusion", DIFFUSION), ("flow", FLOW)])
+def test_the_demo_model_is_loaded_as_either_kind(run_node, objective, path):
+    model, clip, vae = run_node(Pix2PixZeroDemoModel, objective=objective)
+    assert noise_path(model) == path
+    assert clip is not None and vae is not None
 
 
 @pytest.mark.works("Generate Reference", family=("sd15", "flow"))

@@ -77,11 +77,15 @@ def test_the_grid_of_auto_fits_the_model(run_node, model):
     assert torch.equal(inversion.sigmas, expected.sigmas)
 
 
-def test_ddim_uniform_is_taken_where_it_begins_at_the_noise():
-    """As on the 10000 levels of Flux."""
-    plain = loaded_small_model()
-    flux = ModelSamplingFlux().patch(plain, 1.15, 0.5, 1024, 1024)[0]
-    assert ddim_grid(flux, 25, "ddim_uniform")[0] > 0.999
+@pytest.mark.parametrize(("steps", "begins_at_the_noise"), [(28, True), (25, False)])
+def test_ddim_uniform_is_taken_where_it_begins_at_the_noise(steps, begins_at_the_noise):
+    """As it may on the 10000 levels of Flux."""
+    flux = ModelSamplingFlux().patch(loaded_small_model(), 1.15, 0.5, 1024, 1024)[0]
+    if begins_at_the_noise:
+        assert ddim_grid(flux, steps, "ddim_uniform")[0] > 0.999
+    else:
+        with pytest.raises(ValueError, match="^scheduler: ddim_uniform does not begin"):
+            ddim_grid(flux, steps, "ddim_uniform")
 
 
 @pytest.mark.parametrize("node", [Pix2PixZeroInversion, Pix2PixZeroReference, Pix2PixZeroFlowEdit])
