@@ -151,7 +151,8 @@ class Pix2PixZeroInversion(io.ComfyNode):
                 io.Latent.Output(
                     display_name="noise",
                     is_output_list=True,
-                    tooltip="The noise, for stock samplers that add none themselves (DisableNoise).",
+                    tooltip="The noise, for stock samplers that add none themselves (DisableNoise). That of a flow model goes "
+                    "there only behind Plug-and-Play or Prompt-to-Prompt.",
                 ),
                 io.Sigmas.Output(
                     display_name="sigmas", is_output_list=True, tooltip="The steps to redraw it in, for stock samplers."

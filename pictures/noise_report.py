@@ -72,7 +72,8 @@ def _noise_maps(latent: dict, inversion: Inversion | None, socket: str) -> torch
             f"{socket}: it has {samples.shape[1]} channels, but the model of the inversion {channels}. Connect the noise of "
             "an inversion with the same model."
         )
-    return inversion.latent_format.process_in(samples) / (1 + float(inversion.sigmas[-1]) ** 2) ** 0.5
+    power = inversion.path.power(float(inversion.sigmas[-1]))
+    return inversion.latent_format.process_in(samples) / power**0.5
 
 
 def _figures(measured: NoiseStatistics, shape: torch.Size) -> str:

@@ -9,10 +9,11 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench, one_of, row_of
 from pix2pix_zero.demo_model.flow_view import as_flow
-from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.host.views.attention_heat import mean_attention
 from pix2pix_zero.host.views.feature_pictures import KINDS, feature_pictures
 from pix2pix_zero.nodes.prompt_to_prompt import Pix2PixZeroPromptToPrompt
+from pix2pix_zero.pictures.noise_report import report_noise
 from plug_and_play_runs import patch, sample
 from small_unet import conditioning, latent, loaded_small_model
 
@@ -98,6 +99,14 @@ def test_feature_pca_shows_the_same(pair, kind, percent):
 def test_attention_to_the_words_is_the_same(pair):
     flowing, diffusing = pair.both(lambda model, inversion: mean_attention(model, inversion, 77, (0.1, 0.8), "all"))
     assert difference(flowing, diffusing) <= 1e-4 * diffusing.max()
+
+
+@torch.inference_mode()
+def test_the_noise_report_says_the_same(pair):
+    flowing, diffusing = pair.both(
+        lambda model, inversion: report_noise({"samples": inverted_noise(inversion, model)}, inversion, None)[1]
+    )
+    assert flowing == diffusing
 
 
 @pytest.fixture(scope="module", params=[1.0, 3.0], ids=["shift 1", "shift 3"])
