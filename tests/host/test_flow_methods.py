@@ -9,6 +9,8 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench, one_of, row_of
 from pix2pix_zero.demo_model.flow_view import as_flow
+from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.host.views.attention_heat import mean_attention
 from pix2pix_zero.host.views.feature_pictures import KINDS, feature_pictures
@@ -84,6 +86,30 @@ def test_prompt_to_prompt_draws_the_same(pair, options, limited):
     flowing, diffusing = pair.both(draw, limited)
     assert difference(flowing, diffusing) <= 1e-4
     assert difference(diffusing, bench.latent[:1]) > 1
+
+
+@pytest.mark.parametrize("preset", ["fast", "low memory", "paper"])
+@torch.inference_mode()
+def test_every_preset_of_the_guided_sampler_draws_the_same(pair, preset):
+    settings = EditSettings(1.5, 0.1, (0.0, 0.7), preset, local_blend=0.2, feature_until=0.3)
+
+    def draw(model, inversion):
+        return sample_edit(model, inversion, pair.bench.moved, pair.bench.described, settings)[0]
+
+    flowing, diffusing = pair.both(draw)
+    assert difference(flowing, diffusing) <= 1e-4
+    assert difference(diffusing, pair.bench.latent) > 1
+
+
+@pytest.mark.works("FlowEdit", family=("sd15", "flow"))
+@pytest.mark.parametrize("preset", ["default", "whole picture"])
+@torch.inference_mode()
+def test_flow_edit_draws_the_same(pair, preset):
+    texts, picture = (pair.bench.described, pair.bench.moved, None), {"samples": pair.bench.latent}
+    settings = FlowEditing(STEPS, cfg=1.5, preset=preset)
+    flowing, diffusing = pair.both(lambda model, _: flow_edit_latent(model, *texts, picture, settings)[0])
+    assert difference(flowing, diffusing) <= 1e-4
+    assert difference(diffusing, pair.bench.latent) > 1
 
 
 @pytest.mark.works("Feature PCA", family=("sd15", "flow"))
