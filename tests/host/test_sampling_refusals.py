@@ -48,4 +48,4 @@ def test_edm_models_are_refused():
 
 def test_a_flow_model_asks_for_a_grid_that_begins_at_its_noise():
     with pytest.raises(ValueError, match="^scheduler: ddim_uniform does not begin at the noise.*Choose simple"):
-        invert(small_model(comfy.model_base.ModelType.FLOW))
+        invert(small_model(comfy.model_base.ModelType.FLOW), scheduler="ddim_uniform")
