@@ -38,7 +38,8 @@ def generate_reference(
     """
     check_numbers(cfg=settings.cfg)
     sigmas = ddim_grid(model, settings.steps, settings.scheduler, settings.sigmas)
-    _check_start(model, sigmas)
+    if settings.sigmas is not None:
+        _check_start(model, sigmas)
     empty = clean_latent(model, latent_image)
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, len(empty), socket)

@@ -132,6 +132,12 @@ def test_a_reference_is_drawn_from_noise_alone(run_node, model):
         by_node(run_node, Pix2PixZeroReference, model, steps=5, sigmas=torch.tensor([0.5, 0.2, 0.0]))
 
 
+def test_a_reference_of_few_steps_begins_where_its_scheduler_does(run_node):
+    plain = loaded_small_model()
+    reference, _ = by_node(run_node, Pix2PixZeroReference, plain, steps=4, scheduler="ddim_uniform")
+    assert reference.sigmas[-1] < 0.5 * plain.model.model_sampling.sigma_max
+
+
 @pytest.mark.parametrize("method", ["official", "diffusers"])
 def test_inversions_of_the_authors_levels_take_only_those_of_the_table(run_node, method):
     plain = loaded_small_model()
