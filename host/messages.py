@@ -56,6 +56,10 @@ OTHER_TEXT = (
     "positive is not the inversion's text moved along a direction, but another text: what it says otherwise is drawn too. "
     "Connect the caption of the inversion to Apply Direction."
 )
+WHOLE_PICTURE = (
+    "The two texts differ over the whole picture, as for another light or style. If the edit comes out faint, choose the preset "
+    "{preset}."
+)
 OTHER_CFG = (
     "cfg is {cfg}, but the picture was generated with {reference}: what is not edited may change too. Use the same cfg."
 )

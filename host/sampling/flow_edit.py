@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from ...editing.flow_edit import FlowEditSettings, flow_edit, skipped
 from ...editing.guidance import LocalBlend
 from .. import running
-from ..messages import EDITING
+from ..messages import EDITING, WHOLE_PICTURE
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
@@ -21,10 +21,6 @@ SOURCE_CFG = (
 )
 WHOLE = "whole picture"
 PRESETS = ("default", WHOLE)
-ADVICE = (
-    "The two texts differ over the whole picture, as for another light or style. If the edit comes out faint, choose the preset "
-    f"{WHOLE}."
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def flow_edit_latent(
     edit = _FlowEdit(picture, mask, settings)
     samples, blend_mask = sample(guider, edit.walk_down, samples, sigmas)
     if blend_mask is not None and settings.skip and (blend_mask.amin((1, 2, 3)) == 1).any():
-        running.warn(ADVICE)
+        running.warn(WHOLE_PICTURE.format(preset=WHOLE))
     return samples, edited_area(model, picture, mask, blend_mask)
 
 
