@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser_page import speak
+from hand_wired import wire_by_hand
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "example_workflows" / "cat_to_dog_demo.json"
@@ -13,30 +14,6 @@ SAID = """kind => app.graph.nodes.filter(node => node.type === kind).flatMap(nod
     const shown = widget.element;
     return {text: shown.textContent, whole: shown.scrollHeight <= shown.clientHeight + 1, seen: shown.isConnected};
   })"""
-# An edit of a demo scene, as a person wires it; `negative`: which text goes there.
-WIRE = """([swapped, other, side]) => {
-  const add = (kind, values = {}) => {
-    const node = LiteGraph.createNode(kind);
-    app.graph.add(node);
-    node.pos = [300 * app.graph.nodes.length, 200];
-    for (const [name, value] of Object.entries(values)) node.widgets.find(one => one.name === name).value = value;
-    return node;
-  };
-  const join = (from, output, to, name) => from.connect(output, to, to.inputs.findIndex(slot => slot.name === name));
-  const model = add('Pix2PixZeroDemoModel'), scene = add('Pix2PixZeroDemoScene', {side});
-  const text = add('CLIPTextEncode', {text: 'a photo of a cat'}), second = add('CLIPTextEncode', {text: other});
-  const encode = add('VAEEncode'), invert = add('Pix2PixZeroInversion', {steps: 2});
-  const direction = add('Pix2PixZeroEditDirection'), apply = add('Pix2PixZeroApplyDirection');
-  const sampler = add('Pix2PixZeroKSampler', {cfg: 1.5, guidance_strength: 0}), decode = add('VAEDecode');
-  const show = add('PreviewImage');
-  join(model, 1, text, 'clip'); join(model, 1, second, 'clip'); join(model, 2, encode, 'vae'); join(scene, 0, encode, 'pixels');
-  join(model, 0, invert, 'model'); join(text, 0, invert, 'positive'); join(encode, 0, invert, 'latent_image');
-  join(model, 1, direction, 'clip'); join(direction, 0, apply, 'direction'); join(text, 0, apply, 'conditioning');
-  join(model, 0, sampler, 'model'); join(invert, 0, sampler, 'inversion');
-  join(swapped ? text : apply, 0, sampler, 'positive');
-  join(swapped ? apply : second, 0, sampler, 'negative');
-  join(sampler, 0, decode, 'samples'); join(model, 2, decode, 'vae'); join(decode, 0, show, 'images');
-}"""
 
 
 def said(frontend, kind: str) -> list[str]:
@@ -84,7 +61,7 @@ def test_the_text_stays_on_a_finished_node_in_the_language_of_the_frontend(langu
     ],
 )
 def test_texts_in_the_wrong_places_are_said_on_the_sampler(swapped, other, message, frontend):
-    frontend.page.evaluate(WIRE, [swapped, other, 128])
+    wire_by_hand(frontend, swapped, other)
     assert frontend.run()["ending"][0] == "execution_success"
     (text,) = said(frontend, "Pix2PixZeroKSampler")
     warnings = [line for line in text.split("\n") if line in messages("en").values()]
@@ -92,7 +69,7 @@ def test_texts_in_the_wrong_places_are_said_on_the_sampler(swapped, other, messa
 
 
 def test_a_picture_many_times_the_models_size_is_said_before_the_long_work(frontend):
-    frontend.page.evaluate(WIRE, [False, "a photo of a cat", 384])
+    wire_by_hand(frontend, side=384)
     frontend.set_widgets("steps", 1000)
     frontend.queue()
     (inversion,) = frontend.nodes("Pix2PixZeroInversion")

@@ -77,7 +77,7 @@ def test_nothing_happens_outside_a_running_node(sent, monkeypatch):
 
 def test_what_is_told_stays_above_the_line_of_the_step_and_is_kept_once(sent):
     with running.listening() as told:
-        for _ in running.runs(2):
+        for _ in running.in_turn(2):
             running.warn("negative is another text.")
             running.show("Sampling 1/4")
     running.show("Sampling 2/4")
