@@ -55,11 +55,26 @@ def test_the_template_browser_lists_every_example_with_its_thumbnail(frontend):
         card.wait_for()
         card.scroll_into_view_if_needed()
     page.wait_for_function(LOADED, arg="[data-testid^=template-workflow-] img")
+    texts = json.loads((ROOT / "web" / "examples.json").read_text(encoding="utf-8"))
+    assert sorted(texts) == EXAMPLES
+    for name, found in zip(EXAMPLES, cards):
+        assert [found.get_by_text(text, exact=True).count() for text in texts[name].values()] == [1, 1], name
     frontend.snapshot("templates")
     cards[EXAMPLES.index("cat_to_dog_demo")].get_by_test_id("thumbnail-content").click()
     page.get_by_role("dialog").wait_for(state="hidden")
     assert frontend.nodes(NODE)
+    page.wait_for_timeout(600)
+    assert page.evaluate("() => app.canvas.ds.scale") >= 0.6, "too small to be read"
     assert frontend.complaints() == []
+
+
+def test_the_templates_are_found_by_the_name_of_the_pack(frontend):
+    page = frontend.page
+    frontend.command("Comfy.BrowseTemplates")
+    page.get_by_role("dialog").get_by_role("textbox").first.fill("pix2pix")
+    page.get_by_test_id("template-workflow-cat_to_dog_demo").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("dialog").wait_for(state="hidden")
 
 
 def test_the_blueprint_is_in_the_node_library_and_edits_a_picture(frontend):
