@@ -3,7 +3,8 @@
 Paper: pix2pix-zero, section 3.2, takes about a thousand sentences per concept from a language model. Filling the same
 frames with the source and the target makes everything but the concept cancel, so fewer sentences do. A direction is a
 mean per token position, so the frames are mostly shaped like captions ("a photo of a {cat} in summer"): the words then
-stand where they stand in the caption that will be edited.
+stand where they stand in the caption that will be edited. The banks' sentences serve as frames too, where they name the
+concept once.
 """
 
 import json
@@ -75,6 +76,38 @@ def paired_sentences(source: str, target: str, count: int, seed: int) -> tuple[l
         )
     frames = _frames((a, b), count, seed)
     return [a.fill(f) for f in frames], [b.fill(f) for f in frames]
+
+
+def natural_pairs(source: str, target: str, count: int, seed: int) -> tuple[list[str], list[str]]:
+    """`count` sentences about the source and the same about the target: those of both banks, with the concept exchanged.
+
+    That is for subjects, such as a cat. Times, seasons, styles and materials want other words around them, "at night" but
+    "during the day": there, and where the banks have too few sentences, they are `paired_sentences`. Its errors are raised.
+    """
+    grammar = paired_sentences(source, target, count, seed)
+    if not all("subject" in parse_concept(concept, "").kinds for concept in (source, target)):
+        return grammar
+    before, after = _normalize(source), _normalize(target)
+    pairs = [(s, _exchanged(s, before, after)) for s in sentence_bank(source) or []]
+    pairs += [(_exchanged(s, after, before), s) for s in sentence_bank(target) or []]
+    # In a seeded order, each once: an exchange may give a sentence of the other bank.
+    natural = list(dict.fromkeys(pair for pair in pairs if None not in pair))
+    random.Random(seed).shuffle(natural)
+    chosen = list(dict.fromkeys([*natural, *zip(*grammar)]))[:count]
+    return [a for a, _ in chosen], [b for _, b in chosen]
+
+
+def _exchanged(sentence: str, concept: str, other: str) -> str | None:
+    """The sentence with another concept in the place of one, or None where it does not name the one alone, and once."""
+    places = list(re.finditer(rf"\b(an?\s+)?{re.escape(concept)}\b", sentence, re.IGNORECASE))
+    if len(places) != 1 or re.search(rf"\b{re.escape(other)}\b", sentence, re.IGNORECASE):
+        return None
+    (place,) = places
+    head, tail = _split_tail(other)
+    text = f"{indefinite(head)} {tail}".strip() if place[1] and head else other
+    if place[0][0].isupper():
+        text = text[0].upper() + text[1:]
+    return sentence[: place.start()] + text + sentence[place.end() :]
 
 
 def sentences(concept: str, count: int, seed: int) -> list[str]:

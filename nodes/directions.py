@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..editing.directions import ALIGNMENTS, combine
-from ..editing.sentences import PAIRS, paired_sentences, read_sentence_lists
+from ..editing.sentences import PAIRS, natural_pairs, read_sentence_lists
 from ..host.messages import UNLEARNED
 from ..host.running import warn
 from ..host.text.text_encoding import find_direction, move_conditioning, unlearned_words
@@ -54,7 +54,7 @@ class Pix2PixZeroEditDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, source: str, target: str, alignment: str = ALIGNMENTS[0]) -> io.NodeOutput:
-        source_sentences, target_sentences = paired_sentences(source, target, PAIRS, seed=0)
+        source_sentences, target_sentences = natural_pairs(source, target, PAIRS, seed=0)
         direction = find_direction(clip, source_sentences, target_sentences, source, target, alignment)
         if unlearned := unlearned_words(clip, f"{source} {target}"):
             warn(UNLEARNED.format(words=", ".join(unlearned)))

@@ -9,6 +9,7 @@ from pix2pix_zero.editing.sentences import (
     bank_names,
     concept_sentences,
     indefinite,
+    natural_pairs,
     paired_sentences,
     read_sentence_lists,
     sentence_bank,
@@ -51,6 +52,43 @@ def test_sentences_are_distinct_and_the_same_for_the_same_seed(source, target):
     assert first == paired_sentences(source, target, 250, seed=7)
     assert first != paired_sentences(source, target, 250, seed=8)
     assert [len(set(side)) for side in first] == [250, 250]
+
+
+def test_natural_pairs_are_the_sentences_of_both_banks_with_the_concept_exchanged():
+    pairs = list(zip(*natural_pairs("cat", "elephant", 256, seed=0), strict=True))
+    banks = {"cat": set(sentence_bank("cat")), "elephant": set(sentence_bank("elephant"))}
+    sources = sum(a in banks["cat"] for a, _ in pairs)
+    targets = sum(b in banks["elephant"] for _, b in pairs)
+    assert sources > 80 and targets > 80 and sources + targets >= 256
+    for a, b in pairs:
+        # what the article stands before is all that differs
+        assert re.sub(r"\b(an?\s+)?cat\b", "_", a, flags=re.I) == re.sub(r"\b(an?\s+)?elephant\b", "_", b, flags=re.I)
+        assert not re.search(r"\ban cat\b|\ba elephant\b|\belephant\b.*\bcat\b", a + b, re.I), (a, b)
+        assert a[0].isupper() == b[0].isupper()
+    assert len(set(pairs)) == len(pairs) == 256
+    assert natural_pairs("cat", "elephant", 256, seed=0) == natural_pairs("cat", "elephant", 256, seed=0)
+
+
+def test_a_bank_serves_an_edit_that_adds_something_to_its_concept():
+    source, target = natural_pairs("cat", "cat wearing glasses", 100, seed=0)
+    assert sum(sentence in sentence_bank("cat") for sentence in source) == 100
+    assert [sentence.replace("cat wearing glasses", "cat") for sentence in target] == source
+
+
+def test_without_a_bank_the_pairs_are_those_of_the_grammar():
+    assert natural_pairs("axolotl", "unicorn", 50, seed=3) == paired_sentences("axolotl", "unicorn", 50, seed=3)
+
+
+@pytest.mark.parametrize(("source", "target"), [("day", "night"), ("photo", "pencil sketch"), ("wooden", "metal")])
+def test_concepts_that_want_other_words_around_them_are_left_to_the_grammar(source, target):
+    assert natural_pairs(source, target, 50, seed=3) == paired_sentences(source, target, 50, seed=3)
+
+
+def test_where_the_banks_have_too_few_the_grammar_fills_up():
+    pairs = list(zip(*natural_pairs("cat", "dog", 1000, seed=0), strict=True))
+    grammar = set(zip(*paired_sentences("cat", "dog", 1000, seed=0)))
+    assert len(pairs) == len(set(pairs)) == 1000
+    assert 300 < sum(pair in grammar for pair in pairs) < 700
 
 
 def test_a_thousand_pairs_of_animals_are_distinct():
