@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="only so many edits")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, default=7.5, help="as in the published rows")
-    parser.add_argument("--guidance", type=float, default=0.1, help="guidance_strength of pix2pix-zero")
+    parser.add_argument("--guidance", type=float, default=0.0, help="guidance_strength of default and fast")
     parser.add_argument(
         "--captioner", default="", help="a captioner in models/blip for pix2pix-zero; else the benchmark's own texts"
     )

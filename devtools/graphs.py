@@ -100,12 +100,11 @@ class Edit:
     edited_scene: dict[str, object] = field(default_factory=dict)
     strength: float = 1.0
     cfg: float = 1.5
-    feature_until: float = 0.5
 
 
 EDITS = {
-    "cat2dog": Edit("cat", "dog", {"subject": "cat"}, {"subject": "dog"}, feature_until=0.3),
-    "dog2cat": Edit("dog", "cat", {"subject": "dog"}, {"subject": "cat"}, cfg=2.0, feature_until=0.3),
+    "cat2dog": Edit("cat", "dog", {"subject": "cat"}, {"subject": "dog"}),
+    "dog2cat": Edit("dog", "cat", {"subject": "dog"}, {"subject": "cat"}, cfg=2.0),
     "horse2zebra": Edit("horse", "zebra", {"subject": "horse"}, {"subject": "zebra"}),
     "zebra2horse": Edit("zebra", "horse", {"subject": "zebra"}, {"subject": "horse"}),
     "add_glasses": Edit("cat", "cat wearing glasses", {"subject": "cat"}, {"glasses": "yes"}, strength=1.5),
@@ -124,8 +123,6 @@ PICTURES = {
     "edited": "pasted",
     "truth": "ground truth",
 }
-GUIDANCE = 0.1
-"""Of the paper, which has nothing else that holds the picture."""
 
 
 def example_graph() -> Graph:
@@ -157,16 +154,16 @@ def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     graph.change(scene, seed=seed, **edit.scene)
     graph.change(direction, source=edit.source, target=edit.target)
     graph.change(graph.only("Pix2PixZeroApplyDirection"), strength=edit.strength)
-    graph.change(sampler, cfg=edit.cfg, feature_until=edit.feature_until)
+    graph.change(sampler, cfg=edit.cfg)
 
-    def redrawn(guidance_strength: float) -> Node:
-        free = graph.copy(sampler, guidance_strength=guidance_strength, local_blend=0.0, feature_until=0.0)
+    def redrawn(preset: str) -> Node:
+        free = graph.copy(sampler, preset=preset, guidance_strength=0.0, local_blend=0.0, feature_until=0.0)
         return graph.copy(decoder, samples=free[0])
 
     results = {
         "source": scene,
-        "direction": redrawn(0.0),
-        "guided": redrawn(GUIDANCE),
+        "direction": redrawn("default"),
+        "guided": redrawn("paper"),
         "held": decoder,
         "edited": paste,
         "truth": graph.copy(scene, **edit.edited_scene),

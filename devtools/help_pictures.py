@@ -116,7 +116,7 @@ def reference() -> Picture:
     row = {"generated": demo.decode(generated[1])}
     for source, target in (("cat", "dog"), ("summer", "winter")):
         positive = demo.apply(demo.direction(source, target)[0])
-        sampler = demo.sample(positive, generated, guidance_strength=0.5, **knobs)
+        sampler = demo.sample(positive, generated, guidance_strength=0.2, **knobs)
         demo.change(sampler, negative=empty[0])
         row[f"{source} to {target}"] = demo.decode(sampler[0])
     return demo, row
@@ -182,10 +182,10 @@ def apply_direction() -> Picture:
 def sampler() -> Picture:
     demo = Demo()
     edited = demo.sample()
-    free = demo.edited(guidance_strength=0.0, local_blend=0.0, feature_until=0.0)
+    free = demo.edited(local_blend=0.0, feature_until=0.0)
     return demo, {
         "source": demo.scene[0],
-        "all three 0": free,
+        "both 0": free,
         "latent": demo.decode(edited[0]),
         "edited_area": demo.mask_picture(edited[1]),
     }
@@ -194,9 +194,14 @@ def sampler() -> Picture:
 @recipe
 def sampler_cfg() -> Picture:
     demo = Demo()
-    row = {f"cfg {value:g}": demo.edited(cfg=value) for value in (1.0, 1.5, 3.0)}
-    row |= {f"guidance {value:g}": demo.edited(cfg=3.0, guidance_strength=value) for value in (0.1, 1.0)}
-    return demo, row
+    return demo, {f"cfg {value:g}": demo.edited(cfg=value) for value in (1.0, 1.5, 3.0, 5.0)}
+
+
+@recipe
+def sampler_guidance() -> Picture:
+    demo = Demo()
+    row = {f"guidance {value:g}": demo.edited(guidance_strength=value) for value in (0.0, 0.05, 0.2, 1.0)}
+    return demo, {"source": demo.scene[0], **row}
 
 
 @recipe
@@ -205,7 +210,7 @@ def paste() -> Picture:
     scene = demo.scene = demo.copy(demo.scene, side=512, distance=3.0)
     crop = demo.work_on_part(context=1.2)
     mask = demo.add("GrowMask", mask=crop[1], expand=14, tapered_corners=True)
-    sampled = demo.sample(mask=mask[0], feature_until=demo.edit.feature_until)
+    sampled = demo.sample(mask=mask[0])
     edited = demo.decode(sampled[0])
     pasted = demo.add(
         "Pix2PixZeroPasteEdit", source=scene[0], edited=edited, edited_area=sampled[1], crop_region=crop[2]

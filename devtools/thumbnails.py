@@ -44,7 +44,7 @@ def _on_the_demo(graph: Graph) -> list[list]:
     graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", seed=12)
     graph.change(graph.only("Pix2PixZeroCrop"), model_size=128, mask=None)
     graph.change(graph.only("Pix2PixZeroLoadCaptioner"), model_name="demo")
-    graph.change(graph.only("Pix2PixZeroKSampler"), cfg=1.5, feature_until=0.3)
+    graph.change(graph.only("Pix2PixZeroKSampler"), cfg=1.5)
     return _source_and_saved(graph)
 
 

@@ -17,7 +17,7 @@ from .trajectory import DIFFUSION, Inversion, NoisePath, ddim_step, predicted_ep
 
 Maps = dict[Any, torch.Tensor]
 
-# Gradient steps of one size add up over an edit: strengths are given for the paper's number of steps.
+# What gradient steps do adds up over an edit: strengths are given for the paper's number of steps.
 REFERENCE_STEPS = 50
 
 # Of the local blend.
@@ -69,13 +69,15 @@ class DenoisingPasses(Protocol):
 class GuidanceSchedule:
     """When guidance acts, and how strongly.
 
-    `guidance_strength`: size of a gradient step. `first`, `last`: it acts on noise levels `last` <= sigma <= `first`. `every`: it
-    acts on one of so many steps, the middle one, with as many times the strength. `share`: in 0..1, part of the steps in
-    which it acts, from the noisiest on. `holds_negative`: the negative text is evaluated at every other step only.
-    `final_sigma`: where `sample_official` ends.
+    `guidance_strength`: in 0..1, the part of the attention distance that a step of 50 is to close, see `distance_step`; if
+    `plain`, the paper's lambda instead, the size of its gradient step, see `plain_step`. `first`, `last`: it acts on noise
+    levels `last` <= sigma <= `first`. `every`: it acts on one of so many steps, the middle one, for all of them. `share`: in
+    0..1, part of the steps in which it acts, from the noisiest on. `holds_negative`: the negative text is evaluated at every
+    other step only. `final_sigma`: where `sample_official` ends.
     """
 
     guidance_strength: float
+    plain: bool = False
     first: float = float("inf")
     last: float = 0.0
     every: int = 1
@@ -84,10 +86,17 @@ class GuidanceSchedule:
     final_sigma: float = 0.0
 
     def strength_at(self, sigma: float, step: int, steps: int) -> float:
-        """Size of the gradient step at `step`, counted from 0 at the noisiest. 0: no gradient is needed."""
+        """The part of the distance, or the lambda, of `step`, counted from 0 at the noisiest. 0: no gradient is needed.
+
+        Of n steps in place of 50, each leaves (1 - strength)^(50 / n) of the distance, and lambda is 50 / n times as large.
+        """
         turn = step % self.every == min(self.every, steps) // 2
-        acts = self.last <= sigma <= self.first and step < self.share * steps and turn
-        return self.guidance_strength * self.every if acts else 0.0
+        if not (self.last <= sigma <= self.first and step < self.share * steps and turn):
+            return 0.0
+        replaced = self.every * REFERENCE_STEPS / steps
+        if self.plain:
+            return self.guidance_strength * replaced
+        return 1 - (1 - self.guidance_strength) ** replaced
 
     def holds_negative_at(self, step: int) -> bool:
         """Whether the negative text's prediction follows from the step before."""
@@ -112,9 +121,26 @@ def logits_gradient(maps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     return error.mul_(maps).mul_(2 / maps.shape[1])
 
 
-def guidance_shift(gradient: torch.Tensor, sigma: float, strength: float, path: NoisePath = DIFFUSION) -> torch.Tensor:
-    """One gradient step of size `strength` on the variance-preserving latent, x / sqrt(1 + sigma^2), written in x."""
-    return -strength * path.power(sigma) * gradient
+def distance_step(gradient: torch.Tensor, distance: torch.Tensor, part: float, longest: float) -> torch.Tensor:
+    """The step down `gradient` that would close `part` of `distance` if the distance were linear: [B, C, H, W].
+
+    -part * distance / |gradient|^2 * gradient: Polyak's step (Minimization of unsmooth functionals, 1969) for a least value
+    of 0. It is the same whatever factor the distance has, by the number of sites, heads, pixels or words, and in
+    whatever units the latent is. Near a least value above 0 it would grow without bound: its root mean square per picture
+    is at most `part * longest`.
+
+    `gradient`: [B, C, H, W] of `distance` [B]. `part`: in 0..1.
+    """
+    peak = gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+    way = gradient / peak  # squares of small gradients would vanish
+    size = way.square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
+    length = (distance.to(gradient).view(-1, 1, 1, 1) / size / peak).clamp_max(longest * gradient[0].numel() ** 0.5)
+    return -part * length * (way / size)
+
+
+def plain_step(gradient: torch.Tensor, sigma: float, size: float, path: NoisePath = DIFFUSION) -> torch.Tensor:
+    """The paper's gradient step (eq. 4) of size lambda on the variance-preserving latent, x / sqrt(1 + sigma^2), written in x."""
+    return -size * path.power(sigma) * gradient
 
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
@@ -228,8 +254,10 @@ def sample_guided(
             kept.blend.observe(passes.contrast(x, sigma), 1 - level / inversion.steps)
         here, estimate = x, denoised
         if gradient is not None:
-            size = strength * REFERENCE_STEPS / inversion.steps
-            shift = guidance_shift(gradient, sigma, size, inversion.path)
+            if guidance.plain:
+                shift = plain_step(gradient, sigma, strength, inversion.path)
+            else:
+                shift = distance_step(gradient, distance, strength, _moved_by(inversion.path, sigma, sigma_next))
             here = x + kept.guided_part(shift)
             estimate = passes.estimate_elsewhere(denoised, x, here, sigma)
         x = ddim_step(here, predicted_eps(here, estimate, sigma), sigma, sigma_next)
@@ -238,6 +266,11 @@ def sample_guided(
         x = kept.restore(x, level - 1)
         on_step(step, denoised, x, distance)
     return x
+
+
+def _moved_by(path: NoisePath, sigma: float, sigma_next: float) -> float:
+    """How far a DDIM step turns a latent whose picture and noise have variance 1: a root mean square, written at `sigma`."""
+    return path.power(sigma) ** 0.5 * (path.angle(sigma) - path.angle(sigma_next))
 
 
 def reference_maps(inversion: Inversion, passes: DenoisingPasses, level: int, x: torch.Tensor) -> Maps:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .guidance import DenoisingPasses, GuidanceSchedule, KeptSource, OnStep, guidance_shift
+from .guidance import DenoisingPasses, GuidanceSchedule, KeptSource, OnStep, plain_step
 from .inversion import Transition
 from .trajectory import DIFFUSION, Inversion, ddim_step, predicted_eps
 
@@ -48,7 +48,7 @@ def sample_official(
             for branch, source_branch in (("negative", "negative"), ("positive", "source")):
                 reference = passes.record_maps(source_branch, source_x, sigma)
                 gradient, distance = passes.map_gradient(branch, x, sigma, reference)
-                shifted[branch] = x + guidance_shift(gradient / 2, sigma, strength)
+                shifted[branch] = x + plain_step(gradient / 2, sigma, guidance.guidance_strength)
         if guidance.guidance_strength:
             source_denoised = _mixed_denoised(passes, {"source": source_x, "negative": source_x}, sigma)
             source_eps = predicted_eps(source_x, source_denoised, sigma)

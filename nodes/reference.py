@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..host.sampling.checks import AUTO
 from ..host.sampling.reference import ReferenceSettings, generate_reference
+from .sampler import CFG
 from .sockets import CATEGORY, Inversion, scheduler_input, seed_input, sigmas_input
 
 
@@ -35,7 +36,7 @@ class Pix2PixZeroReference(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=5.0,
+                    default=CFG,
                     min=0.0,
                     max=100.0,
                     step=0.1,

@@ -6,6 +6,7 @@ from ..host.running import per_picture
 from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
 from .sockets import CATEGORY, Inversion, edited_area_output, edited_latent_output, start_percent_input
 
+CFG = EditSettings.cfg
 LOCAL_BLEND = 0.2
 FEATURE_UNTIL = 0.5
 
@@ -17,8 +18,8 @@ class Pix2PixZeroKSampler(io.ComfyNode):
             node_id="Pix2PixZeroKSampler",
             display_name="KSampler (Pix2Pix-Zero)",
             category=CATEGORY,
-            description="Redraws an inverted picture with the edited text while cross-attention guidance keeps its "
-            "layout, pose and background.",
+            description="Redraws an inverted picture with the edited text while the picture's own shapes, and "
+            "cross-attention guidance if wanted, keep its layout, pose and background.",
             is_input_list=True,
             search_aliases=["cross-attention guidance", "guided ksampler", "edit sampler", "pix2pix-zero"],
             inputs=[
@@ -36,22 +37,25 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=1.5,
+                    default=CFG,
                     min=0.0,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the edit is drawn. Raise it if the edit does not show (start at 5 with Stable "
-                    "Diffusion checkpoints), lower it if colours burn or the background changes.",
+                    tooltip="How strongly the edit is drawn. Raise it, to 7.5, if the edit does not show; lower it if colours "
+                    "burn or the background changes. 5 suits Stable Diffusion checkpoints, 1.5 the demo model.",
                 ),
                 io.Float.Input(
                     "guidance_strength",
-                    default=0.1,
+                    default=0.0,
                     min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="How firmly the picture keeps its structure. Raise it if the pose or layout drifts, lower "
-                    "it if the edit does not show. 0 switches guidance off and is much faster.",
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    tooltip="How much of what the edit has moved in the attention maps is taken back: 0 none, 1 all that a "
+                    "gradient step can. Raise it, to 0.05 or 0.2, if pose or layout drift although feature_until is high; "
+                    "lower it if the new thing does not get its own shape. 0 needs no gradients and is the fastest. Edits that "
+                    "change the whole picture are guided only with local_blend 0.",
                 ),
                 start_percent_input(
                     tooltip="When guidance starts, as part of the sampling. The first steps fix the layout, so keep 0 "
@@ -59,26 +63,25 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "end_percent",
-                    default=0.5,
+                    default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="When guidance stops. Raise it if details drift that the first half of the steps had right; lower it "
-                    "to save time or to let fine detail follow the edit freely.",
+                    tooltip="When guidance stops, as part of the sampling. Lower it, to 0.5, to save time or to let fine "
+                    "detail follow the edit freely.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
                     default="default",
                     advanced=True,
-                    tooltip="default: guides every step. fast: guides one step in three, three times as strongly, and "
-                    "evaluates the negative text at every other step, which gives nearly the same edit; try it first. "
-                    "low memory: the edit of default in much less memory and more time; set map_memory of Invert "
-                    "Picture to 0 as well. official: the authors' update, step for step, without local_blend and "
-                    "feature_until, to compare with their results; it wants end_percent 1 and is the slowest. paper: guidance "
-                    "alone, in all steps, without local_blend and feature_until; with guidance_strength 0.1 that is the "
-                    "paper's edit.",
+                    tooltip="default: evaluates both texts and guides at every step. fast: evaluates the negative text at "
+                    "every other step and guides one step in three for all three, which gives nearly the same edit; try it "
+                    "first. low memory: the edit of default in much less memory and more time; set map_memory of Invert "
+                    "Picture to 0 as well. paper: guidance alone, in all steps, by the paper's gradient step (lambda 0.1), "
+                    "without guidance_strength, local_blend and feature_until. official: the same by the authors' update, "
+                    "step for step, to compare with their results; it is the slowest.",
                 ),
                 io.Float.Input(
                     "local_blend",

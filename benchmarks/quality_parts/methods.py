@@ -23,7 +23,7 @@ CFG = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 THEIR_CFG = CFG[1:]  # at 1 diffusers' pipeline leaves the caption as it is
 FAST_STEPS = 15
 SDEDIT_CFG = 3.0
-OFFICIAL_STRENGTH = 0.1  # of the authors and of diffusers
+GUIDED = 0.05
 SETTINGS = ("guidance_strength", "start_percent", "end_percent", "preset", "local_blend", "feature_until")
 
 
@@ -70,9 +70,17 @@ def shapes_kept(bench: Workbench, cfg: float) -> Tensor:
 
 
 def official(bench: Workbench, cfg: float) -> Tensor:
-    return this_pack(
-        bench, cfg, preset="official", guidance_strength=OFFICIAL_STRENGTH, start_percent=0.0, end_percent=1.0
-    )
+    return this_pack(bench, cfg, preset="official", guidance_strength=0.0)
+
+
+def paper(bench: Workbench, cfg: float) -> Tensor:
+    """Guidance alone, by the paper's gradient step."""
+    return this_pack(bench, cfg, preset="paper", guidance_strength=0.0)
+
+
+def guided(bench: Workbench, cfg: float) -> Tensor:
+    """Guidance beside what holds the picture by default."""
+    return this_pack(bench, cfg, guidance_strength=GUIDED)
 
 
 def word_swap(bench: Workbench, cfg: float) -> Tensor:
@@ -145,6 +153,8 @@ METHODS = [
     Method("fast", "cfg", CFG, fast),
     Method("shapes kept", "cfg", CFG, shapes_kept),
     Method("without blend", "cfg", CFG, without_blend),
+    Method("guided", "cfg", CFG, guided),
+    Method("paper", "cfg", CFG, paper),
     Method("official", "cfg", THEIR_CFG, official),
     Method("diffusers", "cfg", THEIR_CFG, diffusers_pipeline.redraw),
     Method("word swap", "cfg", CFG, word_swap),

@@ -10,7 +10,7 @@ from ...editing.guidance import GuidanceSchedule, KeptSource, LocalBlend, sample
 from ...editing.official import sample_official
 from ...editing.trajectory import Inversion, MapStore
 from .. import running
-from ..messages import GUIDED, LEFT_OUT, SAMPLING
+from ..messages import GUIDED, LEFT_OUT, NOT_GUIDED, SAMPLING
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
 from ..text.conditionings import areas_of, beside_the_source, check_conditioning, unlike_the_source
@@ -28,32 +28,35 @@ class Preset:
 
     `guided_steps`: about how many steps guidance would act on over the whole edit; all of them if None. `share`,
     `holds_negative`: see `editing.guidance.GuidanceSchedule`. `checkpointing`: the least that the backward pass computes
-    again, see `memory.checkpointed`. `guidance_alone`: neither the source's features nor a local blend, as in the
-    paper. `whole_window`: guidance may act in the whole sampling, whatever the window is set to. `authors_update`:
-    `sample_official` in place of `sample_guided`, which does not use kept maps.
+    again, see `memory.checkpointed`. `paper_step`: the paper's way: guidance alone, without the source's features and
+    a local blend, in the whole sampling, by gradient steps of this size, the paper's lambda, in place of
+    `guidance_strength`. `authors_update`: `sample_official` in place of `sample_guided`, which does not use kept maps.
     """
 
     guided_steps: int | None = None
     share: float = 1.0
     holds_negative: bool = False
     checkpointing: str = "none"
-    guidance_alone: bool = False
-    whole_window: bool = False
+    paper_step: float | None = None
     authors_update: bool = False
 
     def schedule(self, guidance_strength: float, steps: int) -> GuidanceSchedule:
         """Of an edit of so many steps, all of which may be guided."""
         every = 1 if self.guided_steps is None else max(1, round(steps / self.guided_steps))
-        return GuidanceSchedule(guidance_strength, every=every, share=self.share, holds_negative=self.holds_negative)
+        plain = self.paper_step is not None
+        strength = self.paper_step if plain else guidance_strength
+        return GuidanceSchedule(strength, plain, every=every, share=self.share, holds_negative=self.holds_negative)
 
+
+PAPER_LAMBDA = 0.1  # of the paper and of the authors' code
 
 PRESETS = {
     "default": Preset(),
     # Spread steps hold the layout as well as all do, up to about three times the strength each.
     "fast": Preset(guided_steps=16, share=0.8, holds_negative=True, checkpointing="feed-forward"),
     "low memory": Preset(checkpointing="blocks"),
-    "official": Preset(guidance_alone=True, authors_update=True),
-    "paper": Preset(guidance_alone=True, whole_window=True),
+    "official": Preset(paper_step=PAPER_LAMBDA, authors_update=True),
+    "paper": Preset(paper_step=PAPER_LAMBDA),
 }
 
 
@@ -61,14 +64,15 @@ PRESETS = {
 class EditSettings:
     """How an edit is drawn.
 
-    `guidance_strength`: size of a gradient step. `window`: part of the sampling, as (start, end) percents in 0..1, in which
-    guidance acts. `preset`: a name in `PRESETS`. `local_blend`: part of its strongest, 0..1, that the edit must act with
-    where the source does not stay; 0 lets everything change. `feature_until`: part of the steps, 0..1 from the noisiest
-    on, that are drawn with the source's own decoder features (Plug-and-Play, Tumanyan et al., CVPR 2023, section 4.1).
+    `guidance_strength`: in 0..1, see `editing.guidance.GuidanceSchedule`. `window`: part of the sampling, as (start, end)
+    percents in 0..1, in which guidance acts. `preset`: a name in `PRESETS`. `local_blend`: part of its strongest, 0..1, that
+    the edit must act with where the source does not stay; 0 lets everything change. `feature_until`: part of the steps, 0..1
+    from the noisiest on, that are drawn with the source's own decoder features (Plug-and-Play, Tumanyan et al., CVPR 2023,
+    section 4.1).
     """
 
-    cfg: float = 1.5
-    guidance_strength: float = 0.1
+    cfg: float = 5.0
+    guidance_strength: float = 0.0
     window: tuple[float, float] = (0.0, 1.0)
     preset: str = "default"
     local_blend: float = 0.0
@@ -77,13 +81,19 @@ class EditSettings:
 
     def left_out(self) -> list[str]:
         """What is set and the preset does without."""
-        set_ones = [name for name in ("local_blend", "feature_until") if getattr(self, name)]
-        return set_ones if PRESETS[self.preset].guidance_alone else []
+        set_ones = [name for name in ("guidance_strength", "local_blend", "feature_until") if getattr(self, name)]
+        return [] if PRESETS[self.preset].paper_step is None else set_ones
 
     def for_preset(self) -> "EditSettings":
         """These settings as the preset draws them."""
-        window = (0.0, 1.0) if PRESETS[self.preset].whole_window else self.window
-        return replace(self, window=window, **dict.fromkeys(self.left_out(), 0.0))
+        if PRESETS[self.preset].paper_step is None:
+            return self
+        return replace(self, window=(0.0, 1.0), **dict.fromkeys(self.left_out(), 0.0))
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance may act."""
+        return bool(self.guidance_strength or PRESETS[self.preset].paper_step)
 
 
 def sample_edit(
@@ -113,7 +123,8 @@ def sample_edit(
     picture = model.model.process_latent_out(inversion.trajectory[0])
     samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
     if left_out:
-        running.warn(LEFT_OUT.format(preset=settings.preset, names=" and ".join(left_out)))
+        names = " and ".join(", ".join(left_out).rsplit(", ", 1))
+        running.warn(LEFT_OUT.format(preset=settings.preset, names=names))
     return samples, edited_area(model, edit.inversion.trajectory[0], edit.inversion.noise_mask, blend_mask)
 
 
@@ -127,6 +138,10 @@ def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: 
     start, end = settings.window
     check_numbers(cfg=settings.cfg, guidance_strength=settings.guidance_strength, start_percent=start, end_percent=end)
     check_numbers(local_blend=settings.local_blend, feature_until=settings.feature_until)
+    if not 0 <= settings.guidance_strength <= 1:
+        raise ValueError(
+            f"guidance_strength: {settings.guidance_strength:g} is not between 0 and 1. Set it to 1 at most."
+        )
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, inversion.batch, socket)
     if len(positive) != len(inversion.source):
@@ -160,7 +175,7 @@ class _Edit:
         So weights stay where they are; more memory is used where it is free.
         """
         guided = for_own_sampler(self.model)
-        if not self.settings.guidance_strength:
+        if not self.settings.guides:
             return guided
         least = guided_pass_memory(self.model, self.inversion.trajectory.shape[1:], MODES[-1], **self.needs)
         return announce_memory(guided, least)
@@ -188,7 +203,10 @@ class _Edit:
                 run.report(GUIDED, step, denoised, x, distance=f"{off:.3f}")
 
         loop = sample_official if self.preset.authors_update else sample_guided
-        return loop(inversion, passes, x, self._schedule(), kept, on_step), None if blend is None else blend.mask
+        edited = loop(inversion, passes, x, self._schedule(), kept, on_step)
+        if self.settings.guides and not kept.lets_guide:
+            running.warn(NOT_GUIDED)
+        return edited, None if blend is None else blend.mask
 
     def _with_source_features(self, run: Run) -> dict:
         """Model options of the edit's evaluations."""

@@ -13,7 +13,7 @@ MILD = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
 
 
 @torch.inference_mode()
-def edit(model, inversion, positive=None, negative=None, strength=6e-4, cfg=2.0, **options):
+def edit(model, inversion, positive=None, negative=None, strength=0.005, cfg=2.0, **options):
     positive = positive or conditioning(seed=1)
     return sample_edit(model, inversion, positive, negative or conditioning(), EditSettings(cfg, strength, **options))[
         0

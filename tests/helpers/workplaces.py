@@ -146,7 +146,7 @@ def invert(workplace, texts=None, batch=1, noise_mask=None, model=None, **change
 def edit(workplace, inversion=None, texts=None, edits=None, model=None, **changes):
     settings = dict(
         cfg=2.0,
-        guidance_strength=6e-4,
+        guidance_strength=0.005,
         start_percent=0.0,
         end_percent=1.0,
         preset="default",

@@ -18,7 +18,7 @@ from tiny_clip import tiny_clip
 
 import nodes as core
 
-STRENGTH = 1e-3
+STRENGTH = 0.005
 TEXTS = conditioning(), conditioning(seed=1), conditioning(seed=9)
 
 

@@ -11,7 +11,7 @@ from small_unet import conditioning, latent
 
 import nodes as core
 
-STRENGTH = 1e-3
+STRENGTH = 0.005
 HEIGHT, WIDTH = 8, 12
 
 

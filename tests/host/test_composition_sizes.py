@@ -19,7 +19,7 @@ from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_unet import CONTEXT_DIM, TOKENS, conditioning, latent
 
-STRENGTH = 1e-3
+STRENGTH = 0.005
 MILD = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
 
 

@@ -23,7 +23,7 @@ from small_unet import conditioning
 
 import nodes as core
 
-STRENGTH = 1e-3
+STRENGTH = 0.005
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_guided_steps_name_the_distance_per_pixel(model, seen, monkeypatch, pres
             return found
 
     monkeypatch.setattr(edit_room, "UNetPasses", Passes)
-    edit(model, inversion, 6e-4, preset)
+    edit(model, inversion, 0.005 if preset == "default" else 0.0, preset)
     assert [text.split(",")[0] for text in texts] == every_step("Guided step")
     shown = [float(text.split("layout off by ")[1]) for text in texts]
     # 8x8 and 4x4 pixels: two and one, two and three layers on the way down, in the middle and up again

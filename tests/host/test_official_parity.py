@@ -1,5 +1,8 @@
 """The same weights, latents and texts through diffusers' pix2pix-zero pipeline, the authors' formulas and this pack."""
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import peer
 import pytest
 import torch
@@ -11,7 +14,7 @@ from pix2pix_zero.editing.directions import apply_direction, edit_direction
 from pix2pix_zero.editing.regularization import NoiseRegularization, draw_shifts
 from pix2pix_zero.editing.trajectory import DIFFUSION, Inversion, ddim_step, predicted_eps
 from pix2pix_zero.host.sampling.checks import ddim_grid
-from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
+from pix2pix_zero.host.sampling.edit import PRESETS, EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from small_unet import CONFIG, CONTEXT_DIM, TOKENS, SmallSD, conditioning, latent
 
@@ -37,11 +40,9 @@ def invert(model, text, picture, regularization=UNREGULARIZED, method="diffusers
 
 def edit(model, inversion, positive, negative, cfg=7.5, strength=0.1) -> torch.Tensor:
     """In the UNet's space, as the pipeline returns it."""
-    with torch.inference_mode():
-        return (
-            sample_edit(model, inversion, positive, negative, EditSettings(cfg, strength, preset="official"))[0]
-            * LATENT_SCALE
-        )
+    settings, official = EditSettings(cfg, preset="official"), replace(PRESETS["official"], paper_step=strength)
+    with torch.inference_mode(), patch.dict(PRESETS, {"official": official}):
+        return sample_edit(model, inversion, positive, negative, settings)[0] * LATENT_SCALE
 
 
 def their_edit(pipe, noise, source, negative, sentences, steps, cfg=7.5, strength=0.1) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from pix2pix_zero.editing import guidance
+from pix2pix_zero.editing.guidance import plain_step
 from pix2pix_zero.host import running
 from small_edit import counted_edits, edit, invert
 
@@ -89,6 +91,7 @@ def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
     ("options", "named"),
     [
         (dict(local_blend=0.3, feature_until=0.5), "local_blend and feature_until"),
+        (dict(strength=0.1, local_blend=0.3, feature_until=0.5), "guidance_strength, local_blend and feature_until"),
         (dict(feature_until=0.5), "feature_until"),
         ({}, None),
     ],
@@ -96,20 +99,34 @@ def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
 def test_official_says_on_the_node_what_it_leaves_out(model, options, named, monkeypatch):
     inversion, shown = invert(model), []
     monkeypatch.setattr(running, "show", shown.append)
-    edited = edit(model, inversion, preset="official", **options)
-    assert torch.equal(edited, edit(model, inversion, preset="official"))
+    edited = edit(model, inversion, preset="official", **{"strength": 0.0, **options})
+    assert torch.equal(edited, edit(model, inversion, preset="official", strength=0.0))
     told = [text for text in shown if "leaves out" in text]
     assert told == ([] if named is None else [f"preset official leaves out {named}."])
 
 
-def test_paper_is_guidance_alone_in_every_step(model, monkeypatch):
-    inversion, shown = invert(model, map_memory=0), []
+def test_paper_is_guidance_alone_in_every_step_by_the_papers_own(model, monkeypatch):
+    inversion, shown, asked = invert(model, map_memory=0), [], []
     monkeypatch.setattr(running, "show", shown.append)
-    alone = edit(model, inversion, window=(0.0, 1.0))
-    edited = edit(model, inversion, preset="paper", window=(0.0, 0.5), local_blend=0.3, feature_until=0.5)
-    assert torch.equal(edited, alone)
-    assert [text for text in shown if "leaves out" in text] == [
-        "preset paper leaves out local_blend and feature_until."
-    ]
-    _, recorded = counted_edits(model, inversion, preset="paper", window=(0.0, 0.5))
+
+    def noted(gradient, sigma, size, path):
+        asked.append(size)
+        return plain_step(gradient, sigma, size, path)
+
+    monkeypatch.setattr(guidance, "plain_step", noted)
+    edited, recorded = counted_edits(
+        model, inversion, preset="paper", strength=0.4, window=(0.0, 0.5), local_blend=0.3, feature_until=0.5
+    )
     assert recorded == inversion.steps
+    assert asked == [pytest.approx(0.1 * 50 / inversion.steps)] * inversion.steps
+    assert torch.equal(edited, edit(model, inversion, preset="paper", strength=0.0))
+    assert [text for text in shown if "leaves out" in text] == [
+        "preset paper leaves out guidance_strength, local_blend and feature_until."
+    ]
+
+
+@pytest.mark.parametrize("preset", ["default", "fast", "low memory"])
+def test_no_preset_but_the_papers_guides_unless_it_is_asked_to(model, preset):
+    inversion = invert(model, map_memory=0)
+    assert counted_edits(model, inversion, preset=preset, strength=0.0)[1] == 0
+    assert counted_edits(model, inversion, preset="paper", strength=0.0)[1] == inversion.steps

@@ -54,7 +54,7 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
         positive=edits_as_list,
         negative=as_list,
         cfg=[2.0],
-        guidance_strength=[6e-4],
+        guidance_strength=[0.005],
         **window,
     )
     expected = edit(model, invert(model, texts, pictures), edits, texts)
@@ -102,7 +102,7 @@ def test_features_leave_the_unedited_picture_and_the_kept_maps_as_they_are(model
 
 
 @pytest.mark.parametrize("method", ["ddim", "fixed-point"])
-@pytest.mark.parametrize("strength", [0.0, 6e-4])
+@pytest.mark.parametrize("strength", [0.0, 0.005])
 def test_the_caption_as_negative_takes_the_scale_of_guidance_out(model, method, strength):
     """Negative-prompt inversion (Miyake et al. 2023): without an edit any cfg redraws the picture as cfg 1 does."""
     inversion = invert(model, method=method)
@@ -170,7 +170,7 @@ def test_generated_reference_is_the_picture_its_trajectory_ends_on(model):
 
 @pytest.mark.parametrize("negative_seed", [0, 9], ids=["the caption as negative", "another negative"])
 @pytest.mark.parametrize("cfg", [2.0, 1.0])
-@pytest.mark.parametrize("strength", [0.0, 6e-4])
+@pytest.mark.parametrize("strength", [0.0, 0.005])
 def test_contrast_is_that_of_edited_and_source_text(model, negative_seed, cfg, strength):
     """Whatever branches the sampler needs for itself. Checked against two evaluations of their own at each latent."""
     inversion, seen = invert(model), []
@@ -200,7 +200,7 @@ def sampled(model, run_node, inversion, **settings):
         positive=conditioning(seed=1),
         negative=conditioning(),
         cfg=2.0,
-        guidance_strength=6e-4,
+        guidance_strength=0.005,
         start_percent=0.0,
         end_percent=1.0,
         preset="default",

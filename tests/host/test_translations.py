@@ -80,7 +80,7 @@ def test_the_page_of_a_node_with_a_new_input_has_its_row_in_english_until_it_is_
     page.write_text("# 이름\n<!-- inputs --><!-- /inputs --><!-- outputs --><!-- /outputs -->", encoding="utf-8")
     table = help_pages.written(INFOS)[page]
     assert "| **프리셋**<br>`preset`" in table and "설정을 고릅니다." in table
-    assert f"| `cfg`<br>FLOAT<br>1.5 (0~100) | {ENGLISH['Pix2PixZeroKSampler', 'inputs', 'cfg', 'tooltip']} |" in table
+    assert f"| `cfg`<br>FLOAT<br>5 (0~100) | {ENGLISH['Pix2PixZeroKSampler', 'inputs', 'cfg', 'tooltip']} |" in table
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)

@@ -1,5 +1,6 @@
 """The guidance loops against Algorithm 1 and the authors' edit_pipeline.py, restated in variance-preserving space."""
 
+import math
 import weakref
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ from pix2pix_zero.editing.guidance import (
     KeptSource,
     LocalBlend,
     attention_distance,
-    guidance_shift,
+    distance_step,
+    plain_step,
     sample_guided,
 )
 from pix2pix_zero.editing.official import sample_official
@@ -85,7 +87,10 @@ def inversion(batch=1, steps=STEPS):
     return Inversion(trajectory, levels, [], weakref.ref(ToyPasses))
 
 
-def run(loop, source, passes, strength=2.0, kept=None, on_step=lambda *step: None, **schedule):
+def run(loop, source, passes, strength=None, kept=None, on_step=lambda *step: None, **schedule):
+    """By the loop's own step, unless `plain` says otherwise."""
+    schedule = {"plain": loop is sample_official} | schedule
+    strength = (2.0 if schedule["plain"] else 0.3) if strength is None else strength
     guidance = GuidanceSchedule(strength, final_sigma=float(SIGMA[0]), **schedule)
     return loop(source, passes, source.trajectory[-1], guidance, kept or KeptSource(source), on_step)
 
@@ -107,7 +112,7 @@ def test_distance_is_the_authors_loss_per_picture():
 
 
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
-def test_shift_is_a_gradient_step_on_what_the_unet_sees(sigma):
+def test_the_papers_step_is_a_gradient_step_on_what_the_unet_sees(sigma):
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     strength = 0.1
 
@@ -117,14 +122,80 @@ def test_shift_is_a_gradient_step_on_what_the_unet_sees(sigma):
     seen = (x / vp_scale(sigma)).detach().requires_grad_(True)
     stepped = seen - strength * torch.autograd.grad(loss(seen), seen)[0]
     (gradient,) = torch.autograd.grad(loss(x / vp_scale(sigma)), x)
-    ours = x + guidance_shift(gradient, sigma, strength)
+    ours = x + plain_step(gradient, sigma, strength)
     torch.testing.assert_close(ours / vp_scale(sigma), stepped)
 
 
-def test_default_loop_is_algorithm_1_on_the_conditional_branch_with_the_shift_after_the_step():
+def slopes_at(x):
+    """A distance per picture that is linear in the latent, and its gradient there."""
+    slopes = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    return slopes, (slopes * x).sum((1, 2, 3)) + 50.0
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 1.0])
+def test_a_step_closes_its_part_of_a_distance_that_is_linear(part):
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradient, before = slopes_at(x)
+    _, after = slopes_at(x + distance_step(gradient, before, part, longest=1e9))
+    torch.testing.assert_close(after, (1 - part) * before)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 70 / 16, 1e6])
+def test_a_step_is_the_same_whatever_factor_the_distance_has(factor):
+    """Of 70 sites in place of 16, of more words or pixels."""
+    gradient, distance = slopes_at(torch.randn(2, 4, 5, 6, dtype=torch.float64))
+    shift = distance_step(gradient, distance, 0.3, longest=1e9)
+    torch.testing.assert_close(distance_step(factor * gradient, factor * distance, 0.3, longest=1e9), shift)
+
+
+@pytest.mark.parametrize("sigma", [0.03, 14.6])
+def test_a_step_is_the_same_in_whatever_units_the_latent_is(sigma):
+    scale = vp_scale(sigma)
+    gradient, distance = slopes_at(torch.randn(2, 4, 5, 6, dtype=torch.float64))
+    shift = distance_step(gradient, distance, 0.3, longest=1e9)
+    torch.testing.assert_close(distance_step(gradient / scale, distance, 0.3, longest=1e9), scale * shift)
+
+
+def test_a_step_is_bounded_where_the_gradient_vanishes_and_the_distance_does_not():
+    gradient, distance = torch.zeros(3, 4, 5, 6), torch.full((3,), 7.0)
+    gradient[1:] = 1e-30 * torch.randn(2, 4, 5, 6)
+    shift = distance_step(gradient, distance, 0.5, longest=0.2)
+    assert not shift[0].any() and shift.isfinite().all()
+    torch.testing.assert_close(shift[1:].square().mean((1, 2, 3)).sqrt(), torch.full((2,), 0.5 * 0.2))
+
+
+@pytest.mark.parametrize(("positive", "all_bounded"), [(0.21, False), (0.9, True)])
+def test_default_loop_is_polyaks_step_no_longer_than_the_ddim_step(positive, all_bounded, monkeypatch):
+    """Both restated on the variance-preserving latent."""
+    monkeypatch.setitem(TEXTS, "positive", positive)
+    strength, source = 0.05, inversion()
+    ours = run(sample_guided, source, ToyPasses(), strength)
+    x = source.trajectory[-1][0] / vp_scale(float(source.sigmas[-1]))
+    bounded = []
+    for level, t in zip(range(STEPS, 0, -1), reversed(timesteps(STEPS))):
+        _, reference = toy_unet(source.trajectory[level][0] * ALPHA_BAR[t].sqrt(), TEXTS["source"], t)
+        leaf = x.clone().requires_grad_(True)
+        _, maps = toy_unet(leaf, TEXTS["positive"], t)
+        distance = their_distance(maps, reference)
+        (gradient,) = torch.autograd.grad(distance, leaf)
+        there = torch.tensor(1.0, dtype=torch.float64) if level == 1 else ALPHA_BAR[t - 1000 // STEPS]
+        angle = ALPHA_BAR[t].sqrt().acos() - there.sqrt().acos()
+        full = distance / gradient.square().sum() * gradient
+        bounded.append(bool(full.square().mean().sqrt() > angle))
+        if bounded[-1]:
+            full = full * angle / full.square().mean().sqrt()
+        shift = (1 - (1 - strength) ** (50 / STEPS)) * full.detach()
+        negative, positive = (toy_unet(x, TEXTS[branch], t)[0] for branch in ("negative", "positive"))
+        eps = negative + CFG * (positive - negative)
+        x = step_in_alpha_bar(x, eps, ALPHA_BAR[t], there) - (there / ALPHA_BAR[t]).sqrt() * shift
+    torch.testing.assert_close(ours[0], x, rtol=1e-9, atol=1e-9)
+    assert all(bounded) is all_bounded
+
+
+def test_the_papers_loop_is_algorithm_1_on_the_conditional_branch_with_the_shift_after_the_step():
     strength = 2.0
     source = inversion()
-    ours = run(sample_guided, source, ToyPasses(), strength)
+    ours = run(sample_guided, source, ToyPasses(), strength, plain=True)
 
     x = source.trajectory[-1][0] / vp_scale(float(source.sigmas[-1]))
     shifts = []
@@ -219,7 +290,17 @@ def test_a_window_without_levels_is_strength_zero(loop):
     )
 
 
-def test_a_strength_means_the_same_for_any_number_of_steps():
+def test_a_strength_leaves_as_much_of_the_distance_for_any_number_of_steps():
+    left = {}
+    for steps in (5, 10, 50):
+        schedule = GuidanceSchedule(0.05)
+        left[steps] = math.prod(1 - schedule.strength_at(1.0, step, steps) for step in range(steps))
+    assert left == pytest.approx(dict.fromkeys(left, 0.95**50))
+    assert GuidanceSchedule(0.05).strength_at(1.0, 0, 50) == pytest.approx(0.05)
+    assert GuidanceSchedule(1.0).strength_at(1.0, 0, 5) == 1.0
+
+
+def test_a_gradient_step_means_the_same_for_any_number_of_steps():
     """Where gradients do not change, the shifts add up to the same: the number of steps is no second knob."""
 
     class Constant(ToyPasses):
@@ -231,20 +312,23 @@ def test_a_strength_means_the_same_for_any_number_of_steps():
 
     for steps in (5, 10, 20):
         source = inversion(steps=steps)
-        moved = run(sample_guided, source, Constant(), 0.3) - source.trajectory[-1]
+        moved = run(sample_guided, source, Constant(), 0.3, plain=True) - source.trajectory[-1]
         torch.testing.assert_close(moved, torch.full_like(moved, -0.3 * 50))
 
 
 def test_guidance_of_every_third_step_has_the_same_total_strength():
-    schedule = GuidanceSchedule(0.1, every=3)
-    strengths = [schedule.strength_at(1.0, step, 9) for step in range(9)]
-    assert [strength > 0 for strength in strengths] == [False, True, False] * 3
-    assert sum(strengths) == pytest.approx(9 * 0.1)
+    for plain, total in ((True, sum), (False, lambda strengths: math.prod(1 - strength for strength in strengths))):
+        each, third = (
+            [GuidanceSchedule(0.1, plain, every=every).strength_at(1.0, step, 9) for step in range(9)]
+            for every in (1, 3)
+        )
+        assert [strength > 0 for strength in third] == [False, True, False] * 3
+        assert total(third) == pytest.approx(total(each))
 
 
 def test_guidance_acts_on_the_noisiest_share_of_the_steps():
     schedule = GuidanceSchedule(0.1, share=0.8)
-    assert [schedule.strength_at(1.0, step, 10) for step in range(10)] == [0.1] * 8 + [0.0] * 2
+    assert [schedule.strength_at(1.0, step, 10) > 0 for step in range(10)] == [True] * 8 + [False] * 2
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
@@ -287,7 +371,15 @@ def test_default_loop_matches_the_edited_branch_with_the_source_at_every_level()
     ]
 
 
-def test_guidance_lowers_the_distance_to_the_source():
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda gradient, distance, sigma: plain_step(gradient, sigma, 0.05),
+        lambda gradient, distance, sigma: distance_step(gradient, distance, 0.05, longest=1e9),
+    ],
+    ids=["the paper's", "part of the distance"],
+)
+def test_guidance_lowers_the_distance_to_the_source(step):
     """At each level, one small step must bring the maps closer than they were."""
     source, passes = inversion(), ToyPasses()
     for level in range(1, STEPS + 1):
@@ -295,7 +387,7 @@ def test_guidance_lowers_the_distance_to_the_source():
         reference = passes.record_maps("source", source.trajectory[level], sigma)
         x = source.trajectory[level]
         gradient, before = passes.map_gradient("positive", x, sigma, reference)
-        _, after = passes.map_gradient("positive", x + guidance_shift(gradient, sigma, 0.05), sigma, reference)
+        _, after = passes.map_gradient("positive", x + step(gradient, before, sigma), sigma, reference)
         assert (after < before).all()
 
 
