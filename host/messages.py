@@ -31,7 +31,10 @@ SAVED = "Saved {file}"
 # What a person should know, without which the result surprises.
 UNLEARNED = "This model has not learned {words}. What such a word names is not drawn."
 LEFT_OUT = "preset {preset} leaves out {names}."
-NOT_GUIDED = "guidance_strength: the edit changes the whole picture, so it is not guided. To guide it all the same, set local_blend to 0."
+NOT_GUIDED = (
+    "guidance_strength: the edit changes the whole picture, so it is not guided. To guide it all the same, set "
+    "local_blend to 0."
+)
 OTHER_CAPTION = (
     "The caption {caption} is not the one that the picture was inverted with, or was encoded otherwise. The words may name "
     "the wrong maps."
