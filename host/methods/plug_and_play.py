@@ -84,17 +84,17 @@ class _LockstepSampling:
         extra_args: dict,
         callback: Callable | None,
         noise: torch.Tensor,
-        latent_image: torch.Tensor | None = None,
-        *args: Any,
+        *args: Any,  # the latent to begin from, then what is only passed on
         **kwargs: Any,
     ) -> torch.Tensor:
         """Sample with the source's conditioning at hand in the model options."""
+        latent_image, *passed_on = args
         self._check_start(noise, latent_image)
         start = start_of(self.inversion, sigmas, noise, latent_image)
         with processed_source(guider, self.inversion) as source:
             mask = NoiseMask(self.inversion.noise_mask, guider, extra_args["model_options"], sigmas)
             extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
-            return running.finite(executor(guider, sigmas, extra_args, callback, *start, *args, **kwargs))
+            return running.finite(executor(guider, sigmas, extra_args, callback, *start, *passed_on, **kwargs))
 
     def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
         options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)

@@ -146,10 +146,10 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
         extra_args: dict,
         callback: Callable | None,
         noise: torch.Tensor,
-        latent_image: torch.Tensor | None = None,
-        *args: Any,
+        *args: Any,  # the latent to begin from, then what is only passed on
         **kwargs: Any,
     ) -> torch.Tensor:
+        latent_image, *passed_on = args
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
         check_no_noise_added(noise, latent_image, edit.inversion)
@@ -161,7 +161,7 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
             kept = KeptEstimate(edit.inversion, mask, sigmas, takes_ddim_steps(executor.class_obj))
             options["transformer_options"][KEY] = Sampling(edit, guider, source, kept)
             extra_args = {**extra_args, "model_options": options}
-            return running.finite(executor(guider, sigmas, extra_args, callback, *start, *args, **kwargs))
+            return running.finite(executor(guider, sigmas, extra_args, callback, *start, *passed_on, **kwargs))
 
     model = with_jobs(model)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(load_with_source, edit.inversion))
