@@ -173,7 +173,12 @@ def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
             if lists is None:
                 output = execute(cls, **given)
             else:
-                outputs = _over_lists(functools.partial(execute, cls), given, lists)
+                results = []
+                for one in _item_by_item(given, lists):
+                    results.append(execute(cls, **one).result)
+                outputs = [list(column) for column in zip(*results)]
+                if lists.finish is not None:
+                    lists.finish(*outputs)
                 output = io.NodeOutput(*outputs)
         if told:
             output.ui = {"text": told}
@@ -183,18 +188,12 @@ def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
     return node
 
 
-def _over_lists(execute: Callable[..., io.NodeOutput], given: dict[str, list], lists: Lists) -> list[list]:
-    """A list for each output of a node that is written for one batch."""
+def _item_by_item(given: dict[str, list], lists: Lists) -> Iterator[dict[str, Any]]:
+    """The inputs of a node that is written for one batch, for each item of its lists in turn."""
     items = dict(_each_with_its_texts(given, lists))
-    results = []
     for index in in_turn(max(map(len, items.values()))):
         # The host repeats the last item of a shorter list.
-        one = {name: values[min(index, len(values) - 1)] for name, values in items.items()}
-        results.append(execute(**one).result)
-    outputs = [list(column) for column in zip(*results)]
-    if lists.finish is not None:
-        lists.finish(*outputs)
-    return outputs
+        yield {name: values[min(index, len(values) - 1)] for name, values in items.items()}
 
 
 def check_entrance(schema: io.Schema, given: dict[str, Any], kinds: Kinds) -> None:
