@@ -6,10 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .trajectory import DIFFUSION, NoisePath, ddim_step, predicted_eps
-
-# Where so little is left of the picture, the noise in a latent is the latent itself: a substitution goes by the velocity.
-FAINT = 0.05
+from .trajectory import DIFFUSION, FAINT, NoisePath, ddim_step, predicted_eps
 
 Denoise = Callable[[torch.Tensor, float, int], torch.Tensor]
 """`denoise(x, sigma, level)`: the model's estimate of the clean latent at `x`. `level`: that of the trajectory which `x`
@@ -137,7 +134,7 @@ class _StepDown:
     def substitute(self, x: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x, the estimate there, the equation's right-hand side)."""
         denoised = self.denoise(x, self.sigma, level)
-        if self.path.picture(self.sigma) < FAINT:
+        if self.path.picture(self.sigma) < FAINT:  # the noise in such a latent is the latent itself
             velocity = predicted_eps(x, denoised, self.sigma)
             return x, denoised, ddim_step(self.before, velocity, self.sigma_before, self.sigma)
         return x, denoised, self.step_up(self.path.noise_in(x, denoised, self.sigma))

@@ -18,6 +18,7 @@ from weakref import ReferenceType
 import torch
 
 FIXED_POINT_STEPS = 65535
+FAINT = 0.05  # share of the picture in a latent, below which nothing can be told by it
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class NoisePath:
     def share(self, sigma: float) -> float:
         """The part of noise in that: where the latent lies on the straight line, in 0..1."""
         return sigma / self.total(sigma)
+
+    def noise_to_picture(self, sigma: float) -> float:
+        """Noise in a latent to each part of picture: the noise level in sigma space. Finite where no picture is left."""
+        return sigma / max(self.picture(sigma), FAINT)
 
     def power(self, sigma: float) -> float:
         """The variance of a latent whose picture and noise have variance 1."""

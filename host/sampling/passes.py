@@ -10,12 +10,14 @@ from comfy import samplers
 
 from ...attention_patches.attention import AttentionSite
 from ...editing.guidance import Maps
+from ...editing.trajectory import NoisePath
 from .. import running
 from ..messages import NOT_AT_ONCE, ONE_BY_ONE
 from ..text.conditionings import Entry, compared_with, entries_of, same_tensor
 from ..unet.jobs import add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
 from ..unet.memory import MODES
+from .checks import noise_path
 
 
 class _BranchEstimates:
@@ -26,9 +28,10 @@ class _BranchEstimates:
 
     positive = negative = sigma = None
 
-    def distance(self) -> torch.Tensor:
-        """The noise predicted for the positive text less that for the negative one."""
-        return (self.negative - self.positive) / self.sigma
+    def held_negative(self, positive: torch.Tensor, path: NoisePath, sigma: float) -> torch.Tensor:
+        """The negative's estimate at another noise level, if its noise stays as far from the positive's as it was."""
+        apart = (self.negative - self.positive) / path.noise_to_picture(self.sigma)
+        return positive + apart * path.noise_to_picture(sigma)
 
     def __call__(self, args: dict) -> torch.Tensor:
         self.positive = args["cond_denoised"]
@@ -101,7 +104,8 @@ class UNetPasses:
         if theirs is not None:
             return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
         if hold_negative:
-            return [edited, edited + self.estimates.distance() * args["sigma"].view(-1, 1, 1, 1)]
+            path = noise_path(self.guider.model_patcher)
+            return [edited, self.estimates.held_negative(edited, path, float(args["sigma"][0]))]
         # Other packs tell the negative by its place in the list.
         return [edited, samplers.calc_cond_batch(args["model"], [[], negative], *rest, options)[1]]
 

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from pix2pix_zero.editing.trajectory import Inversion, ddim_step, predicted_eps
+from pix2pix_zero.editing.trajectory import DIFFUSION, FLOW, Inversion, ddim_step, predicted_eps
 from toy_diffusion import denoiser, sigmas
 
 
@@ -18,6 +18,17 @@ def source():
         x = ddim_step(x, predicted_eps(x, denoiser()(x, sigma), sigma), sigma, sigma_next)
         visited.append(x)
     return Inversion(torch.stack(visited[::-1]), levels, [], weakref.ref(torch.nn.Module))
+
+
+@pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
+def test_noise_to_picture_is_the_noise_level_in_sigma_space(sigma):
+    assert DIFFUSION.noise_to_picture(sigma) == sigma
+    assert FLOW.noise_to_picture(sigma / (1 + sigma)) == pytest.approx(sigma)
+
+
+def test_noise_to_picture_changes_little_next_to_pure_noise():
+    """So that a difference of estimates may be taken from there to the next level."""
+    assert FLOW.noise_to_picture(0.97) / FLOW.noise_to_picture(1.0) == pytest.approx(0.97)
 
 
 def test_at_its_levels_it_is_the_trajectory(source):
