@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from .interrupts import interruptible
+from .inputs import interruptible
 from .trajectory import NoisePath
 
 

@@ -1,4 +1,4 @@
-"""What comes in at a node's sockets: what it must be to be worked on, by the sockets' types, and a picture's plain colours.
+"""What a user gives to a node: what comes in at its sockets, checked by their types, and the wish to cancel a long loop.
 
 Each check raises ValueError, naming the socket, for what has the wrong form. Values that have to be finite are looked at
 together by `refuse_not_finite`, so that a run waits for the GPU once. Pictures are IMAGE tensors of ComfyUI,
@@ -8,7 +8,7 @@ together by `refuse_not_finite`, so that a run waits for the GPU once. Pictures 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ LONGEST_TEXT = 2_000_000
 # Lists of files, which change while the server runs: the node itself looks its choice up.
 FILES = frozenset({"direction_name", "model_name", "clip_model", "dino_model", "lpips_model", "folder", "edit"})
 WINDOWS = (("start_percent", "end_percent"),)
+
+Item = TypeVar("Item")
+_looks: list[Callable[[], None]] = []
 
 
 class Socket(Protocol):
@@ -266,3 +269,17 @@ def rgb(image: torch.Tensor) -> torch.Tensor:
 def rgb_bytes(image: torch.Tensor) -> np.ndarray:
     """The three colours as uint8."""
     return (rgb(image) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def look_with(look: Callable[[], None]) -> None:
+    """Call `look` before each turn of every interruptible loop, from now on. It raises where the user has cancelled."""
+    if look not in _looks:
+        _looks.append(look)
+
+
+def interruptible(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, with a look before each at whether the user has cancelled. A turn should take well below two seconds."""
+    for item in items:
+        for look in _looks:
+            look()
+        yield item

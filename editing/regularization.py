@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .interrupts import interruptible
+from .inputs import interruptible
 
 SMALLEST_SIDE = 8
 

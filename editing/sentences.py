@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .inputs import check_text
-from .interrupts import interruptible
+from .inputs import check_text, interruptible
 
 DATA = Path(__file__).parent.parent / "directions_data"
 

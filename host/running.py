@@ -21,8 +21,7 @@ import torch
 from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 
-from ..editing.inputs import Kinds, check_inputs
-from ..editing.interrupts import look_with
+from ..editing.inputs import Kinds, check_inputs, look_with
 from .messages import OF_SEVERAL
 from .text.conditionings import check_width, stack_conditionings
 

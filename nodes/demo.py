@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..demo_model.scene import FURS, POSES, SIZE, STYLES, SUBJECTS, further_away, sample_scene
 from ..demo_model.scene_captions import caption
 from ..demo_model.scene_renders import render, subject_mask
-from ..editing.interrupts import interruptible
+from ..editing.inputs import interruptible
 from .sockets import CATEGORY, seed_input
 
 RANDOM = "random"

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from ..editing import noise_statistics as statistics
-from ..editing.interrupts import interruptible
+from ..editing.inputs import interruptible
 from ..editing.noise_statistics import NoiseStatistics, noise_statistics
 from ..editing.trajectory import Inversion
 from . import charts

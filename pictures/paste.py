@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..editing.guidance import edit_mask
-from ..editing.inputs import check_image, rgb
-from ..editing.interrupts import interruptible
+from ..editing.inputs import check_image, interruptible, rgb
 from .regions import CELL, check_mask, read_region, scaled, scaled_mask, shown_by
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601

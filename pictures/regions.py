@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..editing.inputs import check_image
-from ..editing.interrupts import interruptible
+from ..editing.inputs import check_image, interruptible
 
 CELL = 8
 """Pixels that one value of a latent stands for: sides of a picture to encode are multiples of it."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from ..editing.inputs import check_image, check_text
-from ..editing.interrupts import interruptible
+from ..editing.inputs import check_image, check_text, interruptible
 from . import charts
 
 SMALLEST = 256

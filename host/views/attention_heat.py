@@ -13,7 +13,7 @@ from comfy.sd import CLIP
 from ...attention_patches.attention import AttentionSite, map_shapes, site_halvings
 from ...editing.attention_heat import AttentionHeat
 from ...editing.guidance import Maps
-from ...editing.interrupts import interruptible
+from ...editing.inputs import interruptible
 from ...editing.token_alignment import Prompt, positions
 from ...editing.trajectory import Inversion
 from ...pictures.charts import as_image
