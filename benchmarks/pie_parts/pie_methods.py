@@ -169,8 +169,7 @@ def sdedit(edit: Edit) -> torch.Tensor:
 METHODS: dict[str, Callable[[Edit], torch.Tensor]] = {
     "default": lambda edit: pix2pix_zero(edit, "default"),
     "fast": lambda edit: pix2pix_zero(edit, "fast"),
-    "paper": lambda edit: pix2pix_zero(edit, "paper", "ddim", guidance_strength=0.0),
-    "official": lambda edit: pix2pix_zero(edit, "official", "official", guidance_strength=0.0),
+    "official": lambda edit: pix2pix_zero(edit, "official", "official"),
     "prompt-to-prompt": prompt_to_prompt,
     "plug-and-play": plug_and_play,
     "word-swap": word_swap,
