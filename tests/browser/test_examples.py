@@ -51,7 +51,7 @@ def test_the_example_runs_and_shows_previews_of_every_phase(name, frontend):
     samplers += frontend.nodes("SamplerCustomAdvanced") + frontend.nodes("KSampler")
     assert [node for node in samplers if not seen["previews"].get(node)] == []
     if frontend.nodes("Pix2PixZeroKSampler"):
-        # the last line of text on the node, which may draw several pictures: "Guided step 3/3, map distance 0.012"
+        # the last line of text on the node, which may draw several pictures: "Sampling 3/3"
         assert frontend.page.get_by_text(re.compile(rf"\bstep {STEPS}/{STEPS}|sampling {STEPS}/{STEPS}", re.I)).count()
     frontend.page.wait_for_timeout(500)  # the pictures are loaded
     assert len(frontend.pictures()) >= len(frontend.nodes("PreviewImage") + frontend.nodes("SaveImage"))

@@ -192,7 +192,7 @@ DRAWN = {
     "no text at all": change("target", text=""),
     "a text that was zeroed out": text_of_another_encoder,
     "emoji and other scripts": change("target", text="👩‍👩‍👧 猫 قطة (((" * 40),
-    "strength beyond use": change("edit", guidance_strength=10.0, cfg=30.0),
+    "strength beyond use": change("edit", guidance_strength=1.0, cfg=30.0),
 }
 
 
