@@ -1,10 +1,12 @@
 """Files written whole or not at all, and names that files can have on every system."""
 
+import contextlib
+import itertools
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEMPORARY = ".pix2pix_zero_"
@@ -20,14 +22,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises OSError, and leaves nothing behind then.
     """
-    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
+    with _written(path.parent, content) as temporary:
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_numbered(folder: Path, name: Callable[[int], str], content: bytes, first: int = 1) -> Path:
@@ -36,13 +32,39 @@ def write_numbered(folder: Path, name: Callable[[int], str], content: bytes, fir
     `name`: of the file with a number. `first`: the lowest number to take. Raises OSError, and leaves nothing behind then.
     """
     clear_leftovers(folder)
-    path = _reserve(folder, name, first)
+    with _written(folder, content) as temporary:
+        for number in itertools.count(first):
+            path = folder / name(number)
+            with contextlib.suppress(FileExistsError):
+                _name_anew(temporary, path)
+                return path
+
+
+@contextlib.contextmanager
+def _written(folder: Path, content: bytes) -> Iterator[Path]:
+    """A temporary file in the folder, which is gone afterwards."""
+    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
-        write_whole(path, content)
-    except BaseException:
-        path.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
+            file.write(content)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _name_anew(temporary: Path, path: Path) -> None:
+    """Give a file a name that nothing has. Raises FileExistsError if something has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
         raise
-    return path
+    except OSError:  # a file system without hard links: the name is taken first, by an empty file
+        path.touch(exist_ok=False)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def clear_leftovers(folder: Path, seconds: float = STALE_SECONDS) -> None:
@@ -58,14 +80,3 @@ def clear_leftovers(folder: Path, seconds: float = STALE_SECONDS) -> None:
 def windows_refuses(name: str) -> bool:
     """Whether Windows cannot make a file or folder of this name, so that it could not travel there."""
     return bool(_DEVICES.fullmatch(name)) or name.endswith((".", " "))
-
-
-def _reserve(folder: Path, name: Callable[[int], str], number: int) -> Path:
-    """A new empty file that no other run can take."""
-    while True:
-        path = folder / name(number)
-        try:
-            path.touch(exist_ok=False)
-            return path
-        except FileExistsError:
-            number += 1

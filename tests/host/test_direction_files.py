@@ -75,7 +75,8 @@ def test_a_save_that_fails_leaves_nothing_behind(plain_direction, folder, run_no
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(direction_files.os, "replace", full_disk)
+    for call in ("link", "replace"):
+        monkeypatch.setattr(direction_files.os, call, full_disk)
     with pytest.raises(ValueError, match="^filename_prefix: .*No space"):
         save(plain_direction, "animals/dogs/cat2dog", run_node)
     assert not folder.exists()
@@ -104,10 +105,23 @@ def test_what_the_file_system_refuses_is_named(error, reason, plain_direction, f
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(direction_files.os, "replace", refuse)
+    for call in ("link", "replace"):
+        monkeypatch.setattr(direction_files.os, call, refuse)
     with pytest.raises(ValueError, match=f"^filename_prefix: .*{reason}") as told:
         save(plain_direction, "new/cat2dog", run_node)
     assert str(folder / "new") in str(told.value) and not folder.exists()
+
+
+def test_a_folder_that_is_a_link_is_followed(plain_direction, folder, run_node, tmp_path):
+    elsewhere = tmp_path / "another disk"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
+    save(plain_direction, "linked/cat2dog", run_node)
+    assert [path.name for path in elsewhere.iterdir()] == ["cat2dog_00001_.safetensors"]
+    (folder / "lost").symlink_to(tmp_path / "unplugged", target_is_directory=True)
+    with pytest.raises(ValueError, match="^filename_prefix: .*cannot be saved in .*lost"):
+        save(plain_direction, "lost/cat2dog", run_node)
 
 
 @pytest.mark.parametrize("prefix", ["aux/x", "con", "a/NUL.txt", "COM1", "a./x"])

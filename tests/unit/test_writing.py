@@ -1,5 +1,6 @@
 """Files are whole or not there, whatever happens while they are written."""
 
+import errno
 import os
 import random
 import subprocess
@@ -76,21 +77,55 @@ print("ready", flush=True)
 for value in range(10**9):
     writing.write_whole(Path({str(path)!r}), bytes([value % 256]) * {SIZE})
 """
-    left = 0
-    for _ in range(20):
-        with in_a_process(code) as process:
+    # the last of them just before the new file takes the old one's place
+    in_the_midst = """
+def wait(*_):
+    print("midst", flush=True)
+    time.sleep(600)
+import time
+writing.os.replace = wait
+"""
+    for number in range(20):
+        with in_a_process((in_the_midst if number == 19 else "") + code) as process:
             process.stdout.readline()
+            if number == 19:
+                process.stdout.readline()
             time.sleep(0.05 * moments.random())
             process.kill()
         if path.exists():
             content = path.read_bytes()
             assert len(content) == SIZE and len(set(content)) == 1
-        left = len(list(tmp_path.glob(f"{TEMPORARY}*")))
-    assert left, "no process was killed in the midst of a file"
+    assert list(tmp_path.glob(f"{TEMPORARY}*")), "what was being written when the process was killed"
     for old in tmp_path.glob(f"{TEMPORARY}*"):
         os.utime(old, (0, 0))
     write_numbered(tmp_path, numbered, b"1")
     assert {each.name for each in tmp_path.iterdir()} == {"a", numbered(1)}
+
+
+def test_killed_while_it_saves_numbered_files_each_of_them_is_whole(tmp_path):
+    moments = random.Random(1)
+    code = f"""
+print("ready", flush=True)
+while True:
+    writing.write_numbered(Path({str(tmp_path)!r}), "a_{{}}.bin".format, b"x" * 4096)
+"""
+    for _ in range(20):
+        with in_a_process(code) as process:
+            process.stdout.readline()
+            time.sleep(0.05 * moments.random())
+            process.kill()
+    sizes = {each.stat().st_size for each in tmp_path.glob("a_*.bin")}
+    assert sizes == {4096}
+
+
+def test_numbers_are_taken_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / numbered(1)).write_bytes(b"old")
+    assert write_numbered(tmp_path, numbered, b"new").read_bytes() == b"new"
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {numbered(1): b"old", numbered(2): b"new"}
 
 
 def test_what_is_being_written_just_now_is_left_alone(tmp_path):
