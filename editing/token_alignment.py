@@ -4,6 +4,7 @@ For attention maps: Prompt-to-Prompt (Hertz et al., ICLR 2023) section 3.2, word
 re-weighting. For edit directions: which rows of two encodings are compared.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,40 +95,54 @@ def read_prompt(chunks: Sequence[Sequence[tuple[Hashable, int]]], spell: Callabl
 
 
 def align(
-    source: Sequence[Hashable], target: Sequence[Hashable], likeness: np.ndarray | None = None
+    source: Sequence[Hashable], target: Sequence[Hashable], likeness: Callable[[int], np.ndarray] | None = None
 ) -> list[tuple[int | None, int | None]]:
     """Needleman-Wunsch alignment of two sequences: (source index, target index) pairs, None where one has no partner.
 
     As many equal items as possible are paired; then as many unequal ones as possible of `likeness` 2, then of 1, then of
-    0; then the earliest. `likeness`: [source items, target items], 0 everywhere if it is left out. Takes about 40 bytes
-    for each pair of items; ValueError for more than 32,000 of them on both sides.
+    0; then the earliest. `likeness(i)`: of the source's item i to all of the target, [target items]; 0 everywhere if it is left
+    out. Of the table of m x n, two times the square root of m rows are held. ValueError for more than 32,000 items on both
+    sides.
     """
     m, n = len(source), len(target)
     base = min(m, n) + 1  # one more than anything can be counted, so that four counts compare as the digits of a number
     if base > 32_000:
         raise ValueError(f"{m} and {n} items are too many to be aligned.")
     number = {item: i for i, item in enumerate(dict.fromkeys((*source, *target)))}
-    equal = np.equal.outer([number[item] for item in source], [number[item] for item in target]).reshape(m, n)
-    alike = np.zeros((m, n), np.int64) if likeness is None else likeness
-    merit = np.where(equal, base**3, (alike == 2) * base**2 + (alike >= 1) * base + 1)
-    best = np.zeros((m + 1, n + 1), np.int64)
-    for i in range(m - 1, -1, -1):
-        best[i, :-1] = np.maximum(best[i + 1, 1:] + merit[i], best[i + 1, :-1])
-        best[i] = np.maximum.accumulate(best[i, ::-1])[::-1]
-    i = j = 0
+    numbers = np.array([number[item] for item in target], np.int64)
+
+    def merit(i: int) -> np.ndarray:
+        alike = np.zeros(n, np.int64) if likeness is None else likeness(i)
+        return np.where(numbers == number[source[i]], base**3, (alike == 2) * base**2 + (alike >= 1) * base + 1)
+
+    def above(row: np.ndarray, i: int) -> np.ndarray:
+        """The table's row i, from the one below: what can be had from items i and j of both on."""
+        best = np.append(np.maximum(row[1:] + merit(i), row[:-1]), 0)
+        return np.maximum.accumulate(best[::-1])[::-1]
+
+    step = max(1, math.isqrt(m))
+    row = np.zeros(n + 1, np.int64)
+    kept = {m: row}
+    for i in reversed(range(m)):
+        row = above(row, i)
+        if i % step == 0:
+            kept[i] = row
     pairs: list[tuple[int | None, int | None]] = []
-    while i < m and j < n:
-        if best[i, j] == best[i + 1, j + 1] + merit[i, j]:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif best[i, j] == best[i + 1, j]:
-            pairs.append((i, None))
-            i += 1
-        else:
-            pairs.append((None, j))
-            j += 1
-    pairs += [(i, None) for i in range(i, m)]
-    return pairs + [(None, j) for j in range(j, n)]
+    j = 0
+    for first in range(0, m, step):
+        last = min(first + step, m)
+        rows = {last: kept[last]}
+        for i in reversed(range(first, last)):
+            rows[i] = above(rows[i + 1], i)
+        for i in range(first, last):
+            paired = rows[i + 1][1:] + merit(i)
+            while j < n and rows[i][j] not in (paired[j], rows[i + 1][j]):
+                pairs.append((None, j))
+                j += 1
+            together = j < n and rows[i][j] == paired[j]
+            pairs.append((i, j if together else None))
+            j += together
+    return pairs + [(None, k) for k in range(j, n)]
 
 
 def word_pairs(source: Prompt, target: Prompt) -> Iterator[tuple[Word | None, Word | None]]:
@@ -137,8 +152,11 @@ def word_pairs(source: Prompt, target: Prompt) -> Iterator[tuple[Word | None, Wo
     little word: the nouns.
     """
     ones, others = (np.array(_kinds(prompt.words), np.int64) for prompt in (source, target))
-    both_little_or_neither = np.equal.outer(ones < 0, others < 0)
-    likeness = both_little_or_neither * (1 + np.logical_and.outer(ones == 1, others == 1))
+
+    def likeness(i: int) -> np.ndarray:
+        both_little_or_neither = (others < 0) == (ones[i] < 0)
+        return both_little_or_neither * (1 + ((ones[i] == 1) & (others == 1)))
+
     for i, j in align([w.tokens for w in source.words], [w.tokens for w in target.words], likeness):
         yield (None if i is None else source.words[i]), (None if j is None else target.words[j])
 
