@@ -35,9 +35,10 @@ class TrainingError(ValueError):
 class Settings:
     """How to train. The length is `steps`, or `minutes` where that is not None: then the learning rate follows the clock.
 
-    `average`: of the weights' running mean, which is what is kept. `half`: fp16 where the device gains by it. `crop`: side in
-    pixels of the squares that are trained on, 0 for whole pictures. `sharpness`: of the adversary's gradient beside the other
-    losses', 0 for none. `batch` is that of all processes together.
+    `average`: of the weights' running mean, which is what is kept. `half`: mixed precision, fp16 on a GPU and bf16 on a CPU.
+    `crop`: side in pixels of the squares that are trained on, 0 for whole pictures. `sharpness`: of the adversary's gradient
+    beside the other losses', 0 for none. `batch` is that of all processes together. `mirror`: half of the pairs are mirrored,
+    which is right where the edit of a mirrored picture is the edit mirrored.
     """
 
     steps: int = 4000
@@ -50,6 +51,7 @@ class Settings:
     crop: int = 0
     seed: int = 0
     sharpness: float = 0.0
+    mirror: bool = True
     weights: LossWeights = field(default_factory=LossWeights)
     save_seconds: float = 30.0
 
@@ -91,7 +93,8 @@ class Training:
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.losses: list[float] = []
         self._last: Tensor | None = None
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.half)
+        self._half = torch.bfloat16 if self.device.type == "cpu" else torch.float16
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.half and self._half == torch.float16)
         if checkpoint is not None and checkpoint.is_file():
             read_checkpoint(checkpoint, self)
 
@@ -143,7 +146,7 @@ class Training:
     def _one_step(self) -> None:
         source, target, area = self._draw()
         counted = pixel_weights(source, target, area, self.settings.weights)
-        with torch.autocast(self.device.type, torch.float16) if self.settings.half else contextlib.nullcontext():
+        with torch.autocast(self.device.type, self._half) if self.settings.half else contextlib.nullcontext():
             output = self.student(source)
         output = output.float()
         loss = pixel_loss(output, target, counted)
@@ -179,7 +182,7 @@ class Training:
         together."""
         batch = self.settings.batch
         chosen = torch.randint(len(self.pairs), (batch,), generator=self.generator)
-        flipped = share(torch.rand(batch, generator=self.generator) < 0.5)
+        flipped = share(torch.rand(batch, generator=self.generator) < 0.5) & self.settings.mirror
         height, width = self.pairs.sources.shape[-2:]
         size = [min(self.settings.crop or side, side) for side in (height, width)]
         corners = [

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spandrel import ModelDescriptor
 
 NOISE_LEVEL = 15 / 255  # the fourth channel that spandrel gives a DRUNet
-SMALL_WIDTHS = (8, 24, 64, 96)  # 0.74 million weights, 1.5 MB in half precision
+SMALL_WIDTHS = (8, 16, 40, 124)  # 0.74 million weights, 1.5 MB in half precision
 SMALL_BLOCKS = 2  # spandrel recognizes no fewer
 LARGE_WIDTH = 32
 LARGE_BLOCKS = {

@@ -45,6 +45,26 @@ def test_held_out_pairs_are_never_drawn():
             assert held.isdisjoint(tuple(one.flatten().tolist()) for one in picture)
 
 
+@pytest.mark.parametrize("mirror", [True, False])
+def test_half_of_the_pairs_are_mirrored_where_that_is_wished(mirror):
+    data = pairs()
+    run = Training(student(), data, dataclasses.replace(SETTINGS, mirror=mirror))
+    known = {tuple(picture.flatten().tolist()) for picture in data.sources}
+    drawn = torch.cat([(run._draw()[0] * 255).round().to(torch.uint8) for _ in range(25)])
+    unmirrored = sum(tuple(picture.flatten().tolist()) in known for picture in drawn)
+    assert 0.4 * len(drawn) < unmirrored < 0.6 * len(drawn) if mirror else unmirrored == len(drawn)
+
+
+def test_mixed_precision_on_a_cpu_is_bf16_and_learns_as_well():
+    kinds, network = [], student()
+    run = Training(network, pairs(), dataclasses.replace(SETTINGS, half=True))
+    before = run.held_out_error()
+    network[1].register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
+    run.run()
+    assert set(kinds) == {torch.bfloat16} and {p.dtype for p in network.parameters()} == {torch.float32}
+    assert run.held_out_error() < 0.25 * before
+
+
 def test_a_run_that_was_cut_off_and_resumed_ends_where_a_whole_one_does(tmp_path):
     whole = Training(student(), pairs(), SETTINGS).run().state_dict()
 
