@@ -20,9 +20,14 @@ FIXED = ("batch", "crop", "learning_rate", "sharpness", "seed")  # settings that
 
 
 def checkpoint_settings(path: Path) -> dict[str, object]:
-    """What a saved run was made with: those of `FIXED`, and whether it has `features`."""
+    """What a saved run was made with: those of `FIXED`, and as `features` the name of what gave them, "" for none."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["state"]).get("settings", {})
+
+
+def feature_name(features: object) -> str:
+    """What gives a run its features, "" for nothing."""
+    return "" if features is None else getattr(features, "name", "other features")
 
 
 def write_checkpoint(path: Path, run: Training) -> None:
@@ -36,7 +41,9 @@ def write_checkpoint(path: Path, run: Training) -> None:
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     numbers = {"step": run.step, "seconds": run.seconds, "loss": run.loss, "losses": run.losses}
     numbers["scaler"] = run._scaler.state_dict()
-    numbers["settings"] = {name: getattr(run.settings, name) for name in FIXED} | {"features": run.features is not None}
+    numbers["settings"] = {name: getattr(run.settings, name) for name in FIXED} | {
+        "features": feature_name(run.features)
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path.parent)
     write_whole(path, save(tensors, {"state": json.dumps(numbers)}))

@@ -99,6 +99,12 @@ class Pix2PixZeroDistill(io.ComfyNode):
                     tooltip="What the edit does and which model made it, such as: cat to dog, SD 1.5. It is kept in the file "
                     "for whoever gets it.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that made the edits, with its VAE: then what the first blocks of its UNet see in the "
+                    "picture counts too. Try it where the VAE alone leaves textures wrong; training gets slower again.",
+                ),
             ],
             outputs=[
                 io.UpscaleModel.Output(
@@ -129,13 +135,14 @@ class Pix2PixZeroDistill(io.ComfyNode):
         vae=None,
         sharpness=0.0,
         description="",
+        model=None,
     ) -> io.NodeOutput:
         from ..distillation.learning import Settings
         from ..host.distilled.run import Wish, distill
 
         length = {"steps": steps, "batch": batch, "crop": crop}
         settings = Settings(**length, learning_rate=learning_rate, seed=seed, sharpness=sharpness)
-        made = distill(Wish(dataset, name, size, settings, resume, description), vae)
+        made = distill(Wish(dataset, name, size, settings, resume, description), vae, model)
         return io.NodeOutput(made.model, made.strip, made.report, {"loss": made.losses}, ui={"text": [made.report]})
 
 

@@ -14,17 +14,18 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from safetensors import SafetensorError
 from torch import nn
 
-from ...distillation.checkpoints import FIXED, checkpoint_settings
+from ...distillation.checkpoints import FIXED, checkpoint_settings, feature_name
 from ...distillation.learning import Report, Settings, Training
 from ...distillation.pairs import Pairs
 from ...editing.writing import write_numbered
 from ..messages import FEW_PAIRS, TRAINING
 from ..networks.students import make_student, student_bytes, upscale_model
-from ..networks.teacher_features import EncoderFeatures
+from ..networks.teacher_features import EncoderFeatures, TeacherFeatures
 from ..running import show, tell
 from .names import plain_name
 from .pair_sets import FEW, load_pairs
@@ -59,21 +60,24 @@ class Distilled:
     losses: list[float]
 
 
-def distill(wish: Wish, vae: VAE | None = None) -> Distilled:
+def distill(wish: Wish, vae: VAE | None = None, model: ModelPatcher | None = None) -> Distilled:
     """Train a student on a data set, write it to models/upscale_models/pix2pix_zero, and measure it on held-out pairs.
 
-    `vae`: whose encoder's features count too. A cancelled training keeps its state and is gone on with by `wish.resume`.
-    Raises ValueError, naming the socket, if the data set, a name or the VAE does not do, or files cannot be written.
+    `vae`: whose encoder's features count too; `model`: whose UNet's features of the VAE's latents count as well. A cancelled
+    training keeps its state and is gone on with by `wish.resume`.
+    Raises ValueError, naming the socket, if the data set, a name, the VAE or the model does not do, or files cannot be written.
     """
+    if model is not None and vae is None:
+        raise ValueError("vae: the model needs it, as it sees latents. Connect the VAE of its checkpoint.")
     name = plain_name(wish.name, "name")
     pairs = load_pairs(wish.dataset)
-    checkpoint = _checkpoint(name, wish, vae is not None)
+    checkpoint = _checkpoint(name, wish, _features_wanted(vae, model))
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     device = comfy.model_management.get_torch_device()
     # The executor's inference mode would make weights that have no derivative.
     with torch.inference_mode(False), torch.enable_grad():
-        features = None if vae is None else _features(vae, device)
+        features = None if vae is None else _features(vae, model, device)
         student = make_student(wish.size, wish.settings.seed).to(device, memory_format=torch.channels_last)
         if _fits(pairs, device):
             pairs = pairs.to(device)
@@ -90,7 +94,13 @@ def distill(wish: Wish, vae: VAE | None = None) -> Distilled:
     return Distilled(upscale_model(path), strip, report, run.losses)
 
 
-def _checkpoint(name: str, wish: Wish, features: bool) -> Path:
+def _features_wanted(vae: VAE | None, model: ModelPatcher | None) -> str:
+    if vae is None:
+        return ""
+    return (EncoderFeatures if model is None else TeacherFeatures).name
+
+
+def _checkpoint(name: str, wish: Wish, features: str) -> Path:
     """Where the state of this training is kept. Raises ValueError if what is there was made with other settings."""
     file = f"{name}_{plain_name(wish.dataset, 'dataset')}_{wish.size}.safetensors"
     path = Path(folder_paths.get_output_directory()) / "pix2pix_zero" / "training" / file
@@ -100,7 +110,7 @@ def _checkpoint(name: str, wish: Wish, features: bool) -> Path:
         found = _readable(checkpoint_settings, path)
         was = [f"{key} {found.get(key)}" for key in FIXED if found.get(key) != getattr(wish.settings, key)]
         if found.get("features") != features:
-            was.append("no vae" if features else "a vae")
+            was.append(found.get("features") or "no vae")
         if was:
             raise ValueError(
                 f"resume: the training that was cancelled had {', '.join(was)}. Set that back to go on with it, or "
@@ -118,7 +128,7 @@ def _readable(read: Callable[..., Result], *arguments: object) -> Result:
         ) from failure
 
 
-def _features(vae: VAE, device: torch.device) -> EncoderFeatures:
+def _features(vae: VAE, model: ModelPatcher | None, device: torch.device) -> EncoderFeatures | TeacherFeatures:
     try:
         features = EncoderFeatures(vae, device)
         with torch.no_grad():
@@ -127,7 +137,7 @@ def _features(vae: VAE, device: torch.device) -> EncoderFeatures:
         raise ValueError(
             "vae: its encoder cannot be looked into. Connect the VAE of a Stable Diffusion or Flux checkpoint, or none."
         ) from failure
-    return features
+    return features if model is None else TeacherFeatures(model, features)
 
 
 def _fits(pairs: Pairs, device: torch.device) -> bool:
@@ -176,7 +186,7 @@ def _facts(wish: Wish, run: Training, errors: list[float]) -> dict[str, object]:
         "learning_rate": wish.settings.learning_rate,
         "seed": wish.settings.seed,
         "sharpness": wish.settings.sharpness,
-        "vae_features": run.features is not None,
+        "features": feature_name(run.features),
         "agreement": {"inside": round(sum(errors) / len(errors), 3), "worst": round(max(errors), 3)},
     }
 

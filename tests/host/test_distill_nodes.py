@@ -152,6 +152,25 @@ class TestDistillEdit:
         with pytest.raises(ValueError, match="^vae: it is a object and no VAE"):
             run_node(Pix2PixZeroDistill, **{**WISH, "name": "none"}, vae=object())
 
+    def test_the_model_gives_features_too_and_stays_as_it_was(self, folders, run_node):
+        from pix2pix_zero.demo_model.loader import load_demo_model
+
+        fill(run_node)
+        model, _, vae = load_demo_model()
+        before = {name: value.clone() for name, value in model.model.state_dict().items()}
+        options = repr(model.model_options)
+        for name, more in (("vae", {}), ("both", {"model": model})):
+            run_node(Pix2PixZeroDistill, **{**WISH, "name": name, "steps": 20}, vae=vae, **more)
+        assert repr(model.model_options) == options
+        assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
+        paths = [folders / "upscale" / "pix2pix_zero" / f"{name}_00001.safetensors" for name in ("vae", "both")]
+        by_vae, by_both = map(load_file, paths)
+        assert any(not torch.equal(value, by_both[name]) for name, value in by_vae.items())
+        with safe_open(paths[1], "pt") as file:
+            assert file.metadata()["features"] == "a vae and a model"
+        with pytest.raises(ValueError, match="^vae: the model needs it"):
+            run_node(Pix2PixZeroDistill, **WISH, model=model)
+
     def test_pairs_larger_than_the_crop_are_cut(self, folders, run_node):
         sources = torch.cat([picture(seed, 44, 60) for seed in range(50)])
         save(run_node, sources, swapped(sources))
@@ -236,6 +255,19 @@ def test_a_student_that_ships_is_loaded_by_its_edit(tmp_path, monkeypatch, run_n
         run_node(Pix2PixZeroDemoDistilled, edit="../x")
 
 
+@pytest.mark.parametrize("edit", demo_students.demo_student_names())
+def test_the_files_that_ship_say_what_they_are_and_how_near_they_come_to_their_teacher(edit):
+    path = demo_students.FOLDER / f"{edit}.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}
+    assert path.stat().st_size <= 1.5e6
+    assert facts["source"] and facts["target"] and facts["teacher"] and facts["size"] == "128"
+    agreement = json.loads(facts["agreement"])
+    assert int(facts["pairs"]) >= 1000
+    assert 0 < agreement["inside"] < 0.5 * agreement["source_inside"] and agreement["hit"] > 0.9
+
+
 def test_the_defaults_of_the_node_are_those_that_a_student_needs():
     inputs = {item.id: item for item in Pix2PixZeroDistill.GET_SCHEMA().inputs}
     assert inputs["learning_rate"].default == Settings().learning_rate
@@ -250,7 +282,7 @@ def test_the_public_contract():
             ["INT", "STRING"],
         ),
         "Pix2PixZeroDistill": (
-            [*WISH, "vae", "sharpness", "description"],
+            [*WISH, "vae", "sharpness", "description", "model"],
             ["UPSCALE_MODEL", "IMAGE", "STRING", "LOSS_MAP"],
         ),
     }

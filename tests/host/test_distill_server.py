@@ -47,6 +47,7 @@ def learnt(steps: int = 20) -> Graph:
     saved = graph.add("Pix2PixZeroSavePair", source=batch, edited=edits, dataset="inverted")
     student = graph.add("Pix2PixZeroDistill", dataset="inverted", name="inverted", steps=steps, seed=saved[0])
     graph.add("PreviewAny", source=student[2])
+    graph.add("LossGraphNode", loss=student[3], filename_prefix="loss")
     return graph
 
 
@@ -82,8 +83,12 @@ def test_a_cancelled_training_says_so_and_the_next_run_goes_on_with_it(running, 
     assert any("left. Only 50 pairs" in progress.text for progress in seen)
     (kept,) = (base / "output" / "pix2pix_zero" / "training").iterdir()
     assert not list((base / "models").rglob("*.safetensors"))
-    running.run(learnt().api(info))  # it has more steps behind it than this asks for, or the rest of them to go
+    graph = learnt()  # it has more steps behind it than this asks for, or the rest of them to go
+    outputs = running.run(graph.api(info))
     assert not kept.exists()
+    (curve,) = outputs[graph.only("LossGraphNode").key]["images"]
+    blue = (pixels(running.view(curve))[0] - torch.tensor([0.0, 0.0, 1.0])).abs().amax(-1) < 0.01
+    assert blue.any(0).sum() > 300  # Plot Loss Graph has drawn it from left to right
 
 
 def test_every_picture_of_the_folder_is_a_pair(running, base):
