@@ -1,10 +1,11 @@
 """What a distilled edit keeps of its teacher, and what it costs beside it: `python dev.py bench distill`
 
 A student's file for each edit, named as the edit, is applied to the test scenes of `bench quality`, beside the pack's edit
-with its defaults, the same in 4 steps, and the source unchanged. Errors are means of 0..255, to the teacher's picture and
-to the ground truth, of the whole picture and inside what the edit has to change. Time is that of one picture on one thread,
-from picture to picture. --ablation trains students that differ in one thing each, --full-size counts what an edit by Stable
-Diffusion 1.5 costs beside a student. Writes bench_distill.json and a contact sheet for each edit to demo_output/.
+with its defaults, the same of the scene moved sideways and moved back (how much the teacher varies itself), the same in 4
+steps, and the source unchanged. Errors are means of 0..255, to the teacher's picture and
+to the ground truth, of the whole picture and inside what the edit has to change. Time is the CPU's for one picture on one
+thread, from picture to picture. --ablation trains students that differ in one thing each, --full-size counts what an edit by
+Stable Diffusion 1.5 costs beside a student. Writes bench_distill.json and a contact sheet for each edit to demo_output/.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from comfy.cli_args import args as host_options
 
 host_options.cpu = True  # before anything of ComfyUI that looks for a device: times are those of one thread
 
-from pix2pix_zero.benchmarks.distill_parts.ablation import ablate, ablation_table  # noqa: E402
+from pix2pix_zero.benchmarks.distill_parts.ablation import Budget, ablate, ablation_table  # noqa: E402
 from pix2pix_zero.benchmarks.distill_parts.columns import Column, measure, table  # noqa: E402
 from pix2pix_zero.benchmarks.distill_parts.figures import contact_sheet  # noqa: E402
 from pix2pix_zero.benchmarks.distill_parts.full_size import report as full_size  # noqa: E402
@@ -51,6 +52,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         help="only that, on pairs that `dev.py train distilled --work WORK` drew",
     )
     parser.add_argument("--ablation-steps", type=int, default=300, help="of each training (default: %(default)s)")
+    parser.add_argument("--half", action="store_true", help="train for the ablation in bf16, for CPUs that gain by it")
     parser.add_argument("--quick", action="store_true", help="2 scenes, 4 and 2 steps: to try the benchmark")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (default: demo_output)")
     options = parser.parse_args(arguments)
@@ -80,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.ablation:
         for name in options.edits:
             scenes = draw_scenes(EDITS[name], options.scenes, TEST_SEED)
-            found = ablate(EDITS[name], scenes, judge, options.ablation / name, options.ablation_steps, say)
+            budget = Budget(options.ablation_steps, options.half)
+            found = ablate(EDITS[name], scenes, judge, options.ablation / name, budget, say)
             print(
                 f"\n{name}, {options.scenes} test scenes, {options.ablation_steps} steps\n\n{ablation_table(found)}",
                 flush=True,

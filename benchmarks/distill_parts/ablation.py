@@ -19,6 +19,7 @@ from ..judge import Judge
 from ..quality_parts.scenes import QualityEdit, Scenes
 from .figures import apply, errors
 
+BATCH = 6
 FIGURES = {"hit": 2, "inside": 2, "truth_inside": 2, "background": 2, "detail": 2}
 
 
@@ -30,6 +31,7 @@ class Variant:
     pairs: int = 1000
     features: float = LossWeights.features
     sharpness: float = 0.0
+    mirror: bool = False
 
 
 VARIANTS = (
@@ -39,6 +41,7 @@ VARIANTS = (
     Variant("without the feature loss", features=0.0),
     Variant("sharpness 0.2", sharpness=0.2),
     Variant("sharpness 0.5", sharpness=0.5),
+    Variant("pairs also mirrored", mirror=True),
 )
 
 
@@ -51,11 +54,21 @@ def detail(pictures: Tensor, teacher: Tensor) -> float:
     return float(strength(pictures) / strength(teacher))
 
 
-def train(variant: Variant, folder: Path, steps: int, seed: int = 0) -> torch.nn.Module:
-    """The student of a variant. `folder`: pairs of `dev.py train distilled`, its crop and batch."""
+@dataclass(frozen=True)
+class Budget:
+    """What each training has: steps of BATCH whole pictures. `half`: in mixed precision."""
+
+    steps: int
+    half: bool = False
+
+
+def train(variant: Variant, folder: Path, budget: Budget, seed: int = 0) -> torch.nn.Module:
+    """The student of a variant. `folder`: pairs of `dev.py train distilled`."""
     pairs = PairFolder(folder)
     weights = LossWeights(features=variant.features)
-    settings = Settings(steps=steps, batch=8, crop=96, seed=seed, sharpness=variant.sharpness, weights=weights)
+    chosen = {"steps": budget.steps, "batch": BATCH, "half": budget.half}
+    chosen |= {"sharpness": variant.sharpness, "mirror": variant.mirror}
+    settings = Settings(**chosen, seed=seed, weights=weights)
     with torch.inference_mode(False), torch.enable_grad():
         features = EncoderFeatures(load_demo_model()[2], "cpu") if variant.features else None
         student = make_student(seed=seed).to(memory_format=torch.channels_last)
@@ -63,7 +76,7 @@ def train(variant: Variant, folder: Path, steps: int, seed: int = 0) -> torch.nn
 
 
 def ablate(
-    edit: QualityEdit, scenes: Scenes, judge: Judge, work: Path, steps: int, say: Callable[[str], None]
+    edit: QualityEdit, scenes: Scenes, judge: Judge, work: Path, budget: Budget, say: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """The figures of all variants. `work`: WORK/EDIT of `dev.py train distilled`, with pairs and tests of these scenes."""
     tests = PairFolder(work / "tests")
@@ -71,7 +84,7 @@ def ablate(
     teacher = teacher.movedim(1, -1).float() / 255
     found = {}
     for variant in VARIANTS:
-        pictures = apply(train(variant, work / "pairs", steps), scenes.sources)
+        pictures = apply(train(variant, work / "pairs", budget), scenes.sources)
         found[variant.name] = errors(edit, scenes, teacher, pictures, judge) | {"detail": detail(pictures, teacher)}
         say(f"{variant.name}: inside {found[variant.name]['inside']:.2f}")
     return found

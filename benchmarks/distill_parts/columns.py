@@ -16,6 +16,8 @@ from ..quality_parts.scenes import QualityEdit, Scenes
 from .figures import apply, errors, milliseconds
 
 TEACHER, FEW, STUDENT, SOURCE = "teacher", "teacher, few steps", "student", "source unchanged"
+MOVED = "teacher, moved"  # its edit of the scene moved sideways by a latent, moved back: how much it varies itself
+LATENT = 8  # pixels
 BATCH = 8  # pictures that the teacher edits at once for the figures; time is taken of one
 TIMED = 3  # runs, of which the fastest counts
 ROWS = {
@@ -25,7 +27,7 @@ ROWS = {
     "truth_whole": ("error to the truth, whole", 2),
     "truth_inside": ("error to the truth, inside", 2),
     "background": ("background error", 2),
-    "seconds": ("seconds a picture, one thread", 4),
+    "seconds": ("CPU seconds a picture, one thread", 4),
     "gmac": ("operations, GMAC", 2),
     "megabytes": ("file, MB", 2),
 }
@@ -44,14 +46,22 @@ def measure(
 ) -> tuple[list[Column], dict[str, Tensor]]:
     """All columns, and the pictures [B, H, W, 3] of those that edit. `steps`: of the teacher and of the fast teacher."""
     pictures, costs = {}, {}
-    for name, count in ((TEACHER, steps[0]), (FEW, steps[1])):
+    moved = scenes.sources.roll(LATENT, 2)
+    for name, count, sources in (
+        (TEACHER, steps[0], scenes.sources),
+        (MOVED, steps[0], moved),
+        (FEW, steps[1], scenes.sources),
+    ):
         teacher = Teacher(edit, count)
         drawn = []
-        for first in range(0, len(scenes.sources), BATCH):
-            drawn.append(teacher.draw(scenes.sources[first : first + BATCH])[0].float())
-            say(f"{name}, {count} steps: {min(first + BATCH, len(scenes.sources))} of {len(scenes.sources)} scenes")
+        for first in range(0, len(sources), BATCH):
+            drawn.append(teacher.draw(sources[first : first + BATCH])[0].float())
+            say(f"{name}, {count} steps: {min(first + BATCH, len(sources))} of {len(sources)} scenes")
         pictures[name] = torch.cat(drawn)
-        costs[name] = cost(lambda picture: teacher.draw(picture), scenes.sources[:1])  # noqa: B023
+        if name == MOVED:
+            pictures[name] = pictures[name].roll(-LATENT, 2)
+        else:
+            costs[name] = cost(lambda picture: teacher.draw(picture), sources[:1])  # noqa: B023
     student = load_student(file)
     pictures[STUDENT] = apply(student, scenes.sources)
     costs[STUDENT] = cost(lambda picture: apply(student, picture), scenes.sources[:1])
@@ -65,13 +75,13 @@ def measure(
 
 
 def cost(run: Callable[[Tensor], object], picture: Tensor) -> dict[str, float]:
-    """Seconds, and operations in billions of multiplications with addition, of a call that is warm."""
+    """CPU seconds, and operations in billions of multiplications with addition, of a call that is warm."""
     run(picture)
     spent = []
     for _ in range(TIMED):
-        begin = time.perf_counter()
+        begin = time.process_time()
         run(picture)
-        spent.append(time.perf_counter() - begin)
+        spent.append(time.process_time() - begin)
     with flop_counter() as counter:
         run(picture)
     return {"seconds": min(spent), "gmac": counter.get_total_flops() / 2e9}

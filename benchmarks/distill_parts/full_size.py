@@ -1,6 +1,6 @@
 """How many times cheaper a student is than an edit by Stable Diffusion 1.5, whose weights nobody needs for that.
 
-Operations are counted on the meta device. Times are those of one pass of each network with random weights, on one thread.
+Operations are counted on the meta device. Times are the CPU's for one pass of each network with random weights, on one thread.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def gmac(size: str = "small") -> dict[str, float]:
 
 @torch.no_grad()
 def seconds(size: str = "small") -> dict[str, float]:
-    """Of one pass of each network in fp32 on one thread; it needs 6 GB of memory."""
+    """Of the CPU, for one pass of each network in fp32 on one thread; it needs 6 GB of memory."""
     found = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -73,9 +73,9 @@ def seconds(size: str = "small") -> dict[str, float]:
         for name, make in networks(size).items():
             network, run = make("cpu")
             run(network) if name == "student" else None
-            begin = time.perf_counter()
+            begin = time.process_time()
             run(network)
-            found[name] = time.perf_counter() - begin
+            found[name] = time.process_time() - begin
             del network, run
     finally:
         torch.set_num_threads(threads)
@@ -91,7 +91,7 @@ def report(timed: bool) -> tuple[dict[str, dict[str, float]], str]:
     """The figures, and lines that say them. `timed`: measure time too."""
     costs = {"gmac": gmac()} | ({"seconds": seconds()} if timed else {})
     lines = [f"An edit by SD 1.5 at {SIDE}x{SIDE} in {STEPS} steps beside a student:"]
-    for kind, label in (("gmac", "GMAC"), ("seconds", "s on one thread")):
+    for kind, label in (("gmac", "GMAC"), ("seconds", "CPU s on one thread")):
         if kind in costs:
             parts = ", ".join(f"{name} {value:.4g}" for name, value in costs[kind].items())
             lines.append(f"{label}: {parts}; the edit is {times(costs[kind]):.0f} times the student")

@@ -24,14 +24,15 @@ def results(tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
     with Image.open(folder / "bench_distill_cat2dog.png") as sheet:
-        assert sheet.size == (2 * 128, 4 * 128)
+        assert sheet.size == (2 * 128, 5 * 128)
     return json.loads((folder / "bench_distill.json").read_text(encoding="utf-8"))["results"]["cat2dog"]
 
 
 def test_all_columns_are_measured(results):
-    assert list(results) == ["teacher", "teacher, few steps", "student", "source unchanged"]
+    assert list(results) == ["teacher", "teacher, moved", "teacher, few steps", "student", "source unchanged"]
     made = {"hit", "whole", "inside", "truth_whole", "truth_inside", "background"}
     assert set(results["source unchanged"]) == made
+    assert set(results["teacher, moved"]) == made
     assert set(results["teacher"]) == made | {"seconds", "gmac"}
     assert set(results["student"]) == made | {"seconds", "gmac", "megabytes"}
 
@@ -39,6 +40,9 @@ def test_all_columns_are_measured(results):
 def test_the_ends_of_the_scale_are_where_they_belong(results):
     assert results["teacher"]["whole"] == results["teacher"]["inside"] == 0
     assert results["source unchanged"]["background"] == 0
+    assert (
+        0 < results["teacher, moved"]["inside"] < results["source unchanged"]["inside"]
+    )  # moved back, it is the same edit
     for figure, value in results["source unchanged"].items():  # the student is the identity, in half precision
         assert results["student"][figure] == pytest.approx(value, abs=0.2), figure
 
