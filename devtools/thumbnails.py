@@ -23,6 +23,7 @@ QUALITY = 88
 WIDEST = 560
 GAP = 8
 FIVE_EDITS = ROOT / "assets" / "five_edits.jpg"
+SCENE = 12  # of recipes that need one
 SEEDS = {"cat2dog": 114, "horse2zebra": 12, "add_glasses": 12, "day2night": 8, "sketch2pastel": 12}
 
 Pictures = Callable[[Graph], list[list]]
@@ -41,7 +42,7 @@ def _on_the_demo(graph: Graph) -> list[list]:
     """A photograph cannot be part of the pack, so the demo's model and a scene stand in."""
     model = graph.only("CheckpointLoaderSimple")
     graph.replace(model, "Pix2PixZeroDemoModel")
-    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", seed=12)
+    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", seed=SCENE)
     graph.change(graph.only("Pix2PixZeroCrop"), model_size=128, mask=None)
     graph.change(graph.only("Pix2PixZeroLoadCaptioner"), model_name="demo")
     graph.change(graph.only("Pix2PixZeroKSampler"), cfg=1.5)
@@ -57,9 +58,18 @@ def _strip(graph: Graph) -> list[list]:
     return [graph.only("Pix2PixZeroStrip")[0]]
 
 
+def _with_a_demo_student(graph: Graph) -> list[list]:
+    """The student of day to night that ships, on a scene: nobody's own file and picture are there."""
+    graph.replace(graph.only("UpscaleModelLoader"), "Pix2PixZeroDemoDistilled", edit="day2night")
+    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", subject="horse", time_of_day="day", seed=SCENE)
+    edited = graph.inputs(graph.only("SaveImage"))["images"]
+    return [graph.inputs(Node(edited[0]))["image"], edited]
+
+
 RECIPES: dict[str, Pictures] = {
     "cat_to_dog_demo": _source_and_saved,
     "compare_methods": _strip,
+    "distill_an_edit": _strip,  # pairs and training included: about five minutes
     "edit_a_generated_image": _source_and_saved,
     "edit_a_small_subject": _source_and_saved,
     "edit_with_flow": _source_and_saved,
@@ -68,6 +78,7 @@ RECIPES: dict[str, Pictures] = {
     "plug_and_play": _with_features,
     "prompt_to_prompt": _source_and_saved,
     "sdedit_and_word_swap": _strip,
+    "use_a_distilled_edit": _with_a_demo_student,
 }
 
 
