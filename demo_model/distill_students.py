@@ -38,10 +38,10 @@ class Recipe:
     tests: int = 64
     pair_batch: int = 8
     batch: int = 16
-    crop: int = 96
+    crop: int = 0
     workers: int = 1
     learning_rate: float = 2e-3
-    features: float = 0.1
+    features: float = 0.0
     mirror: bool = False
     half: bool = False
     seed: int = 0
@@ -223,8 +223,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--workers", type=int, help="processes that draw pairs (default: 4 on cuda, else the cores)")
     add("--pair-batch", type=int, help="pictures that are edited at once (default: 64 on cuda, else 8)")
-    add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 8)")
-    add("--crop", type=int, default=Recipe.crop, help="side of the squares that are trained on (default: %(default)s)")
+    add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 6)")
+    add(
+        "--crop",
+        type=int,
+        default=Recipe.crop,
+        help="side of the squares that are trained on, 0 for whole scenes (default: %(default)s)",
+    )
     add("--learning-rate", type=float, default=Recipe.learning_rate, help="default: %(default)s")
     add("--features", type=float, default=Recipe.features, help="weight of the feature loss (default: %(default)s)")
     add(
@@ -238,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     work, device = given.pop("work"), given.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device == "cuda"
     sizes = {"workers": 4 if on_cuda else os.cpu_count() or 1, "pair_batch": 64 if on_cuda else 8}
-    sizes["batch"] = 64 if on_cuda else 8
+    sizes["batch"] = 64 if on_cuda else 6
     given.update({name: value for name, value in sizes.items() if given[name] is None})
     if on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
