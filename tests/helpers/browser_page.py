@@ -59,7 +59,7 @@ class Frontend:
     def start(self) -> None:
         """Open the frontend, or open it anew."""
         self.page.goto(self.url)
-        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_function(READY, timeout=240_000)  # on a busy machine
         self.set("Comfy.Workflow.Persist", False)  # so that it always opens the stock workflow, as its last act
         self.page.wait_for_function("() => app.graph.nodes.length > 0")
         self.page.evaluate(WAIT_FOR_MESSAGE)  # it lacks its models, and is left only after it has said so
