@@ -49,6 +49,7 @@ def opened_frontend(frontend_server) -> Iterator[Frontend]:
         # a container's user may not make sandboxes
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 2560, "height": 1300})
+        page.set_default_timeout(120_000)  # on a busy machine
         page.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
         frontend = Frontend(page, server.url, folder)
         frontend.start()
