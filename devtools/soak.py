@@ -261,7 +261,8 @@ def in_words(error: GraphError) -> bool:
         return True
     named = str(details.get("exception_message", "")).partition(":")[0]
     inputs = details.get("current_inputs") or {}
-    return details.get("exception_type") == "ValueError" and named in inputs
+    kind = str(details.get("exception_type")).rpartition(".")[2]
+    return kind in ("ValueError", "OutOfMemoryError", "MemoryError") and named in inputs
 
 
 def soak(minutes: float, seed: int, variables: dict[str, str] | None = None) -> Outcome:

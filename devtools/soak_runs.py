@@ -81,6 +81,17 @@ def reference(nonce: str, schemas: dict) -> tuple[dict, str]:
     return demo.api(schemas), shown.key
 
 
+def large_edit(side: int, schemas: dict) -> dict:
+    """A guided edit of pictures of this side, in a graph."""
+    demo = Demo()
+    demo.change(demo.scene, side=side, count=2)
+    demo.change(demo.source, text="a photo of a cat on grass")
+    demo.change(demo.inversion, steps=2)
+    shown = demo.add("PreviewImage", images=demo.edited(local_blend=0.2))
+    demo.keep(shown)
+    return demo.api(schemas)
+
+
 def random_edit(draw: random.Random, schemas: dict, most: int = 2) -> Case:
     """One of the examples, or of `BUILT`, with random knobs, cut down to one of its results, or to at most so many."""
     name = draw.choice((*EXAMPLES, *BUILT))

@@ -183,8 +183,9 @@ def on_grid(
     latent: torch.Tensor,
     sigmas: torch.Tensor,
     path: NoisePath = DIFFUSION,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The visited latents as a trajectory on the sampler's grid: [N+1, B, C, H, W] on the CPU.
+    """The visited latents as a trajectory on the sampler's grid: [N+1, B, C, H, W] on the CPU, in another dtype if wanted.
 
     Each latent is written at the grid level it stands for, counted from the noisiest; where the inversion skipped the
     first levels, and at level 0, stands the clean `latent`.
@@ -197,7 +198,7 @@ def on_grid(
         path.rescale(x, own, sigma)
         for x, own, sigma in zip(visited[len(clean) - offset :], reached[len(clean) - offset :], grid[len(clean) :])
     ]
-    return torch.stack([x.cpu() for x in clean + kept])
+    return torch.stack([x.to(device="cpu", dtype=dtype) for x in clean + kept])
 
 
 def reconstruct(
@@ -233,7 +234,7 @@ def direct_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: 
         estimate = estimates[i - 1]
         x = trajectory[i].to(estimate)
         stepped = ddim_step(x, predicted_eps(x, estimate, grid[i]), grid[i], grid[i - 1])
-        residuals.append(trajectory[i - 1] - stepped.cpu())
+        residuals.append((trajectory[i - 1] - stepped.cpu()).to(trajectory.dtype))
     return torch.stack(residuals)
 
 

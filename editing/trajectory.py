@@ -124,6 +124,11 @@ class MapStore:
         return None if kept is None else KeptMaps(kept, device)
 
     @property
+    def levels(self) -> int:
+        """How many levels are kept."""
+        return len(self._levels)
+
+    @property
     def size(self) -> int:
         """Bytes in use."""
         return sum(map(_size, self._levels.values()))
@@ -173,8 +178,9 @@ class Generated(NamedTuple):
 class Inversion(list):
     """A source picture at every level of the sampler's grid: what the P2PZ_INVERSION socket carries.
 
-    A *level* is an index on the grid, 0 for the clean picture and N for the noisiest. `trajectory`: [N+1, B, C, H, W] fp32
-    latents in the model's space, `trajectory[i]` at `sigmas[i]`. `sigmas`: [N+1] ascending from 0. `source`: the
+    A *level* is an index on the grid, 0 for the clean picture and N for the noisiest. `trajectory`: [N+1, B, C, H, W]
+    latents in the model's space, fp32, or fp16 where memory is short, `trajectory[i]` at `sigmas[i]`.
+    `sigmas`: [N+1] ascending from 0. `source`: the
     conditioning that describes the picture. `model`: the model it was made with. `noise_mask`: [.., H, W] in 0..1, where
     the picture may change. `residuals`: [N, B, C, H, W], what `direct_residuals` gives, or None to sample by plain DDIM.
     `maps`: the source's cross-attention maps, as far as they were kept, keyed by (entry of `source`, attention site).
@@ -220,6 +226,11 @@ class Inversion(list):
         """Number of pictures."""
         return self.trajectory.shape[1]
 
+    def latent(self, level: int) -> torch.Tensor:
+        """The source's latent at a level, negative from the noisiest: [B, C, H, W], in fp32 if it is kept in fp16."""
+        latent = self.trajectory[level]
+        return latent.float() if latent.dtype == torch.float16 else latent
+
     def place_of(self, sigma: float) -> float:
         """Where a noise level lies on the grid, a whole number if it is one of its levels; linear in sigma between them.
 
@@ -237,13 +248,13 @@ class Inversion(list):
         """
         place = self.place_of(sigma)
         level = min(int(place), self.steps - 1)
-        return torch.lerp(self.trajectory[level], self.trajectory[level + 1], place - level)
+        return torch.lerp(self.latent(level), self.latent(level + 1), place - level)
 
     def estimate_at(self, sigma: float) -> torch.Tensor:
         """The clean estimate with which DDIM goes down the source's trajectory from any noise level: [B, C, H, W]."""
         above = self._level_above(sigma)
         low, high = self.sigmas[above - 1 : above + 1].tolist()
-        return torch.lerp(self.trajectory[above - 1], self.trajectory[above], -low / (high - low))
+        return torch.lerp(self.latent(above - 1), self.latent(above), -low / (high - low))
 
     def lowest_sigma(self, share: float) -> float:
         """The noise level down to which the first `share` of the steps goes, 0..1: inf for none, 0 for all."""

@@ -71,6 +71,8 @@ LARGE = (
     "The picture is {width}x{height}, {times} times the area that this model draws best (about {side}x{side}). It takes long, "
     "and edits come out worse: put Crop to Edit ahead of VAE Encode."
 )
+HALF_PRECISION = "Memory is short: the inversion is kept in half precision."
+FEW_MAPS = "Memory is short: {size} are left for attention maps. Those that do not fit are computed for each edit."
 OUT_OF_MEMORY = (
     "Out of memory in a guided step. The edit goes on with less memory and more time, as with the preset low memory."
 )

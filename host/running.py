@@ -23,6 +23,7 @@ from comfy_api.latest import io
 
 from ..editing.inputs import Kinds, check_inputs, look_with
 from .messages import OF_SEVERAL
+from .out_of_memory import is_out_of_memory, refusal
 from .text.conditionings import check_width, stack_conditionings
 
 NOT_FINITE = (
@@ -168,20 +169,27 @@ def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
             schema.append(node.GET_SCHEMA())  # the host's clone of the class cannot be changed
         given = _named(signature, cls, args, kwargs)
         check_entrance(schema[0], given, kinds)
-        with listening() as told:
-            if lists is None:
-                output = execute(cls, **given)
-            else:
-                results = []
-                for one in _item_by_item(given, lists):
-                    results.append(execute(cls, **one).result)
-                outputs = [list(column) for column in zip(*results)]
-                if lists.finish is not None:
-                    lists.finish(*outputs)
-                output = io.NodeOutput(*outputs)
-        if told:
-            output.ui = {"text": told}
-        return output
+        try:
+            with listening() as told:
+                if lists is None:
+                    output = execute(cls, **given)
+                else:
+                    results = []
+                    for one in _item_by_item(given, lists):
+                        results.append(execute(cls, **one).result)
+                    outputs = [list(column) for column in zip(*results)]
+                    if lists.finish is not None:
+                        lists.finish(*outputs)
+                    output = io.NodeOutput(*outputs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = refusal(error, "model" if "model" in given else next(iter(given), "memory"))
+        else:
+            if told:
+                output.ui = {"text": told}
+            return output
+        raise failed  # here the tensors of the error's frames are gone
 
     node.execute = classmethod(enter)
     return node

@@ -107,7 +107,7 @@ class _LockstepSampling:
         return options
 
     def _check_start(self, noise: torch.Tensor, latent_image: torch.Tensor | None) -> None:
-        ours = self.inversion.trajectory[-1]
+        ours = self.inversion.latent(-1)
         if noise.shape[1:] != ours.shape[1:] or len(noise) % len(ours):
             raise ValueError(
                 f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(ours.shape)}. "

@@ -120,12 +120,12 @@ def sample_edit(
     guider = EditGuider(edit.patched_model())
     guider.inner_set_conds(texts)
     guider.set_cfg(settings.cfg)
-    picture = model.model.process_latent_out(inversion.trajectory[0])
+    picture = model.model.process_latent_out(inversion.latent(0))
     samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
     if left_out:
         names = " and ".join(", ".join(left_out).rsplit(", ", 1))
         running.warn(LEFT_OUT.format(preset=settings.preset, names=names))
-    return samples, edited_area(model, edit.inversion.trajectory[0], edit.inversion.noise_mask, blend_mask)
+    return samples, edited_area(model, edit.inversion.latent(0), edit.inversion.noise_mask, blend_mask)
 
 
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
@@ -182,7 +182,7 @@ class _Edit:
 
     def walk_down(self, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the edited latent, the mask of the local blend)."""
-        run.guider.add_source(self.inversion.trajectory[0])
+        run.guider.add_source(self.inversion.latent(0))
         _check_areas(run.guider.conds["positive"], run.guider.conds["source"])
         inversion, unet = self.inversion, self.model.model.diffusion_model
         x = inversion.trajectory[-1].to(run.x)

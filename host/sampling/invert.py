@@ -1,6 +1,6 @@
 """Inversion: a picture walked up the noise levels by ComfyUI's guider (pix2pix-zero section 3.1)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import comfy.model_management
@@ -27,10 +27,20 @@ from ...editing.official import official_transitions
 from ...editing.regularization import NoiseRegularization, regularize_noise
 from ...editing.trajectory import Inversion, MapStore
 from .. import running
-from ..messages import EXACT, INVERTING, MEASURED, MEASURED_EXACT, NOT_MEASURED, REDRAWING
+from ..messages import (
+    EXACT,
+    FEW_MAPS,
+    HALF_PRECISION,
+    INVERTING,
+    MEASURED,
+    MEASURED_EXACT,
+    NOT_MEASURED,
+    REDRAWING,
+)
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from ..unet.jobs import for_own_sampler
+from ..unet.memory import TOKENS, map_memory
 from .checks import (
     AUTO,
     ON_THE_TABLE,
@@ -52,6 +62,7 @@ CORRECTED = ("direct", "fixed-point")  # they keep what each step of the sampler
 MAP_MEMORY = 2048 * 2**20
 EXACTLY = 1e-2
 """How far a picture that comes back exactly may be off by rounding, where latents have a spread of about 1."""
+FREE_SHARE = 0.9  # of free memory; the rest is for the host and other programs
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class InversionSettings:
     `map_memory`: bytes for the cross-attention maps of its UNet calls, which are kept for edits with the methods
     `ON_THE_GRID`. `fixed_point_iterations`: those of each step with the method "fixed-point", see
     `editing.inversion.invert_fixed_point`. `measure_reconstruction`: also redraw the picture plainly, in as many UNet
-    calls as there are steps, to tell how well that works.
+    calls as there are steps, to tell how well that works. `kept_in`: the precision of the trajectory and of what corrects it.
     """
 
     steps: int = 50
@@ -74,6 +85,7 @@ class InversionSettings:
     fixed_point_iterations: int = 1
     measure_reconstruction: bool = False
     sigmas: torch.Tensor | None = None
+    kept_in: torch.dtype = torch.float32
 
 
 def invert_latent(
@@ -98,6 +110,7 @@ def invert_latent(
     transitions = _transitions(model, sigmas, settings)
     told = torch.tensor([transition.sigma_model for transition in transitions])
     check_whole_sampling(positive, model, torch.cat([told, sigmas[-1:]]), "positive")
+    settings = replace(settings, **_within_memory(model, samples, positive, replace(settings, steps=len(sigmas) - 1)))
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     # The negative is evaluated only where a patch of another pack asks for one.
     guider.set_conds(positive, positive)
@@ -112,6 +125,56 @@ def invert_latent(
 def _further_passes(settings: InversionSettings, steps: int) -> int:
     """UNet calls after the last step of an inversion."""
     return (settings.method == "direct") + (steps if settings.measure_reconstruction else 0)
+
+
+def _within_memory(model: ModelPatcher, samples: torch.Tensor, positive: list, settings: InversionSettings) -> dict:
+    """The settings `kept_in` and `map_memory` that fit into memory, which it says where that is less than was asked for.
+
+    Counted before the work: the latents that are kept, those of the way to them, and the maps. Raises ValueError where the
+    latents do not fit even in half precision.
+    """
+    corrected = settings.method in CORRECTED
+    kept_in, left = affordable_latents(model, samples, settings.steps, settings.steps if corrected else 0)
+    maps = min(settings.map_memory, max(left, 0))
+    unet = model.model.diffusion_model
+    if maps < settings.map_memory and is_unet(unet):
+        tokens = max((text.shape[1] for text, _ in positive if text is not None), default=TOKENS)
+        wanted = settings.steps * map_memory(unet, tuple(samples.shape), tokens) // 2  # they are kept in 16 bits
+        if maps < min(wanted, settings.map_memory):
+            running.warn(FEW_MAPS.format(size=size_in_words(maps)))
+    return {"kept_in": kept_in, "map_memory": maps}
+
+
+def affordable_latents(
+    model: ModelPatcher, latents: torch.Tensor, steps: int, corrections: int
+) -> tuple[torch.dtype, int]:
+    """In what precision the way of latents [B, C, H, W] can be kept in RAM, and the bytes that are left there.
+
+    Kept are a latent for each level and so many `corrections`. Raises ValueError where they do not fit even in half
+    precision.
+    """
+    cpu, device = torch.device("cpu"), model.load_device
+    # Until the end of the way, the latents and estimates are held where the model is, and corrections are put together twice.
+    walking = (2 * steps + 1) * latents.numel() * 4
+    free = int(FREE_SHARE * comfy.model_management.get_free_memory(cpu))
+    there = free if device.type == "cpu" else int(FREE_SHARE * comfy.model_management.get_free_memory(device))
+    ram = free - walking if device.type == "cpu" else free
+    for dtype in (torch.float32, torch.float16):
+        kept = (steps + 1 + 2 * corrections) * latents.numel() * dtype.itemsize
+        if kept <= ram and walking <= there:
+            if dtype == torch.float16:
+                running.warn(HALF_PRECISION)
+            return dtype, ram - kept
+    needed, known = (walking, there) if walking > there else (walking + kept, free)
+    raise ValueError(
+        f"latent_image: {len(latents)} pictures in {steps} steps take {size_in_words(needed)} of memory, and "
+        f"{size_in_words(known)} are free. Give fewer or smaller pictures, or fewer steps."
+    )
+
+
+def size_in_words(amount: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{amount / 2**30:.1f} GB" if amount >= 2**30 else f"{amount / 2**20:.0f} MB"
 
 
 def _transitions(model: ModelPatcher, sigmas: torch.Tensor, settings: InversionSettings) -> list[Transition]:
@@ -141,7 +204,7 @@ def places_on_table(sampling: ModelSamplingDiscrete, sigmas: torch.Tensor) -> to
 
 def inverted_noise(inversion: Inversion, model: ModelPatcher) -> torch.Tensor:
     """The noise end of an inversion as LATENT samples: sample it with noise disabled on the inversion's own sigmas."""
-    return model.model.process_latent_out(inversion.trajectory[-1]).to(comfy.model_management.intermediate_device())
+    return model.model.process_latent_out(inversion.latent(-1)).to(comfy.model_management.intermediate_device())
 
 
 def _walk_up(
@@ -169,10 +232,10 @@ def _walk_up(
         visited, estimates = invert_fixed_point(
             run.x, sigmas, evaluations.denoise, regularize, on_step, FixedPoint(settings.fixed_point_iterations, path)
         )
-        trajectory = torch.stack([x.cpu() for x in visited])
+        trajectory = torch.stack([x.to("cpu", settings.kept_in) for x in visited])
     else:
         visited, estimates = invert(run.x, transitions, evaluations.denoise, regularize, on_step, path)
-        trajectory = on_grid(visited, transitions, run.x, sigmas, path)
+        trajectory = on_grid(visited, transitions, run.x, sigmas, path, settings.kept_in)
     if method == "direct":
         # The walk up has visited every level but the last one with just these estimates.
         estimates = [*estimates[1:], evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1)]
@@ -180,7 +243,8 @@ def _walk_up(
     residuals = None
     if method in CORRECTED:
         residuals = direct_residuals(trajectory, sigmas, estimates)
-        _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
+        if settings.kept_in == torch.float32:  # half precision has said so
+            _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
     return run.x, {
         "trajectory": trajectory,
         "residuals": residuals,
@@ -272,7 +336,7 @@ def _plain_psnr(trajectory: torch.Tensor, run: Run, evaluations: _Evaluations, d
         run.advance(done + step - 1, denoised, x)
         return denoised
 
-    return latent_psnr(reconstruct(trajectory[-1].to(run.sigmas.device), run.sigmas, denoise).cpu(), trajectory[0])
+    return latent_psnr(reconstruct(trajectory[-1].to(run.sigmas), run.sigmas, denoise).cpu(), trajectory[0].float())
 
 
 def reconstruction_report(inversion: Inversion) -> str:

@@ -14,6 +14,7 @@ from ..messages import GENERATING
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_whole_sampling
 from .checks import AUTO, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large
+from .invert import affordable_latents
 
 ALL_NOISE = 0.9  # part of the model's own noise that a picture can be drawn from
 
@@ -46,12 +47,13 @@ def generate_reference(
     check_whole_sampling(positive, model, sigmas, "positive")
     for advice in too_large(model, empty):
         running.warn(advice)
+    kept_in, _ = affordable_latents(model, empty, len(sigmas) - 1, corrections=0)
     noise = comfy.sample.prepare_noise(empty, settings.seed, latent_image.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(settings.cfg)
     latent, trajectory = sample(
-        guider, partial(_walk_down, noise_path(model), noise), model.model.process_latent_out(noise), sigmas
+        guider, partial(_walk_down, noise_path(model), noise, kept_in), model.model.process_latent_out(noise), sigmas
     )
     generated = Generated(settings.cfg, negative)
     return Inversion(trajectory, sigmas.flip(0), positive, generated=generated, **made_with(model)), latent
@@ -67,7 +69,9 @@ def _check_start(model: ModelPatcher, sigmas: torch.Tensor) -> None:
         )
 
 
-def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def _walk_down(
+    path: NoisePath, noise: torch.Tensor, kept_in: torch.dtype, run: Run
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(the picture, its trajectory [N+1, B, C, H, W] ascending, on the CPU)."""
     grid = run.sigmas.tolist()
     # The host mixes a flow's start with its share of a picture, of which pure noise has none.
@@ -79,4 +83,4 @@ def _walk_down(path: NoisePath, noise: torch.Tensor, run: Run) -> tuple[torch.Te
         x = ddim_step(x, predicted_eps(x, denoised, sigma), sigma, sigma_next)
         visited.append(x.cpu())
         run.report(GENERATING, index, denoised, x)
-    return x, torch.stack(visited[::-1])
+    return x, torch.stack([latent.to(kept_in) for latent in visited[::-1]])

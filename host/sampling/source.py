@@ -70,7 +70,7 @@ def processed_source(guider: CFGGuider, inversion: Inversion) -> Iterator[list[d
     comfy.samplers.preprocess_conds_hooks(source)
     comfy.samplers.filter_registered_hooks_on_conds(source, guider.model_options)
     device = guider.model_patcher.load_device
-    entries = _process(guider.inner_model, source[SOURCE], inversion.trajectory[0].to(device), device)
+    entries = _process(guider.inner_model, source[SOURCE], inversion.latent(0).to(device), device)
     try:
         yield entries
     finally:
@@ -81,7 +81,7 @@ def check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None,
     """Raise ValueError if a sampler would add `noise` [B, C, H, W] to a latent that is the inversion's noise already."""
     if latent_image is None or not noise.any():
         return
-    ours = inversion.trajectory[-1]
+    ours = inversion.latent(-1)
     start = latent_image[: len(ours)].to(ours)
     if (start - ours).abs().max() < 1e-3 * ours.abs().max():
         raise ValueError(
@@ -156,7 +156,7 @@ def masked(inversion: Inversion, mask: torch.Tensor | None) -> Inversion:
     """The inversion `limited` to a MASK [B or 1, height, width] as well."""
     if mask is None:
         return inversion
-    return replace(inversion, noise_mask=limited(inversion.noise_mask, mask, inversion.trajectory[0]))
+    return replace(inversion, noise_mask=limited(inversion.noise_mask, mask, inversion.latent(0)))
 
 
 def edited_area(

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator
 
 import comfy.model_management
@@ -19,6 +18,7 @@ from ...attention_patches.attention import (
 )
 from ...editing.guidance import Maps
 from .. import messages, running
+from ..out_of_memory import is_out_of_memory, out_of_memory
 from ..text.conditionings import Entry, narrowed, own_tokens
 from .gradients import clone_inference, clone_skips, differentiable_attention, input_gradients, protect_from_patches
 from .jobs import LEFT_OUT, UNetCall
@@ -32,15 +32,6 @@ OVERFLOW = (
 NO_MEMORY = (
     "model: memory ran out in a guided step, even with one picture computed in the smallest parts. Make the picture smaller, set "
     "map_memory of Invert Picture to 0 and invert again, or free memory that other programs hold."
-)
-
-# As CUDA, ROCm, MPS, XPU, the allocators of the CPU, C++, cuBLAS and cuDNN, and oneDNN say it. oneDNN's "primitive descriptor" is
-# an operation that it does not know.
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|failed to allocate|unable to allocate"
-    r"|bad_alloc|bad allocation|_alloc_failed|out_of_(host|device)_memory|out_of_resources"
-    r"|could not create a (primitive(?! descriptor)|memory object)",
-    re.IGNORECASE,
 )
 
 
@@ -283,21 +274,3 @@ def _check_maps(q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, token
             "model: another node gives the edit's attention another shape than that of the inverted picture, so that the "
             "two cannot be matched. Take out that node, or set guidance_strength to 0."
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, the device's or the computer's, ran out."""
-    host = comfy.model_management
-    kinds = [MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)]
-    if host.OOM_EXCEPTION is not Exception:  # the host's stand-in where PyTorch has no such class
-        kinds.append(host.OOM_EXCEPTION)
-        if hasattr(host, "is_oom") and host.is_oom(error):  # ComfyUI 0.16 has only the class
-            return True
-    said = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-    return bool(said) or isinstance(error, tuple(kinds))
-
-
-def out_of_memory(words: str) -> Exception:
-    """An error that says that memory ran out, of the class that the host answers by unloading its models."""
-    kind = comfy.model_management.OOM_EXCEPTION
-    return (MemoryError if kind is Exception else kind)(words)

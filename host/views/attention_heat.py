@@ -194,4 +194,4 @@ def _record(model: ModelPatcher, inversion: Inversion, levels: list[int], shapes
 
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
-    look(guider, read, model.model.process_latent_out(inversion.trajectory[0]), inversion.sigmas.flip(0))
+    look(guider, read, model.model.process_latent_out(inversion.latent(0)), inversion.sigmas.flip(0))

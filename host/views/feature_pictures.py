@@ -76,4 +76,4 @@ def features_of_inversion(
 
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
-    return look(guider, read, model.model.process_latent_out(inversion.trajectory[0]), torch.tensor([sigma, 0.0]))
+    return look(guider, read, model.model.process_latent_out(inversion.latent(0)), torch.tensor([sigma, 0.0]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from guided_pass import latents, loaded_model, pass_gradient
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
-from pix2pix_zero.host.unet.map_jobs import is_out_of_memory
+from pix2pix_zero.host.out_of_memory import is_out_of_memory
 from pix2pix_zero.host.unet.memory import (
     MODES,
     affordable_mode,

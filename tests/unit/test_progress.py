@@ -1,5 +1,7 @@
 """The line of text on a running node, and one progress bar for all of its runs."""
 
+import contextvars
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -89,3 +91,21 @@ def test_what_is_told_stays_above_the_line_of_the_step_and_is_kept_once(sent):
         "negative is another text.\nPicture 2/2: sampling 1/4",
         "Sampling 2/4",
     ]
+
+
+def test_runs_that_are_cut_off_in_another_context_say_nothing_and_change_nothing(monkeypatch):
+    """As where a node fails in one thread of the host, and the garbage collector runs in another, in the midst of a run."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: said.append(told.exc_value))
+
+    def cut_off():
+        going = running.runs(3)
+        next(going)
+        return going
+
+    going = [contextvars.copy_context().run(cut_off)]
+    for _ in running.runs(2):
+        going.clear()
+        gc.collect()
+        assert running.turn_count() == 2
+    assert said == [] and running.turn_count() == 1
