@@ -68,7 +68,6 @@ class Teacher:
             positive=_Listed(moved),
             negative=_Listed(texts),
             cfg=concept.cfg,
-            feature_until=concept.feature_until,
             **whole,
         )
         return self.vae.decode(latents[0]["samples"]).clamp(0, 1), areas[0]

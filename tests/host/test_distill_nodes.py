@@ -206,7 +206,7 @@ class TestDistillEdit:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(writing, "write_whole", full)
+            patch.setattr(writing, "_name_anew", full)
             with pytest.raises(ValueError, match="^name: .*No space left on device.*the training is kept"):
                 run_node(Pix2PixZeroDistill, **{**WISH, "steps": 20})
         assert not [path for path in (folders / "upscale").rglob("*") if path.is_file()]

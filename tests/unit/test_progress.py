@@ -99,12 +99,12 @@ def test_runs_that_are_cut_off_in_another_context_say_nothing_and_change_nothing
     monkeypatch.setattr(sys, "unraisablehook", lambda told: said.append(told.exc_value))
 
     def cut_off():
-        going = running.runs(3)
+        going = running.in_turn(3)
         next(going)
         return going
 
     going = [contextvars.copy_context().run(cut_off)]
-    for _ in running.runs(2):
+    for _ in running.in_turn(2):
         going.clear()
         gc.collect()
         assert running.turn_count() == 2
