@@ -41,6 +41,18 @@ class EditDirection:
     added: torch.Tensor | None = None
     """[1, words, width]: for "cond", what turns the last rows of a caption's padding into the words that the edit adds.
     None when it adds none or was found by positions."""
+    parts: tuple[tuple[str, str, float], ...] = ()
+    """Of a sum: source, target and weight of each edit in it."""
+
+    @property
+    def exchanges(self) -> tuple[tuple[str, str, float], ...]:
+        """(source, target, weight) of each edit: the words that are exchanged in a caption which is encoded again."""
+        return self.parts or ((self.source, self.target, 1.0),)
+
+    @property
+    def words_only(self) -> bool:
+        """Whether it holds no vectors, but the words to exchange: of texts without a fixed length."""
+        return not self.tensors
 
 
 class _MeanEncoding:
@@ -201,6 +213,11 @@ def combine(a: EditDirection, b: EditDirection, weight_a: float, weight_b: float
         count=min(a.count, b.count),
         first_token=a.first_token,
         added=torch.cat(added, 1) if added else None,
+        parts=tuple(
+            (source, target, own * weight)
+            for weight, d in ((weight_a, a), (weight_b, b))
+            for source, target, own in d.exchanges
+        ),
     )
 
 

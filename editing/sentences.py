@@ -185,7 +185,7 @@ def parse_concept(concept: str, socket: str) -> Concept:
     if low in words["colours"] or low in words["qualities"]:
         return Concept(text, (("adjective", text),), "animal")
 
-    head, tail = _split_tail(text)
+    head, tail = split_tail(text)
     if not head:
         slots = {phrase: slot for slot in ("season", "time") for phrase in words["concepts"][slot].values()}
         return Concept(text, ((slots.get(low, "extra"), tail),), "animal")
@@ -250,7 +250,7 @@ def _normalize(concept: str) -> str:
     return re.sub(r"^(a|an|the)\s+(?=\S)", "", text, flags=re.IGNORECASE)
 
 
-def _split_tail(text: str) -> tuple[str, str]:
+def split_tail(text: str) -> tuple[str, str]:
     """ "dog wearing a hat" -> ("dog", "wearing a hat"); a "glass of water" stays whole."""
     words = text.split()
     for i, word in enumerate(words):

@@ -6,6 +6,7 @@ from ..editing.directions import ALIGNMENTS, combine
 from ..editing.sentences import PAIRS, natural_pairs, read_sentence_lists
 from ..host.messages import UNLEARNED
 from ..host.running import warn
+from ..host.text.exchange import exchange_conditioning
 from ..host.text.text_encoding import find_direction, move_conditioning, unlearned_words
 from .sockets import CATEGORY, Direction
 
@@ -159,6 +160,19 @@ class Pix2PixZeroApplyDirection(io.ComfyNode):
                     tooltip="How much of the edit. Raise it in steps of 0.25 if the picture does not change enough; "
                     "lower it if more changes than should. 0 edits nothing, below 0 edits the other way.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Connect it, with caption, for models with T5 or a language model as their text encoder (SD 3.5, "
+                    "Flux, Qwen-Image): the caption is encoded again with the direction's words exchanged. At strength 1 "
+                    "that is the exchanged caption itself; lower strength if the edit is too strong.",
+                ),
+                io.String.Input(
+                    "caption",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The text of the caption that conditioning holds. It has to name the direction's source.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -168,8 +182,13 @@ class Pix2PixZeroApplyDirection(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, conditioning, direction, strength: float = 1.0) -> io.NodeOutput:
-        return io.NodeOutput(move_conditioning(conditioning, direction, strength))
+    def execute(cls, conditioning, direction, strength: float = 1.0, clip=None, caption=None) -> io.NodeOutput:
+        if (clip is None) != (caption is None):
+            missing, given = ("clip", "caption") if clip is None else ("caption", "clip")
+            raise ValueError(f"{missing}: connect it together with {given}, or neither.")
+        if clip is None:
+            return io.NodeOutput(move_conditioning(conditioning, direction, strength))
+        return io.NodeOutput(exchange_conditioning(conditioning, direction, strength, clip, caption))
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -42,6 +42,11 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
     Raises ValueError naming the socket when the prefix is empty, unusable as a file name or leaves the folder, and when
     the file cannot be written; then nothing is left behind.
     """
+    if direction.words_only:
+        raise ValueError(
+            "direction: it holds only the words to exchange, as texts of this model have no fixed length. There is nothing to "
+            "save; make it anew with Edit Direction, which takes no time."
+        )
     prefix = _inside(filename_prefix, "filename_prefix")
     for part in PurePosixPath(prefix).parts:
         if windows_refuses(part):

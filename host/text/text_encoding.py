@@ -23,12 +23,17 @@ from ...editing.directions import (
     same_encoder,
 )
 from ...editing.token_alignment import Partners, partner_rows
+from ...editing.word_exchange import differing_words
 from ..messages import SENTENCES
 from ..running import show
 from .conditionings import remember_base
 from .prompt_words import tokenize
 
 ROWS_PER_BATCH = 32
+WORDS_ONLY = (
+    "This text encoder's texts have no fixed length: the direction is the words themselves. Connect clip and caption to Apply "
+    "Direction, which exchanges them."
+)
 Tokens = dict[str, list]
 Numbered = tuple[int, Tokens]  # the sentence's place in its list
 
@@ -50,12 +55,19 @@ def find_direction(
     """The edit direction from one list of sentences to the other through a CLIP, with a progress bar.
 
     `source` and `target` are names for people to read. `alignment` is one of `editing.directions.ALIGNMENTS`; "words"
-    compares sentence i with sentence i. Raises ValueError where that cannot be done.
+    compares sentence i with sentence i. Texts without a fixed length have no mean: the direction holds the words then, see
+    `host.text.exchange`. Raises ValueError where words cannot be compared.
     """
     require_clip(clip)
     progress = comfy.utils.ProgressBar(len(source_sentences) + len(target_sentences))
     length = chunk_length(clip)
     names = encoder_fingerprint(clip), source, target
+    if length is None:
+        show(WORDS_ONLY)
+        pairs = zip(source_sentences, target_sentences)
+        # A sentence as the name of an edit names more than what it exchanges.
+        words = differing_words(source, target) if (source, target) in pairs else (source, target)
+        return EditDirection({}, *names, count=0, parts=((*words, 1.0),))
     if alignment == "words":
         partners = _partners(clip, source_sentences, target_sentences, length)
         sides = (_encode_numbered(clip, side, progress) for side in (source_sentences, target_sentences))
@@ -64,15 +76,11 @@ def find_direction(
     return edit_direction(*sides, length, *names)
 
 
-def _partners(clip: CLIP, sources: Sequence[str], targets: Sequence[str], length: int | None) -> list[Partners]:
+def _partners(clip: CLIP, sources: Sequence[str], targets: Sequence[str], length: int) -> list[Partners]:
     if len(sources) != len(targets):
         raise ValueError(
             f"alignment: words are compared line by line, but there are {len(sources)} source_sentences and "
             f"{len(targets)} target_sentences. Write as many, each the partner of the other, or choose positions."
-        )
-    if length is None:
-        raise ValueError(
-            "clip: its texts have no fixed number of tokens, so words cannot be aligned. Set alignment to positions."
         )
     partners = []
     for before, after in zip(sources, targets):
@@ -136,7 +144,7 @@ def _advance(progress: comfy.utils.ProgressBar | None, sentences: int) -> None:
 def chunk_length(clip: CLIP) -> int | None:
     """Tokens per chunk (77 for CLIP), or None for an encoder whose length follows the text."""
     lengths = set()
-    for text in ("", "a photo"):
+    for text in ("", "a photo", "a photo " * 300):
         tokens = clip.tokenize(text)
         if not _is_plain(tokens):
             return None
@@ -182,6 +190,11 @@ def move_conditioning(conditioning: list, direction: EditDirection, strength: fl
     Raises ValueError naming the socket when the conditioning holds no text or comes from another text encoder.
     """
     check_conditioning(conditioning, "conditioning")
+    if direction.words_only:
+        raise ValueError(
+            "clip: texts of this model have no fixed length, so the direction holds the words to exchange. Connect the CLIP and "
+            "the text of the caption to clip and caption of Apply Direction."
+        )
     if not math.isfinite(strength):
         raise ValueError(f"strength: {strength} is not a number. Give one between -10 and 10.")
     moved = []
