@@ -237,30 +237,36 @@ def sample_guided(
     Where the model predicts eps, that adds the shift to what the DDIM step gives. Where it predicts v, a step down
     from pure noise makes it smaller in proportion. Fewer steps take larger shifts, so that a strength means the same for
     any number of them. The reference does not drift, and the inversion's residuals keep the unedited part exact.
+
+    An aligned inversion has the evaluations beside those of its own steps, `Inversion.seen_from`, so that an unedited part
+    repeats these. DirectEdit (arXiv 2605.02417) aligns the edit so on flow models.
     """
     for step, level in enumerate(range(inversion.steps, 0, -1)):
-        sigma, sigma_next = (float(inversion.sigmas[i]) for i in (level, level - 1))
+        seen_level = inversion.seen_level(level)
+        sigma, sigma_next, told = (float(inversion.sigmas[i]) for i in (level, level - 1, seen_level))
+        seen = inversion.seen_from(x, level)
         strength = guidance.strength_at(sigma, step, inversion.steps)
         if strength and not kept.lets_guide:
             strength = 0.0
         hold = guidance.holds_negative_at(step)
         gradient = distance = None
         if strength:
-            reference = reference_maps(inversion, passes, level, x)
-            denoised, gradient, distance = passes.denoise_and_match(x, sigma, reference, hold)
+            reference = reference_maps(inversion, passes, seen_level, x)
+            denoised, gradient, distance = passes.denoise_and_match(seen, told, reference, hold)
         else:
-            denoised = passes.denoise(x, sigma, hold)
+            denoised = passes.denoise(seen, told, hold)
         if kept.blend is not None:
-            kept.blend.observe(passes.contrast(x, sigma), 1 - level / inversion.steps)
-        here, estimate = x, denoised
+            kept.blend.observe(passes.contrast(seen, told), 1 - level / inversion.steps)
+        eps = predicted_eps(seen, denoised, told)
         if gradient is not None:
             if guidance.plain:
-                shift = plain_step(gradient, sigma, strength, inversion.path)
+                shift = plain_step(gradient, told, strength, inversion.path)
             else:
                 shift = distance_step(gradient, distance, strength, _moved_by(inversion.path, sigma, sigma_next))
-            here = x + kept.guided_part(shift)
-            estimate = passes.estimate_elsewhere(denoised, x, here, sigma)
-        x = ddim_step(here, predicted_eps(here, estimate, sigma), sigma, sigma_next)
+            shift = kept.guided_part(shift)
+            estimate = passes.estimate_elsewhere(denoised, seen, seen + shift, told)
+            x, eps = x + shift, predicted_eps(seen + shift, estimate, told)
+        x = ddim_step(x, eps, sigma, sigma_next)
         if inversion.residuals is not None:
             x = x + inversion.residuals[level - 1].to(x)
         x = kept.restore(x, level - 1)

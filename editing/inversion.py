@@ -221,6 +221,22 @@ def latent_psnr(latent: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     return 20 * (clean.amax(dims) - clean.amin(dims)).log10() - 10 * squared_error.log10()
 
 
+def aligned_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: list[torch.Tensor]) -> torch.Tensor:
+    """As `direct_residuals`, for steps down that are evaluated where the steps up were, `Inversion.seen_level`.
+
+    `estimates[i - 1]`: the model's at `trajectory[i]`, `sigmas[i]`, for the levels 1 to N - 1, or for level 1 if N is 1.
+    Those of steps whose noise was not regularized are rounding, but the last step's.
+    """
+    levels = sigmas.tolist()
+    residuals = []
+    for i in range(1, len(levels)):
+        seen = max(i - 1, 1)
+        eps = predicted_eps(trajectory[seen].to(estimates[seen - 1]), estimates[seen - 1], levels[seen])
+        stepped = ddim_step(trajectory[i].to(eps), eps, levels[i], levels[i - 1])
+        residuals.append(trajectory[i - 1] - stepped.cpu())
+    return torch.stack(residuals)
+
+
 def direct_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: list[torch.Tensor]) -> torch.Tensor:
     """What each DDIM step down from the trajectory misses the trajectory by: [N, B, C, H, W] on the CPU.
 

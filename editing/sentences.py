@@ -102,7 +102,7 @@ def _exchanged(sentence: str, concept: str, other: str) -> str | None:
     if len(places) != 1 or re.search(rf"\b{re.escape(other)}\b", sentence, re.IGNORECASE):
         return None
     (place,) = places
-    head, tail = _split_tail(other)
+    head, tail = split_tail(other)
     text = f"{indefinite(head)} {tail}".strip() if place[1] and head else other
     if place[0][0].isupper():
         text = text[0].upper() + text[1:]

@@ -187,7 +187,8 @@ class Inversion(list):
     `reconstruction_psnr`: [B], how well plain DDIM redraws the picture, see `latent_psnr`, or None if that was not tried.
     `identity`: what tells the model when `model` is gone, None if nothing does. `latent_format`: the host's object that
     tells how its latents are scaled. `path`: how its latents mix picture and noise. `generated`: of a picture that was
-    generated rather than inverted.
+    generated rather than inverted. `aligned`: an edit is evaluated beside the latents that the inversion was evaluated at,
+    see `seen_level`.
 
     As a list it is that of the tensors it holds: ComfyUI's cache counts those that it finds in lists, and nothing else.
     """
@@ -204,6 +205,7 @@ class Inversion(list):
     latent_format: Any = None
     path: NoisePath = DIFFUSION
     generated: Generated | None = None
+    aligned: bool = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         held = (self.trajectory, self.sigmas, self.noise_mask, self.residuals, self.reconstruction_psnr)
@@ -230,6 +232,18 @@ class Inversion(list):
         """The source's latent at a level, negative from the noisiest: [B, C, H, W], in fp32 if it is kept in fp16."""
         latent = self.trajectory[level]
         return latent.float() if latent.dtype == torch.float16 else latent
+
+    def seen_level(self, level: int) -> int:
+        """The level that the step down from `level` is evaluated on: that which the inversion's step up was evaluated on.
+
+        The sampler's own, where the inversion is not aligned. So is the last step's: on the clean picture it is undefined.
+        """
+        return max(level - 1, 1) if self.aligned else level
+
+    def seen_from(self, x: torch.Tensor, level: int) -> torch.Tensor:
+        """Where the step down from `x` at `level` is evaluated: as far from the source at `seen_level` as `x` is at `level`."""
+        seen = self.seen_level(level)
+        return x if seen == level else x + (self.latent(seen) - self.latent(level)).to(x)
 
     def place_of(self, sigma: float) -> float:
         """Where a noise level lies on the grid, a whole number if it is one of its levels; linear in sigma between them.

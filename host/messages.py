@@ -73,6 +73,15 @@ LARGE = (
 )
 HALF_PRECISION = "Memory is short: the inversion is kept in half precision."
 FEW_MAPS = "Memory is short: {size} are left for attention maps. Those that do not fit are computed for each edit."
+NO_UNET = "This model is no UNet, so that feature_until does nothing here: local_blend and mask hold the picture."
+STEP_DISTILLED = (
+    "This model is made to draw in few steps, where inversion and edits lose much. Use its base model: {base}."
+)
+WORDS_ONLY = (
+    "This text encoder's texts have no fixed length: the direction is the words themselves. Connect clip and caption to Apply "
+    "Direction, which exchanges them."
+)
+TOKEN_NUMBERS = "A part of this model's texts are token numbers, which cannot be mixed: it is that of the new words."
 OUT_OF_MEMORY = (
     "Out of memory in a guided step. The edit goes on with less memory and more time, as with the preset low memory."
 )

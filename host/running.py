@@ -24,6 +24,7 @@ from comfy_api.latest import io
 from ..editing.inputs import Kinds, check_inputs, look_with
 from .messages import OF_SEVERAL
 from .out_of_memory import is_out_of_memory, refusal
+from .sampling.checks import OneFrame, framed, has_frames, unframed
 from .text.conditionings import check_width, stack_conditionings
 
 NOT_FINITE = (
@@ -289,8 +290,13 @@ class Run(NamedTuple):
     def advance(self, index: int, denoised: torch.Tensor, x: torch.Tensor) -> None:
         """Show a finished step, or one of the further passes after all steps, as preview and progress."""
         if self.callback is not None:
-            sigma = self.sigmas[min(index, len(self.sigmas) - 1)]
-            self.callback({"i": index, "denoised": denoised, "x": x, "sigma": sigma, "sigma_hat": sigma})
+            sigma, model = self.sigmas[min(index, len(self.sigmas) - 1)], self.guider.inner_model
+            shown = {"denoised": framed(denoised, model), "x": framed(x, model)}
+            self.callback({"i": index, **shown, "sigma": sigma, "sigma_hat": sigma})
+
+
+def _run_of(model_k, x: torch.Tensor, *rest) -> Run:
+    return Run(OneFrame(model_k) if has_frames(model_k.inner_model.inner_model) else model_k, unframed(x), *rest)
 
 
 def sample(
@@ -302,15 +308,16 @@ def sample(
 ) -> tuple[torch.Tensor, Result]:
     """Run `walk` on LATENT samples, nothing added to them, with the host's preview and progress bar.
 
-    Returns the samples that it ends on, and what else it returns. Raises ValueError if they are not finite. The seed, of
-    what the host draws for a conditioning, such as unCLIP's noise, is the same for inversion and edit. `further`: passes that
-    `walk` makes beside its steps, for the progress bar.
+    `walk` sees latents [B, C, H, W], of any model. Returns the samples that it ends on, and what else it returns. Raises
+    ValueError if they are not finite. The seed, of what the host draws for a conditioning, such as unCLIP's noise, is the
+    same for inversion and edit. `further`: passes that `walk` makes beside its steps, for the progress bar.
     """
     callback = over_turns(latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), further)
     results = []
 
     def function(model_k, x, sigmas, extra_args, callback, disable):
-        x, result = walk(Run(model_k, x, sigmas, extra_args, callback))
+        x, result = walk(_run_of(model_k, x, sigmas, extra_args, callback))
+        x = framed(x, guider.model_patcher)
         # On its way out, the host divides what a flow ends on by the share of the picture, of which noise has none.
         results.append((result, bool(x.isfinite().all())))
         return x
@@ -342,7 +349,7 @@ def look(guider: CFGGuider, read: Callable[[Run], Result], samples: torch.Tensor
     results = []
 
     def function(model_k, x, sigmas, extra_args, callback, disable):
-        results.append(read(Run(model_k, x, sigmas, extra_args, None)))
+        results.append(read(_run_of(model_k, x, sigmas, extra_args, None)))
         return x
 
     sampler = comfy.samplers.KSAMPLER(function)

@@ -6,7 +6,9 @@ from comfy_api.latest import io
 
 from ..editing.regularization import NoiseRegularization
 from ..host import running
+from ..host.messages import STEP_DISTILLED
 from ..host.running import per_picture
+from ..host.sampling.checks import base_of_distilled
 from ..host.sampling.invert import (
     MAP_MEMORY,
     METHODS,
@@ -39,7 +41,11 @@ class Pix2PixZeroInversion(io.ComfyNode):
             is_input_list=True,
             search_aliases=["ddim inversion", "unsampler", "image to noise", "pix2pix-zero"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will also draw the edit: SD 1.x, SD 2.x or SDXL."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that will also draw the edit: SD 1.x, SD 2.x, SDXL, or a flow model such as SD 3.5, "
+                    "Flux or Qwen-Image.",
+                ),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="The encoded caption of the picture as it is, before the edit. The better it describes "
@@ -105,7 +111,9 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     tooltip="direct: also keeps what each step loses, so that the unedited part of the picture comes "
                     "back exactly. ddim: the paper's inversion. official: the authors' code, which skips two steps. "
                     "diffusers: that library's version of it. fixed-point: as direct, but each step is solved so that "
-                    "little is lost to begin with; slower, and edits keep more of the picture. For negative-prompt "
+                    "little is lost to begin with; slower, and edits keep more of the picture. aligned: each step of the edit "
+                    "is evaluated beside the inversion's own step, so that nothing is lost that would have to be corrected; as "
+                    "fast as ddim. For negative-prompt "
                     "inversion, connect this caption to the sampler's negative as well; it goes with every method.",
                 ),
                 io.Int.Input(
@@ -199,7 +207,10 @@ class Pix2PixZeroInversion(io.ComfyNode):
         )
         inversion = invert_latent(model, positive, latent_image, settings)
         noise = {"samples": inverted_noise(inversion, model)}
-        return io.NodeOutput(inversion, noise, inversion.sigmas.flip(0), reconstruction_report(inversion))
+        report = reconstruction_report(inversion)
+        if base := base_of_distilled(model):
+            report += "\n" + STEP_DISTILLED.format(base=base)
+        return io.NodeOutput(inversion, noise, inversion.sigmas.flip(0), report)
 
 
 NODES: list[type[io.ComfyNode]] = [Pix2PixZeroInversion]

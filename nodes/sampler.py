@@ -3,12 +3,11 @@
 from comfy_api.latest import io
 
 from ..host.running import per_picture
-from ..host.sampling.edit import PRESETS, EditSettings, sample_edit
+from ..host.sampling.edit import FEATURE_UNTIL, PRESETS, EditSettings, sample_edit
 from .sockets import CATEGORY, Inversion, edited_area_output, edited_latent_output, start_percent_input
 
 CFG = EditSettings.cfg
 LOCAL_BLEND = 0.2
-FEATURE_UNTIL = 0.5
 
 
 class Pix2PixZeroKSampler(io.ComfyNode):

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import os
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from comfy import model_sampling as kinds
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ...attention_patches.attention import is_unet
@@ -30,6 +33,16 @@ LARGEST_SIDE = 1024
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
 OWN = "pix2pix_zero"
 FAINT = 1e-3  # part of a model's noisiest level, by which a grid may miss it
+# By the host's class and what is in the file's name: the model that a step-distilled one was made from.
+STEP_DISTILLED = (
+    ("FluxSchnell", "", "FLUX.1 dev"),
+    ("ZImage", "turbo", "Z-Image"),
+    ("SD3", "turbo", "SD 3.5 Large"),
+    ("HiDream", r"fast|dev", "HiDream-I1 Full"),
+    ("Flux2", r"klein(?!.*base)", "FLUX.2 klein base"),
+    ("HunyuanImage21", "distil", "HunyuanImage-2.1"),
+    ("", r"schnell|turbo|lightning|hyper|distil", "the one that it was made from"),
+)
 # What ModelPatcher keeps of changes to a model's weights, objects and calls.
 PATCHER = (
     "patches_uuid",
@@ -83,10 +96,10 @@ def ddim_grid(
     and has exactly `steps`. The levels of these two are entries of the model's table. "auto" is "normal" for models that
     flow and "ddim_uniform" for others.
 
-    Raises ValueError for a model that `check_model` refuses or that has fewer levels, for levels that do not fit it, and
-    for a scheduler that does not begin at the noise of a model that flows.
+    Raises ValueError for a model, UNet or not, that `check_model` refuses or that has fewer levels, for levels that do not
+    fit it, and for a scheduler that does not begin at the noise of a model that flows.
     """
-    check_model(model)
+    check_model(model, unet=False)
     scheduler = fitting_scheduler(model, scheduler)
     levels = noise_levels(model, steps, scheduler, given)
     if given is None and noise_path(model).straight and levels[0] < (1 - FAINT) * _noisiest(model):
@@ -137,12 +150,12 @@ def _noisiest(model: ModelPatcher) -> float:
     return float(model.get_model_object("model_sampling").sigma_max)
 
 
-def check_inversion(inversion: Inversion, model: ModelPatcher) -> None:
+def check_inversion(inversion: Inversion, model: ModelPatcher, unet: bool = True) -> None:
     """Raise ValueError as `check_model`, and unless the inversion was made with this MODEL, patched or not.
 
     A model that was loaded anew from the same file is the same, in another precision too.
     """
-    check_model(model)
+    check_model(model, unet)
     if inversion.path != noise_path(model):
         raise ValueError(
             "inversion: it was made with a model that mixes picture and noise in another way. Connect the same Model "
@@ -277,6 +290,58 @@ class _Identity:
         return self is other or mine is not None and mine is other._reference()
 
 
+def base_of_distilled(model: ModelPatcher) -> str:
+    """The model to use in place of a flow MODEL that was distilled to draw in few steps; "" for any other.
+
+    It is told by its class, or by the name of the file that it was loaded from.
+    """
+    if not flows(model):
+        return ""
+    loaded = getattr(model, "cached_patcher_init", None) or (None, ())
+    names = " ".join(os.path.basename(item) for item in loaded[1] if isinstance(item, str)).lower()
+    known = type(getattr(model.model, "model_config", None)).__name__
+    for kind, pattern, base in STEP_DISTILLED:
+        if known == kind and (not pattern or re.search(pattern, names)) or not kind and re.search(pattern, names):
+            return base
+    return ""
+
+
+def has_frames(model: ModelPatcher | BaseModel) -> bool:
+    """Whether the latents of a MODEL have a dimension for frames: of one that draws videos too, as Qwen-Image, Wan and Anima.
+
+    A picture has one frame there, [B, C, 1, H, W], for the host. All that this pack computes with are [B, C, H, W].
+    """
+    form = model.latent_format if isinstance(model, BaseModel) else model.get_model_object("latent_format")
+    return getattr(form, "latent_dimensions", 2) == 3
+
+
+def framed(x: torch.Tensor, model: ModelPatcher | BaseModel) -> torch.Tensor:
+    """Latents [B, C, H, W] as the host wants them for a MODEL."""
+    return x.unsqueeze(2) if has_frames(model) else x
+
+
+def unframed(x: torch.Tensor) -> torch.Tensor:
+    """The latents [B, C, H, W] of what the host gives, with one frame or without."""
+    return x.squeeze(2) if x.ndim == 5 else x
+
+
+class OneFrame:
+    """A guider's evaluation, called with latents [B, C, H, W] where the model's have a frame."""
+
+    def __init__(self, model_k: Any):
+        self.model_k = model_k
+        self.inner_model = model_k.inner_model
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return self.model_k(x.unsqueeze(2), sigma, **arguments).squeeze(2)
+
+
+def estimates(model: BaseModel, conds: list, x: torch.Tensor, timestep: torch.Tensor, options: dict) -> list:
+    """The host's estimates of the clean latent for some conditionings, all [B, C, H, W]."""
+    drawn = comfy.samplers.calc_cond_batch(model, conds, framed(x, model), timestep, options)
+    return [unframed(estimate) for estimate in drawn]
+
+
 def pixels_per_latent(model: ModelPatcher) -> int:
     """How many pixels of the picture, along a side, a latent pixel of the MODEL stands for."""
     return getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
@@ -299,16 +364,26 @@ def too_large(model: ModelPatcher, samples: torch.Tensor) -> Iterator[str]:
 
 
 def clean_latent(model: ModelPatcher, latent_image: dict) -> torch.Tensor:
-    """The samples of a LATENT [B, C, H, W], checked to be finite and of the model's kind."""
+    """The samples of a LATENT [B, C, H, W], checked to be finite and of the model's kind.
+
+    They have one frame, [B, C, 1, H, W], where the model's latents have some.
+    """
     samples = latent_image.get("samples")
     if samples is None or len(samples) == 0:
         raise ValueError("latent_image: it holds no picture. Connect a VAE Encode.")
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
     channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    frames = has_frames(model)
+    if frames and samples.ndim == 5 and samples.shape[2] > 1:
         raise ValueError(
-            f"latent_image: its shape is {tuple(samples.shape)}, but the model wants [batch, {channels}, height, width]. "
-            "Encode the picture with the VAE that belongs to the model."
+            f"latent_image: it is a video of {samples.shape[2]} frames in the latent, and only pictures are edited. Encode one "
+            "picture at a time."
+        )
+    if samples.ndim != 4 + frames or samples.shape[1] != channels:
+        wanted = f"[batch, {channels}, {'1, ' if frames else ''}height, width]"
+        raise ValueError(
+            f"latent_image: its shape is {tuple(samples.shape)}, but the model wants {wanted}. Encode the picture with the "
+            "VAE that belongs to the model."
         )
     check_finite(samples, "latent_image", "Try the VAE in fp32, and check the picture.")
     _check_not_too_small(model, *samples.shape[-2:])
@@ -348,7 +423,8 @@ def _reason_against(model: ModelPatcher) -> str | None:
     if flows(model):
         return (
             "this one is a flow model without a UNet (such as SD3, Flux, AuraFlow, Qwen or Wan). This node edits UNets, also "
-            "those that flow, such as SDXL behind ModelSamplingSD3; FlowEdit (Pix2Pix-Zero) edits all of them."
+            "those that flow, such as SDXL behind ModelSamplingSD3; FlowEdit and KSampler (Pix2Pix-Zero) edit "
+            "all of them."
         )
     if isinstance(sampling, _kinds("CONST", "COSMOS_RFLOW", "IMG_TO_IMG_FLOW")):
         return "this one is a flow model that does not go straight from a picture to standard noise."

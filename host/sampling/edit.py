@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...attention_patches.attention import cross_attention_sites, map_shapes
+from ...attention_patches.attention import cross_attention_sites, is_unet, map_shapes
 from ...editing.guidance import GuidanceSchedule, KeptSource, LocalBlend, sample_guided
 from ...editing.official import sample_official
 from ...editing.trajectory import Inversion, MapStore
 from .. import running
-from ..messages import GUIDED, LEFT_OUT, NOT_GUIDED, SAMPLING
+from ..messages import GUIDED, LEFT_OUT, NO_UNET, NOT_GUIDED, SAMPLING, STEP_DISTILLED
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
-from ..text.conditionings import areas_of, beside_the_source, check_conditioning, unlike_the_source
+from ..text.conditionings import areas_of, beside_the_source, check_conditioning, check_lengths, unlike_the_source
 from ..unet.jobs import for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
-from .checks import attention_state, check_inversion, check_numbers
+from .checks import attention_state, base_of_distilled, check_inversion, check_numbers, framed
 from .passes import UNetPasses
 from .source import EditGuider, NoiseMask, edited_area, masked
 
@@ -60,6 +60,9 @@ PRESETS = {
 }
 
 
+FEATURE_UNTIL = 0.5
+
+
 @dataclass(frozen=True)
 class EditSettings:
     """How an edit is drawn.
@@ -96,6 +99,10 @@ class EditSettings:
         return bool(self.guidance_strength or PRESETS[self.preset].paper_step)
 
 
+# What is drawn with a UNet's attention, and how it stands on the node.
+NEED_MAPS = {"guidance_strength": 0.0, "feature_until": FEATURE_UNTIL}
+
+
 def sample_edit(
     model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +118,9 @@ def sample_edit(
         running.warn(advice)
     left_out = settings.left_out()
     settings = settings.for_preset()
+    unread = not is_unet(model.model.diffusion_model) and any(getattr(settings, name) for name in NEED_MAPS)
+    if not is_unet(model.model.diffusion_model):
+        settings = without_maps(settings)
     texts = {
         "positive": beside_the_source(positive, inversion.source, "positive"),
         "negative": beside_the_source(negative, inversion.source, "negative"),
@@ -120,21 +130,40 @@ def sample_edit(
     guider = EditGuider(edit.patched_model())
     guider.inner_set_conds(texts)
     guider.set_cfg(settings.cfg)
-    picture = model.model.process_latent_out(inversion.latent(0))
+    picture = model.model.process_latent_out(framed(inversion.latent(0), model))
     samples, blend_mask = sample(guider, edit.walk_down, picture, inversion.sigmas.flip(0))
     if left_out:
         names = " and ".join(", ".join(left_out).rsplit(", ", 1))
         running.warn(LEFT_OUT.format(preset=settings.preset, names=names))
+    if unread:
+        running.warn(NO_UNET)
+    if base := base_of_distilled(model):
+        running.warn(STEP_DISTILLED.format(base=base))
     return samples, edited_area(model, edit.inversion.latent(0), edit.inversion.noise_mask, blend_mask)
 
 
+def without_maps(settings: EditSettings) -> EditSettings:
+    """Settings of an edit by a model whose attention is not read: without those that need it.
+
+    Raises ValueError where one of them is set otherwise than it stands on the node.
+    """
+    asked = [name for name, default in NEED_MAPS.items() if getattr(settings, name) not in (0.0, default)]
+    if PRESETS[settings.preset].paper_step is not None:
+        asked.append("preset")
+    if asked:
+        raise ValueError(
+            f"{asked[0]}: {getattr(settings, asked[0])} needs the cross-attention of a UNet (SD 1.x, SD 2.x, SDXL), which this "
+            f"model does not have. Set it to {'default' if asked[0] == 'preset' else 0}; local_blend and mask hold the picture."
+        )
+    return replace(settings, **dict.fromkeys(NEED_MAPS, 0.0))
+
+
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
-    check_inversion(inversion, model)
+    check_inversion(inversion, model, unet=False)
     if inversion.path.straight and PRESETS[settings.preset].authors_update:
         raise ValueError(
             f"preset: {settings.preset} is the authors' update of models that diffuse. Use default for a flow model."
         )
-    cross_attention_sites(model.model.diffusion_model)  # refuses models without any
     start, end = settings.window
     check_numbers(cfg=settings.cfg, guidance_strength=settings.guidance_strength, start_percent=start, end_percent=end)
     check_numbers(local_blend=settings.local_blend, feature_until=settings.feature_until)
@@ -144,6 +173,7 @@ def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: 
         )
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, inversion.batch, socket)
+        check_lengths(conditioning, model, socket)
     if len(positive) != len(inversion.source):
         raise ValueError(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "
@@ -185,14 +215,15 @@ class _Edit:
         run.guider.add_source(self.inversion.latent(0))
         _check_areas(run.guider.conds["positive"], run.guider.conds["source"])
         inversion, unet = self.inversion, self.model.model.diffusion_model
-        x = inversion.trajectory[-1].to(run.x)
+        x = inversion.latent(-1).to(run.x)
         arguments = {**run.extra_args, "model_options": self._with_source_features(run)}
-        passes = UNetPasses(run.model_k, arguments, cross_attention_sites(unet), self._checkpointing(run))
+        sites = cross_attention_sites(unet) if is_unet(unet) else []
+        passes = UNetPasses(run.model_k, arguments, sites, self._checkpointing(run))
         blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
         noise_mask = NoiseMask(inversion.noise_mask, run.guider, run.model_options, run.sigmas)
         # The stock sampler masks with a step's noise level before the step and after it.
         kept = KeptSource(inversion, lambda level: noise_mask.at(float(inversion.sigmas[max(level, 1)]), x), blend)
-        shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
+        shapes = map_shapes(unet, inversion.trajectory.shape[-2:]) if sites else {}
         attending = self.entries["positive"] * sum(height * width for height, width in shapes.values())
 
         def on_step(step: int, denoised: torch.Tensor, x: torch.Tensor, distance: torch.Tensor | None) -> None:
@@ -213,6 +244,8 @@ class _Edit:
         until = self.settings.feature_until
         if not until:
             return run.model_options
+        if self.inversion.aligned:  # each step is evaluated one level further down
+            until = min(1.0, until + 1 / self.inversion.steps)
         sites = sites_until(self.model.model.diffusion_model, self.inversion, until, attention_until=0.0)
         features = SourceFeatures(self.inversion, run.guider.conds["source"], sites)
         return prepare_with(run.model_options, features.put_into)
@@ -223,7 +256,9 @@ class _Edit:
         schedule = self.preset.schedule(self.settings.guidance_strength, self.inversion.steps)
         return replace(schedule, first=first, last=last, final_sigma=float(sampling.sigmas[0]))
 
-    def _checkpointing(self, run: Run) -> Checkpointing:
+    def _checkpointing(self, run: Run) -> Checkpointing | None:
+        if not is_unet(self.model.model.diffusion_model):
+            return None
         mode = affordable_mode(self.model, run.x, self.preset.checkpointing, **self.needs)
         return Checkpointing(
             mode, affordable_rows(self.model, run.x, mode, entries=sum(self.entries.values()), **self.needs)

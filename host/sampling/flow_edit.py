@@ -9,13 +9,24 @@ from comfy.model_patcher import ModelPatcher
 from ...editing.flow_edit import FlowEditSettings, flow_edit, skipped
 from ...editing.guidance import LocalBlend
 from .. import running
-from ..messages import EDITING, WHOLE_PICTURE
+from ..messages import EDITING, STEP_DISTILLED, WHOLE_PICTURE
 from ..running import Run, sample
-from ..text.conditionings import check_conditioning, check_whole_sampling
+from ..text.conditionings import beside_the_source, check_conditioning, check_lengths, check_whole_sampling
 from ..unet.jobs import for_own_sampler
-from .checks import check_model, check_numbers, clean_latent, noise_levels, noise_path, too_large
+from .checks import (
+    base_of_distilled,
+    check_model,
+    check_numbers,
+    clean_latent,
+    framed,
+    noise_levels,
+    noise_path,
+    too_large,
+    unframed,
+)
 from .source import EditGuider, NoiseMask, edited_area, limited
 
+SOCKETS = {"positive": "target", "negative": "negative"}
 SOURCE_CFG = (
     "source_cfg: without a negative, the source's text is that of both texts. Connect a negative, or set it to 1."
 )
@@ -72,18 +83,23 @@ def flow_edit_latent(
     for socket, conditioning in texts.items():
         if conditioning is not None:
             check_conditioning(conditioning, len(samples), socket)
+            check_lengths(conditioning, model, socket)
             check_whole_sampling(conditioning, model, sigmas, socket)
     for advice in too_large(model, samples):
         running.warn(advice)
-    picture = model.model.process_latent_in(samples)
+    picture = unframed(model.model.process_latent_in(samples))
     mask = limited(latent_image.get("noise_mask"), settings.mask, picture)
     guider = EditGuider(for_own_sampler(model))
-    guider.inner_set_conds({"positive": target, "negative": source if negative is None else negative, "source": source})
+    beside = {"positive": target, "negative": source if negative is None else negative}
+    edits = {name: beside_the_source(text, source, SOCKETS[name]) for name, text in beside.items()}
+    guider.inner_set_conds({**edits, "source": source})
     guider.set_cfg(settings.cfg)
     edit = _FlowEdit(picture, mask, settings)
     samples, blend_mask = sample(guider, edit.walk_down, samples, sigmas)
     if blend_mask is not None and settings.skip and (blend_mask.amin((1, 2, 3)) == 1).any():
         running.warn(WHOLE_PICTURE.format(preset=WHOLE))
+    if base := base_of_distilled(model):
+        running.warn(STEP_DISTILLED.format(base=base))
     return samples, edited_area(model, picture, mask, blend_mask)
 
 
@@ -152,9 +168,9 @@ class _Passes:
 
     def _estimate(self, text: str, x: torch.Tensor, sigma: float, cfg: float) -> torch.Tensor:
         guider = self.run.guider
-        return comfy.samplers.sampling_function(
+        estimate = comfy.samplers.sampling_function(
             guider.inner_model,
-            x,
+            framed(x, guider.inner_model),
             x.new_full((len(x),), sigma),
             guider.conds["negative"],
             guider.conds[text],
@@ -162,3 +178,4 @@ class _Passes:
             model_options=self.run.model_options,
             seed=self.run.extra_args.get("seed"),
         )
+        return unframed(estimate)

@@ -13,6 +13,7 @@ from ...attention_patches.attention import cross_attention_sites, is_unet
 from ...editing.inversion import (
     FixedPoint,
     Transition,
+    aligned_residuals,
     corrected_picture,
     diffusers_transitions,
     direct_residuals,
@@ -38,7 +39,7 @@ from ..messages import (
     REDRAWING,
 )
 from ..running import Run, sample
-from ..text.conditionings import check_conditioning, check_whole_sampling
+from ..text.conditionings import check_conditioning, check_lengths, check_whole_sampling
 from ..unet.jobs import for_own_sampler
 from ..unet.memory import TOKENS, map_memory
 from .checks import (
@@ -49,6 +50,7 @@ from .checks import (
     check_numbers,
     clean_latent,
     ddim_grid,
+    framed,
     made_with,
     noise_path,
     too_large,
@@ -56,9 +58,10 @@ from .checks import (
 from .passes import UNetPasses
 from .source import check_masks
 
-METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point")
-ON_THE_GRID = ("direct", "ddim", "fixed-point")  # their UNet calls are at the sampler's own levels
-CORRECTED = ("direct", "fixed-point")  # they keep what each step of the sampler misses the trajectory by
+METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point", "aligned")
+ON_THE_GRID = ("direct", "ddim", "fixed-point", "aligned")  # their UNet calls are at the sampler's own levels
+# These keep what each step of the sampler misses the trajectory by.
+CORRECTED = {"direct": direct_residuals, "fixed-point": direct_residuals, "aligned": aligned_residuals}
 MAP_MEMORY = 2048 * 2**20
 EXACTLY = 1e-2
 """How far a picture that comes back exactly may be off by rounding, where latents have a spread of about 1."""
@@ -105,6 +108,7 @@ def invert_latent(
         check_finite(mask, "latent_image", "Draw its noise mask again.")
         check_masks(mask, len(samples), "latent_image")
     check_conditioning(positive, len(samples), "positive")
+    check_lengths(positive, model, "positive")
     for advice in too_large(model, samples):
         running.warn(advice)
     transitions = _transitions(model, sigmas, settings)
@@ -204,7 +208,8 @@ def places_on_table(sampling: ModelSamplingDiscrete, sigmas: torch.Tensor) -> to
 
 def inverted_noise(inversion: Inversion, model: ModelPatcher) -> torch.Tensor:
     """The noise end of an inversion as LATENT samples: sample it with noise disabled on the inversion's own sigmas."""
-    return model.model.process_latent_out(inversion.latent(-1)).to(comfy.model_management.intermediate_device())
+    noise = model.model.process_latent_out(framed(inversion.latent(-1), model))
+    return noise.to(comfy.model_management.intermediate_device())
 
 
 def _walk_up(
@@ -218,7 +223,7 @@ def _walk_up(
         UNetPasses(run.model_k, run.extra_args, sites),
         _HookSchedule(run.guider.model_patcher, list(run.guider.conds.values()), sigmas),
         maps,
-        last=len(sigmas) - (2 if method == "ddim" else 1),
+        last=len(sigmas) - (2 if method in ("ddim", "aligned") else 1),
     )
     generator = torch.Generator().manual_seed(settings.seed)
     regularize = partial(regularize_noise, settings=settings.regularization, generator=generator)
@@ -235,19 +240,20 @@ def _walk_up(
         trajectory = torch.stack([x.to("cpu", settings.kept_in) for x in visited])
     else:
         visited, estimates = invert(run.x, transitions, evaluations.denoise, regularize, on_step, path)
-        trajectory = on_grid(visited, transitions, run.x, sigmas, path, settings.kept_in)
-    if method == "direct":
+        trajectory = on_grid(visited, transitions, run.x, sigmas, path)
+    if method in ("direct", "aligned"):
         # The walk up has visited every level but the last one with just these estimates.
-        estimates = [*estimates[1:], evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1)]
-        run.advance(len(sigmas) - 1, estimates[-1], visited[-1])
-    residuals = None
-    if method in CORRECTED:
-        residuals = direct_residuals(trajectory, sigmas, estimates)
-        if settings.kept_in == torch.float32:  # half precision has said so
-            _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
+        estimates = estimates[1:]
+        if method == "direct" or not estimates:
+            estimates.append(evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1))
+            run.advance(len(sigmas) - 1, estimates[-1], visited[-1])
+    residuals = CORRECTED[method](trajectory, sigmas, estimates) if method in CORRECTED else None
+    if residuals is not None and method != "aligned" and settings.kept_in == torch.float32:  # half precision has said so
+        _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
     return run.x, {
         "trajectory": trajectory,
         "residuals": residuals,
+        "aligned": method == "aligned",
         "maps": maps,
         "reconstruction_psnr": _plain_psnr(trajectory, run, evaluations, len(sigmas) - 1 + (method == "direct"))
         if settings.measure_reconstruction

@@ -13,11 +13,11 @@ from ...editing.guidance import Maps
 from ...editing.trajectory import NoisePath
 from .. import running
 from ..messages import NOT_AT_ONCE, ONE_BY_ONE
-from ..text.conditionings import Entry, compared_with, entries_of, same_tensor
+from ..text.conditionings import Entry, compared_with, entries_of, same_values
 from ..unet.jobs import add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
 from ..unet.memory import MODES
-from .checks import noise_path
+from .checks import estimates, noise_path, unframed
 
 
 class _BranchEstimates:
@@ -34,8 +34,8 @@ class _BranchEstimates:
         return positive + apart * path.noise_to_picture(sigma)
 
     def __call__(self, args: dict) -> torch.Tensor:
-        self.positive = args["cond_denoised"]
-        self.negative = None if args["uncond"] is None else args["uncond_denoised"]
+        self.positive = unframed(args["cond_denoised"])
+        self.negative = None if args["uncond"] is None else unframed(args["uncond_denoised"])
         return args["denoised"]
 
 
@@ -105,7 +105,8 @@ class UNetPasses:
             return theirs({**args, "model_options": {**options, "sampler_calc_cond_batch_function": theirs}})
         if hold_negative:
             path = noise_path(self.guider.model_patcher)
-            return [edited, self.estimates.held_negative(edited, path, float(args["sigma"][0]))]
+            held = self.estimates.held_negative(unframed(edited), path, float(args["sigma"][0]))
+            return [edited, held.view_as(edited)]
         # Other packs tell the negative by its place in the list.
         return [edited, samplers.calc_cond_batch(args["model"], [[], negative], *rest, options)[1]]
 
@@ -197,13 +198,14 @@ class UNetPasses:
             options = add_job(options, job)
         # Other packs tell the negative by its place in the list.
         conds = [[], self.guider.conds[branch]] if branch == "negative" else [self.guider.conds[branch]]
-        return samplers.calc_cond_batch(self.guider.inner_model, conds, x, _timestep(x, sigma), options)[-1]
+        return estimates(self.guider.inner_model, conds, x, _timestep(x, sigma), options)[-1]
 
 
 def _same_inputs(*entries: dict) -> bool:
-    """Whether two entries of processed conditionings give the UNet the same text, label and further channels."""
-    inputs = ([entry["model_conds"].get(name) for entry in entries] for name in ("c_crossattn", "y", "c_concat"))
-    return all(same_tensor(*(getattr(value, "cond", None) for value in values)) for values in inputs)
+    """Whether two entries of processed conditionings give the network the same text and all else beside the latent."""
+    inputs = [entry["model_conds"] for entry in entries]
+    names = {name for given in inputs for name in given}
+    return all(same_values(*(getattr(given.get(name), "cond", None) for given in inputs)) for name in names)
 
 
 def _timestep(x: torch.Tensor, sigma: float) -> torch.Tensor:

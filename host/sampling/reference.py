@@ -12,8 +12,8 @@ from ...editing.trajectory import Generated, Inversion, NoisePath, ddim_step, pr
 from .. import running
 from ..messages import GENERATING
 from ..running import Run, sample
-from ..text.conditionings import check_conditioning, check_whole_sampling
-from .checks import AUTO, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large
+from ..text.conditionings import check_conditioning, check_lengths, check_whole_sampling
+from .checks import AUTO, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large, unframed
 from .invert import affordable_latents
 
 ALL_NOISE = 0.9  # part of the model's own noise that a picture can be drawn from
@@ -44,6 +44,7 @@ def generate_reference(
     empty = clean_latent(model, latent_image)
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, len(empty), socket)
+        check_lengths(conditioning, model, socket)
     check_whole_sampling(positive, model, sigmas, "positive")
     for advice in too_large(model, empty):
         running.warn(advice)
@@ -75,7 +76,7 @@ def _walk_down(
     """(the picture, its trajectory [N+1, B, C, H, W] ascending, on the CPU)."""
     grid = run.sigmas.tolist()
     # The host mixes a flow's start with its share of a picture, of which pure noise has none.
-    start = noise.to(run.x) if path.straight else run.x
+    start = unframed(noise).to(run.x) if path.straight else run.x
     x = path.rescale(start, 0.0, grid[0])
     visited = [x.cpu()]
     for index, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):

@@ -21,7 +21,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 
 from ...editing.trajectory import Inversion
-from .checks import check_finite, pixels_per_latent
+from .checks import check_finite, framed, pixels_per_latent
 
 SOURCE = "source"
 
@@ -105,6 +105,7 @@ def start_of(
 
 
 def _process(model: BaseModel, source: list[dict], picture: torch.Tensor, device: torch.device) -> list[dict]:
+    picture = framed(picture, model)
     noise = torch.zeros_like(picture)
     return comfy.samplers.process_conds(model, noise, {SOURCE: source}, device, picture, seed=0)[SOURCE]
 

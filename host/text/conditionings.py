@@ -23,6 +23,10 @@ from ..sampling.checks import check_finite
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
 # Of inpainting and pix2pix models: the further channels of the UNet's input.
 FURTHER_CHANNELS = ("concat_latent_image", "concat_mask")
+# Of edit models, such as Flux Kontext and Qwen-Image-Edit: pictures that stand beside the text.
+REFERENCES = ("reference_latents", "reference_latents_method", "ref_latent")
+# What an encoder gives of a text beside its rows, one row for each text.
+BESIDE_TEXT = ("pooled_output", "conditioning_llama3", "conditioning_byt5small", "attention_mask")
 EMBEDDED = 256  # numbers that SDXL makes of each size it is told, beside the pooled text
 SIZES = ((SDXL, 6), (SDXLRefiner, 5))
 
@@ -56,17 +60,17 @@ def _stack_entries(entries: tuple, socket: str) -> list:
 
 
 def _common_options(options: list[dict], socket: str) -> dict:
-    """The options that all entries have, with the pooled texts as rows."""
-    pooled = [each.get("pooled_output") for each in options]
-    others = [{name: value for name, value in each.items() if name != "pooled_output"} for each in options]
-    if any(not _equal(each, others[0]) for each in others) or len({value is None for value in pooled}) > 1:
+    """The options that all entries have, with the pooled texts and the like as rows."""
+    others = [{name: value for name, value in each.items() if name not in BESIDE_TEXT} for each in options]
+    beside = {name: [each.get(name) for each in options] for name in BESIDE_TEXT}
+    shapes = [{None if value is None else value.shape for value in values} for values in beside.values()]
+    if any(not _equal(each, others[0]) for each in others) or any(len(each) > 1 for each in shapes):
         raise ValueError(
             f"{socket}: the texts of one batch must be limited alike (mask, area, time range, ControlNet). Use one limit for "
             "all, or edit the pictures one by one, as a list."
         )
-    if pooled[0] is None:
-        return dict(options[0])
-    return {**options[0], "pooled_output": torch.cat(pooled)}
+    rows = {name: torch.cat(values) for name, values in beside.items() if values[0] is not None}
+    return {**options[0], **rows}
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -128,6 +132,18 @@ def _text_width(unet: torch.nn.Module) -> int | None:
     return None
 
 
+def check_lengths(conditioning: list, model: ModelPatcher, socket: str) -> None:
+    """Raise ValueError if texts of unequal length were joined for a MODEL whose picture and text attend together.
+
+    A text that is repeated is another one there.
+    """
+    if any(TEXT_LENGTHS in options for _, options in conditioning) and not is_unet(model.model.diffusion_model):
+        raise ValueError(
+            f"{socket}: its texts have unequal numbers of tokens, which this model cannot draw in one batch. Bring the pictures "
+            "as a list, one by one."
+        )
+
+
 def check_whole_sampling(conditioning: list, model: ModelPatcher, sigmas: torch.Tensor, socket: str) -> None:
     """Raise ValueError if a CONDITIONING says nothing at one of the noise levels that the UNet is told.
 
@@ -147,7 +163,7 @@ def check_whole_sampling(conditioning: list, model: ModelPatcher, sigmas: torch.
 
 
 def beside_the_source(conditioning: list, source: list, socket: str) -> list:
-    """A CONDITIONING of an edit with the further input channels of `source` where it names none of its own.
+    """A CONDITIONING of an edit with the further input channels and references of `source` where it names none of its own.
 
     A text that is the source's own counts as a description of the picture even as the negative: else a model with
     aesthetic scores (SDXL's refiner) would be told that it describes an ugly one, and the two would not cancel.
@@ -157,22 +173,28 @@ def beside_the_source(conditioning: list, source: list, socket: str) -> list:
     for i, (text, options) in enumerate(conditioning):
         beside = [source[i]] if len(source) == len(conditioning) else source
         added = {}
-        if not any(name in options for name in FURTHER_CHANNELS):
-            added = _common_channels([options for _, options in beside], socket)
+        for names in (FURTHER_CHANNELS, REFERENCES):
+            if not any(name in options for name in names):
+                added |= _common([options for _, options in beside], names, socket)
         if any(same_tensor(text, other) for other, _ in beside):
             added["prompt_type"] = "positive"
         completed.append([text, {**added, **options}])
     return completed
 
 
-def _common_channels(sources: list[dict], socket: str) -> dict[str, torch.Tensor]:
-    for name in FURTHER_CHANNELS:
-        if not all(same_tensor(options.get(name), sources[0].get(name)) for options in sources):
+def _common(sources: list[dict], names: tuple[str, ...], socket: str) -> dict[str, Any]:
+    for name in names:
+        if not all(same_values(options.get(name), sources[0].get(name)) for options in sources):
             raise ValueError(
                 f"{socket}: the parts of the inversion's caption are for different pictures to inpaint, and it has another "
                 "number of parts. Combine it from as many texts as the caption."
             )
-    return {name: sources[0][name] for name in FURTHER_CHANNELS if name in sources[0]}
+    return {name: sources[0][name] for name in names if name in sources[0]}
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether both are the same values, of tensors on any device, and of lists and dicts of them."""
+    return _equal(a, b)
 
 
 def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from comfy.sd import CLIP
 from ...editing.directions import EditDirection
 from ...editing.word_exchange import between, counterparts, exchange_words
 from .. import running
+from ..messages import TOKEN_NUMBERS
 from .text_encoding import check_conditioning
 
 # By the names that the host's tokenizers have: those of CLIP, and those whose texts stand in an option of their own.
@@ -48,9 +49,7 @@ def exchange_conditioning(
     text = _moved(before, after, rows, strength)
     named = {name: _moved(had.get(name), value, rows, strength, OF_ENCODER.get(name)) for name, value in has.items()}
     if strength != 1 and any(_differ(had.get(name), value) for name, value in has.items() if not _can_mix(value)):
-        running.warn(
-            "A part of this model's texts are token numbers, which cannot be mixed: it is that of the new words."
-        )
+        running.warn(TOKEN_NUMBERS)
     return [
         [
             text.expand(len(own), -1, -1),

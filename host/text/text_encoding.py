@@ -24,16 +24,12 @@ from ...editing.directions import (
 )
 from ...editing.token_alignment import Partners, partner_rows
 from ...editing.word_exchange import differing_words
-from ..messages import SENTENCES
+from ..messages import SENTENCES, WORDS_ONLY
 from ..running import show
 from .conditionings import remember_base
 from .prompt_words import tokenize
 
 ROWS_PER_BATCH = 32
-WORDS_ONLY = (
-    "This text encoder's texts have no fixed length: the direction is the words themselves. Connect clip and caption to Apply "
-    "Direction, which exchanges them."
-)
 Tokens = dict[str, list]
 Numbered = tuple[int, Tokens]  # the sentence's place in its list
 
