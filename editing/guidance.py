@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from .trajectory import DIFFUSION, Inversion, NoisePath, ddim_step, predicted_eps
+from .trajectory import DIFFUSION, Inversion, NoisePath
 
 Maps = dict[Any, torch.Tensor]
 
@@ -257,7 +257,7 @@ def sample_guided(
             denoised = passes.denoise(seen, told, hold)
         if kept.blend is not None:
             kept.blend.observe(passes.contrast(seen, told), 1 - level / inversion.steps)
-        eps = predicted_eps(seen, denoised, told)
+        estimate = denoised
         if gradient is not None:
             if guidance.plain:
                 shift = plain_step(gradient, told, strength, inversion.path)
@@ -265,8 +265,8 @@ def sample_guided(
                 shift = distance_step(gradient, distance, strength, _moved_by(inversion.path, sigma, sigma_next))
             shift = kept.guided_part(shift)
             estimate = passes.estimate_elsewhere(denoised, seen, seen + shift, told)
-            x, eps = x + shift, predicted_eps(seen + shift, estimate, told)
-        x = ddim_step(x, eps, sigma, sigma_next)
+            x, seen = x + shift, seen + shift
+        x = inversion.path.step_by(x, seen, estimate, (told, sigma, sigma_next))
         if inversion.residuals is not None:
             x = x + inversion.residuals[level - 1].to(x)
         x = kept.restore(x, level - 1)

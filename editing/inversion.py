@@ -221,7 +221,9 @@ def latent_psnr(latent: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     return 20 * (clean.amax(dims) - clean.amin(dims)).log10() - 10 * squared_error.log10()
 
 
-def aligned_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: list[torch.Tensor]) -> torch.Tensor:
+def aligned_residuals(
+    trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: list[torch.Tensor], path: NoisePath = DIFFUSION
+) -> torch.Tensor:
     """As `direct_residuals`, for steps down that are evaluated where the steps up were, `Inversion.seen_level`.
 
     `estimates[i - 1]`: the model's at `trajectory[i]`, `sigmas[i]`, for the levels 1 to N - 1, or for level 1 if N is 1.
@@ -231,8 +233,9 @@ def aligned_residuals(trajectory: torch.Tensor, sigmas: torch.Tensor, estimates:
     residuals = []
     for i in range(1, len(levels)):
         seen = max(i - 1, 1)
-        eps = predicted_eps(trajectory[seen].to(estimates[seen - 1]), estimates[seen - 1], levels[seen])
-        stepped = ddim_step(trajectory[i].to(eps), eps, levels[i], levels[i - 1])
+        denoised = estimates[seen - 1]
+        x, beside = (trajectory[level].to(denoised) for level in (i, seen))
+        stepped = path.step_by(x, beside, denoised, (levels[seen], levels[i], levels[i - 1]))
         residuals.append(trajectory[i - 1] - stepped.cpu())
     return torch.stack(residuals)
 

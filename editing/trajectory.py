@@ -18,7 +18,8 @@ from weakref import ReferenceType
 import torch
 
 FIXED_POINT_STEPS = 65535
-FAINT = 0.05  # share of the picture in a latent, below which nothing can be told by it
+# Where so little is left of the picture, nothing can be told by it, and the noise in a latent is the latent itself.
+FAINT = 0.05
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,18 @@ class NoisePath:
         """`x` at another noise level, taken to hold this noise map. A flow model's `sigma_from` is below 1."""
         ratio = self.picture(sigma_to) / self.picture(sigma_from)
         return ratio * x + noise * (sigma_to - ratio * sigma_from)
+
+    def step_by(
+        self, x: torch.Tensor, seen: torch.Tensor, denoised: torch.Tensor, levels: tuple[float, float, float]
+    ) -> torch.Tensor:
+        """`x` after a step down by an estimate that was made at `seen`, which is `x` or beside it.
+
+        `levels`: of the estimate, of `x`, and the one it goes to.
+        """
+        told, sigma, sigma_to = levels
+        if told == sigma or self.picture(sigma) < FAINT:
+            return ddim_step(x, predicted_eps(seen, denoised, told), sigma, sigma_to)
+        return self.step(x, self.noise_in(seen, denoised, told), sigma, sigma_to)
 
 
 DIFFUSION, FLOW = NoisePath(), NoisePath(straight=True)
@@ -241,9 +254,15 @@ class Inversion(list):
         return max(level - 1, 1) if self.aligned else level
 
     def seen_from(self, x: torch.Tensor, level: int) -> torch.Tensor:
-        """Where the step down from `x` at `level` is evaluated: as far from the source at `seen_level` as `x` is at `level`."""
+        """Where the step down from `x` at `level` is evaluated: as far from the source at `seen_level` as `x` is at `level`.
+
+        The distance is that of variance-preserving latents, which the UNet sees.
+        """
         seen = self.seen_level(level)
-        return x if seen == level else x + (self.latent(seen) - self.latent(level)).to(x)
+        if seen == level:
+            return x
+        levels = float(self.sigmas[level]), float(self.sigmas[seen])
+        return self.latent(seen).to(x) + self.path.rescale(x - self.latent(level).to(x), *levels)
 
     def place_of(self, sigma: float) -> float:
         """Where a noise level lies on the grid, a whole number if it is one of its levels; linear in sigma between them.

@@ -61,7 +61,7 @@ from .source import check_masks
 METHODS = ("direct", "ddim", "official", "diffusers", "fixed-point", "aligned")
 ON_THE_GRID = ("direct", "ddim", "fixed-point", "aligned")  # their UNet calls are at the sampler's own levels
 # These keep what each step of the sampler misses the trajectory by.
-CORRECTED = {"direct": direct_residuals, "fixed-point": direct_residuals, "aligned": aligned_residuals}
+CORRECTED = ("direct", "fixed-point", "aligned")
 MAP_MEMORY = 2048 * 2**20
 EXACTLY = 1e-2
 """How far a picture that comes back exactly may be off by rounding, where latents have a spread of about 1."""
@@ -247,9 +247,13 @@ def _walk_up(
         if method == "direct" or not estimates:
             estimates.append(evaluations.denoise(visited[-1], float(sigmas[-1]), len(sigmas) - 1))
             run.advance(len(sigmas) - 1, estimates[-1], visited[-1])
-    residuals = CORRECTED[method](trajectory, sigmas, estimates) if method in CORRECTED else None
-    if residuals is not None and method != "aligned" and settings.kept_in == torch.float32:  # half precision has said so
-        _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
+    residuals = None
+    if method == "aligned":
+        residuals = aligned_residuals(trajectory, sigmas, estimates, path)
+    elif method in CORRECTED:
+        residuals = direct_residuals(trajectory, sigmas, estimates)
+        if settings.kept_in == torch.float32:  # half precision has said so
+            _check_comes_back(corrected_picture(trajectory, sigmas, estimates, residuals), trajectory[0])
     return run.x, {
         "trajectory": trajectory,
         "residuals": residuals,

@@ -329,10 +329,10 @@ def texts(name: str, seed: int, rows: int = 1, **options: Any) -> list:
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
     cond = torch.randn(rows, TOKENS, family.text, generator=generator)
-    if family.pooled:
-        options["pooled_output"] = torch.randn(rows, family.pooled, generator=generator)
+    pooled = torch.randn(rows, family.pooled, generator=generator) if family.pooled else None
+    options["pooled_output"] = pooled  # encoders without one say so
     if family.guided:
-        options["guidance"] = 3.5
+        options.setdefault("guidance", 3.5)
     return [[cond, {**family.extra(rows, generator), **options}]]
 
 

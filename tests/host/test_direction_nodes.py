@@ -51,7 +51,10 @@ def test_the_public_contract():
         "Pix2PixZeroCombineDirections": (["direction_a", "direction_b", "weight_a", "weight_b"], ["P2PZ_DIRECTION"]),
         "Pix2PixZeroSaveDirection": (["direction", "filename_prefix"], []),
         "Pix2PixZeroLoadDirection": (["direction_name"], ["P2PZ_DIRECTION"]),
-        "Pix2PixZeroApplyDirection": (["conditioning", "direction", "strength"], ["CONDITIONING"]),
+        "Pix2PixZeroApplyDirection": (
+            ["conditioning", "direction", "strength", "clip", "caption"],
+            ["CONDITIONING"],
+        ),
     }
     for node in [*nodes.NODES, *file_nodes.NODES, Pix2PixZeroSentences]:
         schema = node.GET_SCHEMA()

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from pix2pix_zero.editing.sentences import paired_sentences
-from pix2pix_zero.host.text import text_encoding
 from pix2pix_zero.nodes import directions as nodes
 from tiny_clip import encode, tiny_clip
 
@@ -108,10 +107,3 @@ def test_sentences_that_have_no_partner_cannot_be_aligned(clip, run_node):
     with pytest.raises(ValueError, match="^alignment: .*2 source_sentences and 1 target_sentences.*positions"):
         run_node(node, clip=clip, alignment="words", **lines)
     run_node(node, clip=clip, **lines)
-
-
-def test_an_encoder_without_a_fixed_length_cannot_align_words(clip, run_node, monkeypatch):
-    monkeypatch.setattr(text_encoding, "chunk_length", lambda _: None)
-    lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
-    with pytest.raises(ValueError, match="^clip: .*positions"):
-        run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=clip, alignment="words", **lines)
