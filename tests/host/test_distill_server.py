@@ -80,7 +80,7 @@ def test_a_cancelled_training_says_so_and_the_next_run_goes_on_with_it(running, 
 
     with pytest.raises(GraphError, match="cancelled"):
         running.run(learnt(2000).api(info), cancel)
-    assert any("left. Only 50 pairs" in progress.text for progress in seen)
+    assert any("Only 50 pairs" in progress.text and progress.text.endswith(" left") for progress in seen)
     (kept,) = (base / "output" / "pix2pix_zero" / "training").iterdir()
     assert not list((base / "models").rglob("*.safetensors"))
     graph = learnt()  # it has more steps behind it than this asks for, or the rest of them to go
