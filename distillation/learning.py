@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..editing.inputs import interruptible
 from .adversary import BEGINS, Adversary
 from .checkpoints import read_checkpoint, write_checkpoint
 from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights
@@ -227,7 +228,7 @@ class Training:
         """Of each held-out pair the sums of error inside the edited area, and of that area: [N, 2]."""
         count, found = min(len(self.held_out), most), []
         together = max(1, TOGETHER // self.held_out.sources[0, 0].numel())
-        for first in range(0, count, together):
+        for first in interruptible(range(0, count, together)):
             data = self.held_out.take(list(range(first, min(first + together, count))))
             source, target, where = (part.to(self.device) for part in data)
             difference = (self.average(source).clamp(0, 1) - target).abs().mean(1, keepdim=True)

@@ -22,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..editing.inputs import interruptible
 from ..editing.writing import clear_leftovers, write_whole
 from .held_out import is_held_out
 
@@ -143,7 +144,7 @@ class PairFolder:
         keys = self.keys() if keys is None else list(keys)
         if not keys:
             raise PairError(f"{self.folder}: there are no pairs in it.")
-        loaded = [self._read_one(key) for key in keys]
+        loaded = [self._read_one(key) for key in interruptible(keys)]
         shapes = {source.shape[:2] for source, _, _ in loaded}
         if len(shapes) > 1:
             raise PairError(f"{self.folder}: its pictures have unequal sizes, {_sizes(shapes)}. Make them of one size.")

@@ -7,6 +7,7 @@ import folder_paths
 import torch
 
 from ...distillation.pairs import PairError, PairFolder, Pairs, pair_key
+from ...editing.inputs import interruptible
 from ..networks.edit_figures import EditedPicture, pair_pictures
 from .names import plain_name
 
@@ -47,7 +48,7 @@ def save_pairs(dataset: str, pairs: Sequence[EditedPicture], keep_background: bo
     places = []
     try:
         folder.begin()
-        for pair in pairs:
+        for pair in interruptible(pairs):
             source, edited, area = pair.source[0], pair.edited[0], None if pair.mask is None else pair.mask[0]
             if keep_background and area is not None:
                 edited = torch.lerp(source, edited, area[..., None])
