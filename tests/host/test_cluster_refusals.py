@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import cluster_runs
 import pytest
 from cluster_runs import Program, cluster_python
 from pix2pix_zero.devtools.process import clean_environment, stop
@@ -20,7 +18,6 @@ from pix2pix_zero.devtools.server import free_port
 from stand_in import KNOWN, StandIn, pair_of
 
 COUNT = 4
-CLIENT_SERVER = Path(cluster_runs.__file__).with_name("ray_client_server.py")
 GRAPH = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}, "_meta": {"title": "source"}},
     "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
@@ -37,52 +34,42 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def head(python, tmp_path_factory):
-    """The addresses of a Ray that runs beside the tests: for programs on its machine, and for others.
-
-    Each of its ports is its own: another Ray may run on this machine, such as that of the same tests.
-    """
+    """The addresses of a Ray that runs beside the tests: for programs on its machine, and for others."""
     home = tmp_path_factory.mktemp("home")
-    with (
-        tempfile.TemporaryDirectory(
-            prefix="ray-", ignore_cleanup_errors=True
-        ) as temporary,  # paths of sockets are short
-        contextlib.ExitStack() as running,
-    ):
-        own = {"HOME": str(home), "RAY_TMPDIR": temporary, "RAY_USAGE_STATS_ENABLED": "0"}
-
-        def start(*command: object) -> subprocess.Popen:
-            started = subprocess.Popen(
-                [str(part) for part in command],
-                env=clean_environment(**own),
-                cwd=home,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.STDOUT,
-            )
-            running.callback(stop, started, 30)
-            return started
-
-        port, client, agent, clients = (free_port() for _ in range(4))
-        ports = {"port": port, "runtime-env-agent-port": agent, "dashboard-agent-listen-port": free_port()}
-        ports |= {"min-worker-port": 0, "max-worker-port": 0}  # any that are free
-        ports["ray-client-server-port"] = free_port()  # it cannot be left out; nobody calls there
-        options = [f"--{name}={number}" for name, number in ports.items()]
-        options += ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--include-dashboard=false"]
-        ray = start(python.with_name("ray"), "start", "--head", "--block", "--object-store-memory=100000000", *options)
-        _answers(ray, port)
-        _answers(ray, agent)
-        options = [f"--port={client}", f"--address=127.0.0.1:{port}", "--host=127.0.0.1", "--mode=proxy"]
-        server = start(
-            python, CLIENT_SERVER, clients, *options, f"--runtime-env-agent-address=http://127.0.0.1:{agent}"
-        )
-        _answers(server, client)
+    port, client = free_port(), free_port()
+    temporary = tempfile.TemporaryDirectory(
+        prefix="ray-", ignore_cleanup_errors=True
+    )  # its sockets' paths must be short
+    own = {"HOME": str(home), "RAY_TMPDIR": temporary.name, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [
+        python.with_name("ray"),
+        "start",
+        "--head",
+        "--block",
+        "--port",
+        port,
+        "--ray-client-server-port",
+        client,
+    ]
+    command += ["--node-ip-address", "127.0.0.1", "--num-cpus", 1, "--include-dashboard", "false"]
+    command += ["--object-store-memory", 100_000_000]
+    head = subprocess.Popen(
+        [str(part) for part in command],
+        env=clean_environment(**own),
+        cwd=home,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        for each in (port, client):
+            deadline = time.monotonic() + 120
+            while socket.socket().connect_ex(("127.0.0.1", each)):
+                assert time.monotonic() < deadline and head.poll() is None
+                time.sleep(0.2)
         yield f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", home
-
-
-def _answers(process: subprocess.Popen, port: int) -> None:
-    deadline = time.monotonic() + 120
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
+    finally:
+        stop(head, 30)
+        temporary.cleanup()
 
 
 @pytest.fixture
