@@ -236,7 +236,7 @@ def aligned_residuals(
         denoised = estimates[seen - 1]
         x, beside = (trajectory[level].to(denoised) for level in (i, seen))
         stepped = path.step_by(x, beside, denoised, (levels[seen], levels[i], levels[i - 1]))
-        residuals.append(trajectory[i - 1] - stepped.cpu())
+        residuals.append((trajectory[i - 1] - stepped.cpu()).to(trajectory.dtype))
     return torch.stack(residuals)
 
 

@@ -240,7 +240,7 @@ def _walk_up(
         trajectory = torch.stack([x.to("cpu", settings.kept_in) for x in visited])
     else:
         visited, estimates = invert(run.x, transitions, evaluations.denoise, regularize, on_step, path)
-        trajectory = on_grid(visited, transitions, run.x, sigmas, path)
+        trajectory = on_grid(visited, transitions, run.x, sigmas, path, settings.kept_in)
     if method in ("direct", "aligned"):
         # The walk up has visited every level but the last one with just these estimates.
         estimates = estimates[1:]
