@@ -53,8 +53,10 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
             raise ValueError(f'filename_prefix: Windows cannot make files called "{part}". Give another name.')
     root = Path(folder_paths.get_folder_paths(FOLDER)[0])
     made = [folder for folder in (root / prefix).parents if folder.is_relative_to(root) and not os.path.isdir(folder)]
+    if (parent := (root / prefix).parent).is_dir():  # newer hosts refuse what is behind a link, unless it is named itself
+        root, prefix = parent.resolve(), PurePosixPath(prefix).name
     try:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+        folder, name, counter, _, _ = _host_path(prefix, root)
         content = _as_bytes(direction)
         path = write_numbered(Path(folder), lambda number: f"{name}_{number:05}_.safetensors", content, counter)
     except (OSError, UnicodeError) as error:
@@ -67,6 +69,15 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
         ) from error
     logging.info("pix2pix-zero: saved the direction as %s", path)
     return path
+
+
+def _host_path(prefix: str, root: Path) -> tuple[str, str, int, str, str]:
+    try:
+        return folder_paths.get_save_image_path(prefix, str(root))
+    except OSError:
+        raise
+    except Exception as error:  # the host has no class for what it refuses
+        raise OSError(f"{error}") from error
 
 
 def _as_bytes(direction: EditDirection) -> bytes:

@@ -7,6 +7,7 @@ import re
 from functools import partial
 
 import comfy.sample
+import comfy.samplers
 import plug_and_play_runs as plugged
 import prompt_to_prompt_runs as prompted
 import pytest
@@ -14,6 +15,7 @@ import small_unet
 import torch
 from composed_run import edit, invert
 from host_nodes import Inputs, model_nodes, patched
+from pix2pix_zero.host.sampling.checks import ddim_grid, noise_path
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from pix2pix_zero.host.views.attention_heat import mean_attention
 from small_unet import latent, loaded_small_model
@@ -164,10 +166,10 @@ def test_heatmaps_are_finite_or_refused_in_words(bench, stock):
 
 def test_a_generated_reference_is_the_stock_samplers_picture(bench, stock):
     """Both from the noise that the inversion has ended on, which is scaled once more on the way here."""
+    noise = bench.inversion.trajectory[-1] / (1 + bench.inversion.sigmas[-1] ** 2) ** 0.5
 
     @torch.inference_mode()
     def run(name, model):
-        noise = bench.inversion.trajectory[-1] / (1 + bench.inversion.sigmas[-1] ** 2) ** 0.5
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(comfy.sample, "prepare_noise", lambda *_: noise)
             reference = generate_reference(
@@ -175,4 +177,14 @@ def test_a_generated_reference_is_the_stock_samplers_picture(bench, stock):
             )
         return reference[1]
 
+    @torch.inference_mode()
+    def on_own_levels(model):
+        levels = ddim_grid(model, 2, ReferenceSettings.scheduler)
+        euler, texts = comfy.samplers.sampler_object("euler"), (bench.positive, bench.negative)
+        return comfy.sample.sample_custom(model, noise, 2.0, euler, levels, *texts, torch.zeros_like(noise))
+
+    # A node that makes the model a flow gives it other noise levels than those of the inversion.
+    flows = {name: model for name, model in bench.patched.items() if noise_path(model).straight}
+    stock = {**stock, **{name: outcome(on_own_levels, model) for name, model in flows.items()}}
+    assert len(flows) > 3
     assert faults(bench, run, stock, same=True, tolerance=1e-3) == {}

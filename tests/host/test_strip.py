@@ -102,7 +102,7 @@ def test_a_list_of_strengths_draws_one_edit_each_and_the_nodes_say_what_they_do(
     sampler, source = graph.only("Pix2PixZeroKSampler"), graph.only("Pix2PixZeroDemoScene")
     inversion = graph.only("Pix2PixZeroInversion")
     graph.change(inversion, steps=3)
-    graph.change(sampler, end_percent=1.0, local_blend=0.0)
+    graph.change(sampler, guidance_strength=0.1, local_blend=0.0)
     strengths = graph.add("Pix2PixZeroStrengths", values="0, 2")
     graph.change(graph.only("Pix2PixZeroApplyDirection"), strength=strengths[0])
     edits = graph.only("VAEDecode")
@@ -120,7 +120,7 @@ def test_a_list_of_strengths_draws_one_edit_each_and_the_nodes_say_what_they_do(
     assert texts[inversion.key][:3] == [f"Inverting {step}/3" for step in (1, 2, 3)]
     steps = [text.split(",")[0] for text in texts[sampler.key]]
     assert steps == [f"Picture {run}/2: guided step {step}/3" for run in (1, 2) for step in (1, 2, 3)]
-    assert all(0 <= float(text.split("map distance ")[1]) < 2 for text in texts[sampler.key])
+    assert all(0 <= float(text.split("layout off by ")[1]) < 2 for text in texts[sampler.key])
     bar = [(m.value, m.maximum) for m in messages if m.node == sampler.key and m.maximum]
     assert bar == sorted(bar)
     assert {maximum for _, maximum in bar} == {6}
