@@ -79,7 +79,7 @@ def latents(count, side):
 
 # Much work for each node: what its inputs allow, or what keeps it busy for much longer than the interrupt waits.
 MUCH = {
-    "ApplyDirection": lambda u: {},
+    "ApplyDirection": lambda u: {"clip": u["CLIP"]},
     "AttentionHeatmap": lambda u: {"words": ", ".join(["cat", "photo"] * 50), "caption": "a photo of a cat"},
     "Caption": lambda u: {"image": pictures(400, 128), "max_new_tokens": 200},
     "CombineDirections": lambda u: {},
