@@ -239,7 +239,8 @@ def sample_guided(
     any number of them. The reference does not drift, and the inversion's residuals keep the unedited part exact.
 
     An aligned inversion has the evaluations beside those of its own steps, `Inversion.seen_from`, so that an unedited part
-    repeats these. DirectEdit (arXiv 2605.02417) aligns the edit so on flow models.
+    repeats these; a shift is found there, and written at the step's own level. DirectEdit (arXiv 2605.02417) aligns the edit
+    so on flow models.
     """
     for step, level in enumerate(range(inversion.steps, 0, -1)):
         seen_level = inversion.seen_level(level)
@@ -262,10 +263,11 @@ def sample_guided(
             if guidance.plain:
                 shift = plain_step(gradient, told, strength, inversion.path)
             else:
-                shift = distance_step(gradient, distance, strength, _moved_by(inversion.path, sigma, sigma_next))
+                longest = _moved_by(inversion.path, told, sigma, sigma_next)
+                shift = distance_step(gradient, distance, strength, longest)
             shift = kept.guided_part(shift)
             estimate = passes.estimate_elsewhere(denoised, seen, seen + shift, told)
-            x, seen = x + shift, seen + shift
+            x, seen = x + inversion.path.rescale(shift, told, sigma), seen + shift
         x = inversion.path.step_by(x, seen, estimate, (told, sigma, sigma_next))
         if inversion.residuals is not None:
             x = x + inversion.residuals[level - 1].to(x)
@@ -274,9 +276,9 @@ def sample_guided(
     return x
 
 
-def _moved_by(path: NoisePath, sigma: float, sigma_next: float) -> float:
-    """How far a DDIM step turns a latent whose picture and noise have variance 1: a root mean square, written at `sigma`."""
-    return path.power(sigma) ** 0.5 * (path.angle(sigma) - path.angle(sigma_next))
+def _moved_by(path: NoisePath, told: float, sigma: float, sigma_next: float) -> float:
+    """How far a DDIM step turns a latent whose picture and noise have variance 1: a root mean square, written at `told`."""
+    return path.power(told) ** 0.5 * (path.angle(sigma) - path.angle(sigma_next))
 
 
 def reference_maps(inversion: Inversion, passes: DenoisingPasses, level: int, x: torch.Tensor) -> Maps:
