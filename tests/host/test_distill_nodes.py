@@ -22,6 +22,7 @@ from pix2pix_zero.nodes.pairs import Pix2PixZeroFolderPicture, Pix2PixZeroSavePa
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+PAIRS = 50
 WISH = {
     "dataset": "swap",
     "name": "swap",
@@ -108,7 +109,7 @@ class TestDistillEdit:
 
         def interrupt():
             calls.append(None)
-            if len(calls) == 23:
+            if len(calls) == PAIRS + 23:  # it looks before each pair that is read, too
                 raise comfy.model_management.InterruptProcessingException
 
         with monkeypatch.context() as patch:
