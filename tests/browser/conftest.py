@@ -13,6 +13,28 @@ from pix2pix_zero.devtools.hosts import DEFAULT_VERSION, ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 
+PINNED_ONLY = (
+    "test_the_example_runs_and_shows_previews_of_every_phase",
+    "test_a_run_that_is_cancelled_leaves_the_server_ready",
+)
+RUN_ON_BOTH = "cat_to_dog_demo"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the runs of all examples but one on the newest frontend: they take long, and do not depend on it."""
+    left_out = [
+        item for item in items if _runs_once(getattr(item, "originalname", ""), getattr(item, "callspec", None))
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _runs_once(test: str, call) -> bool:
+    if test not in PINNED_ONLY or call.params["frontend_server"] == "pinned":
+        return False
+    return call.params.get("name") != RUN_ON_BOTH
+
 
 def find_browser() -> str | None:
     """The path of a Chromium: `BROWSER_PATH`, else an installed one. None is downloaded."""

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pix2pix_zero.host.messages import NOT_GUIDED
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "example_workflows"
@@ -26,6 +27,11 @@ def read(folder: Path, name: str) -> dict:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def nodes_of(api_form: dict) -> dict:
+    """The nodes of an API form without what a newer frontend adds to `_meta`, as the pack that a node is of."""
+    return {name: {**node, "_meta": {"title": node["_meta"]["title"]}} for name, node in api_form.items()}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_opens_and_stays_the_same_when_saved_and_opened_again(name, frontend):
     frontend.open(read(EXAMPLES, name))
@@ -34,9 +40,9 @@ def test_the_example_opens_and_stays_the_same_when_saved_and_opened_again(name, 
     if name in TO_BRING:
         complaints = sorted(complaint for complaint in complaints if complaint.startswith("red: "))
     assert complaints == [f"red: {kind}" for kind in TO_BRING.get(name, [])]
-    assert frontend.api_form() == read(API_COPIES, name)
+    assert nodes_of(frontend.api_form()) == nodes_of(read(API_COPIES, name))
     frontend.open(frontend.serialize())
-    assert frontend.api_form() == read(API_COPIES, name)
+    assert nodes_of(frontend.api_form()) == nodes_of(read(API_COPIES, name))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TO_BRING])
@@ -51,8 +57,9 @@ def test_the_example_runs_and_shows_previews_of_every_phase(name, frontend):
     samplers += frontend.nodes("SamplerCustomAdvanced") + frontend.nodes("KSampler")
     assert [node for node in samplers if not seen["previews"].get(node)] == []
     if frontend.nodes("Pix2PixZeroKSampler"):
-        # the last line of text on the node, which may draw several pictures: "Sampling 3/3"
-        assert frontend.page.get_by_text(re.compile(rf"\bstep {STEPS}/{STEPS}|sampling {STEPS}/{STEPS}", re.I)).count()
+        # the last line of text on the node, which may draw several pictures: "Sampling 3/3"; or what it warns of in its place
+        last = rf"\bstep {STEPS}/{STEPS}|sampling {STEPS}/{STEPS}|^{re.escape(NOT_GUIDED)}"
+        assert frontend.page.get_by_text(re.compile(last, re.I)).count()
     frontend.page.wait_for_timeout(500)  # the pictures are loaded
     assert len(frontend.pictures()) >= len(frontend.nodes("PreviewImage") + frontend.nodes("SaveImage"))
     assert frontend.complaints() == []

@@ -46,7 +46,7 @@ WIRE = """() => {
 LOADED = "selector => [...document.querySelectorAll(selector)].every(image => image.complete && image.naturalWidth > 0)"
 
 
-def test_the_template_browser_lists_every_example_with_its_thumbnail(frontend):
+def test_the_template_browser_lists_every_example_with_its_thumbnail(frontend, request):
     page = frontend.page
     frontend.command("Comfy.BrowseTemplates")
     page.get_by_role("dialog").get_by_text(PACK_FOLDER, exact=True).first.click()
@@ -58,7 +58,12 @@ def test_the_template_browser_lists_every_example_with_its_thumbnail(frontend):
     texts = json.loads((ROOT / "web" / "examples.json").read_text(encoding="utf-8"))
     assert sorted(texts) == EXAMPLES
     for name, found in zip(EXAMPLES, cards):
-        assert [found.get_by_text(text, exact=True).count() for text in texts[name].values()] == [1, 1], name
+        assert found.get_by_text(texts[name]["title"], exact=True).count() == 1, name
+        if (
+            request.node.callspec.params["frontend_server"] == "pinned"
+        ):  # the newer one leaves descriptions out of its cards
+            description = re.sub("[-_]", " ", texts[name]["description"])  # as it shows them
+            assert found.get_by_text(description, exact=True).count() == 1, name
     frontend.snapshot("templates")
     cards[EXAMPLES.index("cat_to_dog_demo")].get_by_test_id("thumbnail-content").click()
     page.get_by_role("dialog").wait_for(state="hidden")
@@ -88,9 +93,10 @@ def test_the_blueprint_is_in_the_node_library_and_edits_a_picture(frontend):
     frontend.command("Workspace.ToggleSidebarTab.node-library")
     assert page.evaluate("() => app.graph.nodes[0].title") == BLUEPRINT
     page.evaluate(WIRE)
+    before = set(frontend.pictures())  # an earlier workflow's, whose nodes had the same ids
     seen = frontend.run()
     assert seen["ending"][0] == "execution_success", seen["ending"]
-    assert len(frontend.pictures()) == 1
+    assert len(set(frontend.pictures()) - before) == 1
     page.wait_for_timeout(500)  # the picture is loaded
     frontend.snapshot("blueprint")
     page.evaluate("() => app.canvas.openSubgraph(app.graph.nodes[0].subgraph, app.graph.nodes[0])")
