@@ -58,6 +58,14 @@ def test_nothing_is_told_where_nothing_is_wrong():
     ("details", "told"),
     [
         ({"exception_type": "ValueError", "exception_message": "cfg: too high", "current_inputs": {"cfg": [1]}}, True),
+        (
+            {"exception_type": "ValueError", "exception_message": "a, b: none", "current_inputs": {"a": [1], "b": [2]}},
+            True,
+        ),
+        (
+            {"exception_type": "ValueError", "exception_message": "a, c: none", "current_inputs": {"a": [1], "b": [2]}},
+            False,
+        ),
         ({"exception_type": "ValueError", "exception_message": "bad value", "current_inputs": {"cfg": [1]}}, False),
         ({"exception_type": "IndexError", "exception_message": "cfg: none", "current_inputs": {"cfg": [1]}}, False),
         ({"node_errors": {"3": {}}, "error": {"message": "Prompt outputs failed validation"}}, True),
@@ -66,3 +74,14 @@ def test_nothing_is_told_where_nothing_is_wrong():
 )
 def test_only_a_refusal_that_names_a_socket_counts_as_words(details, told):
     assert in_words(GraphError("refused", details)) is told
+
+
+@pytest.mark.parametrize(("node", "told"), [("Edit", True), ("Save", False)])
+def test_a_refusal_may_name_a_socket_of_the_node_that_nothing_is_connected_to(node, told):
+    schemas = {"Edit": {"input": {"required": {"model": []}, "optional": {"clip": []}}}, "Save": {"input": {}}}
+    details = {
+        "exception_type": "ValueError",
+        "exception_message": "clip: connect it",
+        "current_inputs": {"model": [1]},
+    }
+    assert in_words(GraphError("refused", {**details, "node_type": node}), schemas) is told
