@@ -54,7 +54,9 @@ def test_the_unedited_picture_comes_back_exactly_and_an_edited_one_does_not(fami
     unedited, area = sample_edit(model, inversion, source, source, PLAIN)
     ratio = pixels_per_latent(model)
     assert unedited.shape == clean.shape and area.shape == (1, *(ratio * side for side in clean.shape[-2:]))
-    assert distance(unedited, clean) <= 1e-4 * clean.std()
+    # Aligned steps read the velocity at levels as low as the first, where it is as exact as the latent's last digit over sigma.
+    rounding = 5e-7 * inversion.trajectory.abs().max() / inversion.sigmas[1] if method == "aligned" else 0.0
+    assert distance(unedited, clean) <= max(1e-4 * clean.std(), rounding)
     edited, _ = sample_edit(model, inversion, texts(name, 2), source, PLAIN)
     assert edited.isfinite().all() and distance(edited, clean) > 1e-3
 
