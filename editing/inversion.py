@@ -222,20 +222,25 @@ def latent_psnr(latent: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
 
 
 def aligned_residuals(
-    trajectory: torch.Tensor, sigmas: torch.Tensor, estimates: list[torch.Tensor], path: NoisePath = DIFFUSION
+    trajectory: torch.Tensor,
+    sigmas: torch.Tensor,
+    visited: list[torch.Tensor],
+    estimates: list[torch.Tensor],
+    path: NoisePath = DIFFUSION,
 ) -> torch.Tensor:
     """As `direct_residuals`, for steps down that are evaluated where the steps up were, `Inversion.seen_level`.
 
-    `estimates[i - 1]`: the model's at `trajectory[i]`, `sigmas[i]`, for the levels 1 to N - 1, or for level 1 if N is 1.
-    Those of steps whose noise was not regularized are rounding, but the last step's.
+    `visited`, `estimates`: the latents of the way up and the model's estimates there, `estimates[i - 1]` at `visited[i]`,
+    for the levels 1 to N - 1, or for level 1 if N is 1. The noise is taken from these two: next to no noise, that of a
+    `trajectory` in half precision would be rounding. Residuals of steps whose noise was not regularized are rounding, but
+    the last step's.
     """
     levels = sigmas.tolist()
     residuals = []
     for i in range(1, len(levels)):
         seen = max(i - 1, 1)
-        denoised = estimates[seen - 1]
-        x, beside = (trajectory[level].to(denoised) for level in (i, seen))
-        stepped = path.step_by(x, beside, denoised, (levels[seen], levels[i], levels[i - 1]))
+        x = trajectory[i].to(visited[seen])
+        stepped = path.step_by(x, visited[seen], estimates[seen - 1], (levels[seen], levels[i], levels[i - 1]))
         residuals.append((trajectory[i - 1] - stepped.cpu()).to(trajectory.dtype))
     return torch.stack(residuals)
 

@@ -249,7 +249,7 @@ def _walk_up(
             run.advance(len(sigmas) - 1, estimates[-1], visited[-1])
     residuals = None
     if method == "aligned":
-        residuals = aligned_residuals(trajectory, sigmas, estimates, path)
+        residuals = aligned_residuals(trajectory, sigmas, visited, estimates, path)
     elif method in CORRECTED:
         residuals = direct_residuals(trajectory, sigmas, estimates)
         if settings.kept_in == torch.float32:  # half precision has said so

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pix2pix_zero.editing.inversion import (
     FixedPoint,
+    aligned_residuals,
     diffusers_transitions,
     inversion_transitions,
     invert,
@@ -13,7 +14,7 @@ from pix2pix_zero.editing.inversion import (
     reconstruct,
 )
 from pix2pix_zero.editing.official import official_transitions
-from pix2pix_zero.editing.trajectory import ddim_step, predicted_eps
+from pix2pix_zero.editing.trajectory import FLOW, Inversion, ddim_step, predicted_eps
 from toy_diffusion import (
     ALPHA_BAR,
     SIGMA,
@@ -272,3 +273,23 @@ def test_the_error_of_a_reconstruction_is_told_per_picture_against_its_own_range
     again = clean + torch.tensor([0.04, 0.008]).view(2, 1, 1, 1)
     torch.testing.assert_close(latent_psnr(again, clean), torch.tensor([40.0, 60.0]), atol=1e-3, rtol=0)
     assert latent_psnr(clean, clean).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_aligned_inversion_next_to_no_noise_comes_back_from_half_precision(dtype):
+    levels, latent = torch.tensor([0.0, 0.00565, 0.79, 0.938, 0.97]), picture().float()
+
+    def denoise(x, sigma, level=0):
+        return x - sigma * torch.sin(x) * (1 + sigma)
+
+    transitions = inversion_transitions(levels)
+    visited, estimates = invert(latent, transitions, denoise, lambda noise: noise, lambda *step: None, FLOW)
+    trajectory = on_grid(visited, transitions, latent, levels, FLOW, dtype)
+    residuals = aligned_residuals(trajectory, levels, visited, estimates[1:], FLOW)
+    inversion = Inversion(trajectory, levels, source=[], model=None, path=FLOW, aligned=True)
+    grid, x = levels.tolist(), inversion.latent(-1)
+    for level in range(inversion.steps, 0, -1):
+        told, seen = grid[inversion.seen_level(level)], inversion.seen_from(x, level)
+        x = FLOW.step_by(x, seen, denoise(seen, told), (told, grid[level], grid[level - 1]))
+        x = x + residuals[level - 1].float()
+    assert (x - latent).abs().max() <= {torch.float32: 1e-4, torch.float16: 2e-2}[dtype]
