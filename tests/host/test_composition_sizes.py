@@ -99,7 +99,7 @@ def test_pictures_of_a_batch_have_a_caption_and_a_direction_each(model, run_node
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    """(rows and texts of every guided UNet call, a function after which no memory is free)."""
+    """(rows and texts of every guided UNet call, a function after which no memory is free, or so many bytes)."""
     rows = []
     run = UNetCall.__call__
 
@@ -110,15 +110,14 @@ def no_memory(monkeypatch):
 
     monkeypatch.setattr(UNetCall, "__call__", watched)
 
-    def shrink():
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", nothing_free)
+    def shrink(free=0):
+        def get(device=None, torch_free_too=False):
+            return (free, free) if torch_free_too else free
+
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", get)
         rows.clear()
 
     return rows, shrink
-
-
-def nothing_free(device=None, torch_free_too=False):
-    return (0, 0) if torch_free_too else 0
 
 
 def own(texts, rows):
@@ -221,7 +220,7 @@ def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(model, capl
     short = model.clone()
     short.set_model_attn1_patch(allocate)
     assert same(edit(short, inversion, strength=STRENGTH), expected)
-    assert len([record for record in caplog.records if "out of memory" in record.message]) == 4, (
+    assert len([record for record in caplog.records if "Out of memory" in record.message]) == 4, (
         "blocks, 5 rows of both texts, 3, 2"
     )
 
@@ -229,6 +228,16 @@ def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(model, capl
 def test_an_inversion_whose_branches_are_split_is_the_same(model, no_memory):
     _, shrink = no_memory
     source = combined(conditioning(), "positive")
-    whole = invert(model, source)
-    shrink()
-    assert same(invert(model, source).trajectory, whole.trajectory, 1e-5)
+    texts, patched = [], model.clone()
+
+    def watched(apply_model, args):
+        texts.append(len(args["cond_or_uncond"]))
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    patched.set_model_unet_function_wrapper(watched)
+    whole = invert(patched, source)
+    assert set(texts) == {2}
+    texts.clear()
+    shrink(100_000)  # enough for the latents of the way, and for no call of the UNet
+    assert same(invert(patched, source).trajectory, whole.trajectory, 1e-5)
+    assert set(texts) == {1}
