@@ -87,7 +87,7 @@ def large_edit(side: int, schemas: dict) -> dict:
     demo.change(demo.scene, side=side, count=2)
     demo.change(demo.source, text="a photo of a cat on grass")
     demo.change(demo.inversion, steps=2)
-    shown = demo.add("PreviewImage", images=demo.edited(local_blend=0.2))
+    shown = demo.add("PreviewImage", images=demo.edited(local_blend=0.2, guidance_strength=0.1))
     demo.keep(shown)
     return demo.api(schemas)
 
