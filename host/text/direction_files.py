@@ -53,7 +53,9 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
             raise ValueError(f'filename_prefix: Windows cannot make files called "{part}". Give another name.')
     root = Path(folder_paths.get_folder_paths(FOLDER)[0])
     made = [folder for folder in (root / prefix).parents if folder.is_relative_to(root) and not os.path.isdir(folder)]
-    if (parent := (root / prefix).parent).is_dir():  # newer hosts refuse what is behind a link, unless it is named itself
+    if (
+        parent := (root / prefix).parent
+    ).is_dir():  # newer hosts refuse what is behind a link, unless it is named itself
         root, prefix = parent.resolve(), PurePosixPath(prefix).name
     try:
         folder, name, counter, _, _ = _host_path(prefix, root)

@@ -19,5 +19,7 @@ def test_the_report_stays_on_the_node_and_is_kept_with_the_inversion(server):
         texts.append([message.text for message in messages if message.text and message.node == inversion.key])
     assert reports[0] == reports[1] == texts[0][-1]
     assert float(re.search(r"([\d.]+) dB", reports[0])[1]) > 25
-    assert texts[0][:-1] == [f"{phase} {step}/3" for phase in ("Inverting", "Redrawing without an edit") for step in (1, 2, 3)]
+    assert texts[0][:-1] == [
+        f"{phase} {step}/3" for phase in ("Inverting", "Redrawing without an edit") for step in (1, 2, 3)
+    ]
     assert texts[1] == [], "the second run takes all from the first"
