@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..editing.inputs import rgb_bytes
+from ..editing.inputs import interruptible, rgb_bytes
 
 SMOOTHING = 2  # everything is drawn so many times larger, then made smaller, for smooth edges
+ROWS_AT_ONCE = 512  # that are made smaller before the next look at whether the user has cancelled
 
 Colour = tuple[int, int, int] | str
 
@@ -141,7 +142,12 @@ class Sheet:
         self._pasted.append((resized, (round(left), round(top))))
 
     def finish(self) -> Image.Image:
-        picture = self._picture.resize(self.size, Image.Resampling.BOX)
+        width, height = self.size
+        picture = Image.new("RGB", self.size)
+        for top in interruptible(range(0, height, ROWS_AT_ONCE)):
+            below = min(top + ROWS_AT_ONCE, height)
+            rows = self._picture.crop((0, top * SMOOTHING, width * SMOOTHING, below * SMOOTHING))
+            picture.paste(rows.resize((width, below - top), Image.Resampling.BOX), (0, top))
         for part, corner in self._pasted:
             picture.paste(part, corner)
         return picture
