@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
 import comfy.sample
 import comfy.samplers
@@ -20,7 +19,6 @@ from comfy.model_patcher import ModelPatcher
 from ...attention_patches.attention import is_unet
 from ...editing.trajectory import DIFFUSION, FLOW, Inversion, NoisePath
 from ..messages import LARGE
-from ..unet.jobs import CACHES
 
 AUTO = "auto"
 SCHEDULERS = ("ddim_uniform", "simple", "normal", "sgm_uniform", "beta")
@@ -31,7 +29,6 @@ NORM_GROUPS = 32  # of channels, in the normalizations of a UNet
 SIDES = {768: 512, 1024: 768}
 LARGEST_SIDE = 1024
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
-OWN = "pix2pix_zero"
 FAINT = 1e-3  # part of a model's noisiest level, by which a grid may miss it
 # By the host's class and what is in the file's name: the model that a step-distilled one was made from.
 STEP_DISTILLED = (
@@ -43,18 +40,6 @@ STEP_DISTILLED = (
     ("HunyuanImage21", "distil", "HunyuanImage-2.1"),
     ("", r"schnell|turbo|lightning|hyper|distil", "the one that it was made from"),
 )
-# What ModelPatcher keeps of changes to a model's weights, objects and calls.
-PATCHER = (
-    "patches_uuid",
-    "object_patches",
-    "weight_wrapper_patches",
-    "hook_patches",
-    "injections",
-)
-# By kind, and by key, so that this pack's own can be left out.
-KEYED = ("wrappers", "callbacks")
-# Options that mix estimates and never reach the UNet.
-MIXING = ("sampler_", "denoise_mask_function", "disable_cfg1_optimization")
 BROKEN = "Load it in bf16 or fp32, and lower the weights of LoRAs and patches."
 # Least part of a weight's values that are equal in one precision, where two files are the same.
 SAME_VALUES = 0.75
@@ -224,70 +209,6 @@ def made_with(model: ModelPatcher) -> dict[str, Any]:
         "latent_format": model.get_model_object("latent_format"),
         "path": noise_path(model),
     }
-
-
-def attention_state(model: ModelPatcher) -> tuple:
-    """Equal for clones that are changed alike. It keeps nothing of what others have put into the MODEL alive.
-
-    This pack's own changes do not count, nor what its samplers leave out.
-    """
-    options = {name: value for name, value in model.model_options.items() if not name.startswith(MIXING)}
-    inside = dict(options.pop("transformer_options", {}))
-    keyed = [getattr(model, name, {}) for name in KEYED] + [inside.pop(name, {}) for name in KEYED]
-    return (
-        *(_state(getattr(model, name, None)) for name in PATCHER),
-        *_cloned(model),
-        *(_state({kind: _foreign(by_key) for kind, by_key in group.items()}) for group in keyed),
-        _state(options),
-        _state(_foreign(inside)),
-    )
-
-
-def _cloned(model: ModelPatcher) -> tuple:
-    """The state of what each clone of a MODEL has a clone of."""
-    hooks = getattr(model, "forced_hooks", None)
-    beside = getattr(model, "additional_models", {})
-    return (
-        None if hooks is None else _state([hook.hook_ref for hook in hooks.hooks]),
-        _state({key: [(other.model, other.patches_uuid) for other in others] for key, others in beside.items()}),
-        tuple(sorted(map(str, getattr(model, "attachments", {})))),
-    )
-
-
-def _foreign(by_key: dict) -> dict:
-    return {key: value for key, value in by_key.items() if not str(key).startswith(OWN) and key not in CACHES}
-
-
-def _state(value: object) -> object:
-    """Plain values and containers of them as they are, empty ones as None; any other object by its identity."""
-    if isinstance(value, dict):
-        items = {_state(key): _state(item) for key, item in value.items()}
-        return frozenset((key, item) for key, item in items.items() if item is not None) or None
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_state, value)) or None
-    if value is None or isinstance(value, (str, bytes, int, float, UUID)):
-        return value
-    return _Identity(value)
-
-
-class _Identity:
-    """Equal to that of the same object as long as it lives, without keeping it alive."""
-
-    def __init__(self, value: object):
-        self._hash = id(value)
-        try:
-            self._reference = weakref.ref(value)
-        except TypeError:  # of a kind that nothing can refer to weakly, which no closure is
-            self._reference = lambda: value
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity):
-            return NotImplemented
-        mine = self._reference()
-        return self is other or mine is not None and mine is other._reference()
 
 
 def base_of_distilled(model: ModelPatcher) -> str:

@@ -14,10 +14,10 @@ from ..messages import GUIDED, LEFT_OUT, NO_UNET, NOT_GUIDED, SAMPLING, STEP_DIS
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
 from ..text.conditionings import areas_of, beside_the_source, check_conditioning, check_lengths, unlike_the_source
-from ..unet.jobs import for_own_sampler, prepare_with
+from ..unet.jobs import attention_state, for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
-from .checks import attention_state, base_of_distilled, check_inversion, check_numbers, framed
+from .checks import base_of_distilled, check_inversion, check_numbers, framed
 from .passes import UNetPasses
 from .source import EditGuider, NoiseMask, edited_area, masked
 

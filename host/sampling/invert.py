@@ -40,12 +40,11 @@ from ..messages import (
 )
 from ..running import Run, sample
 from ..text.conditionings import check_conditioning, check_lengths, check_whole_sampling
-from ..unet.jobs import for_own_sampler
+from ..unet.jobs import attention_state, for_own_sampler
 from ..unet.memory import TOKENS, map_memory
 from .checks import (
     AUTO,
     ON_THE_TABLE,
-    attention_state,
     check_finite,
     check_numbers,
     clean_latent,

@@ -21,11 +21,11 @@ from ...pictures.heat import draw_heat
 from .. import running
 from ..messages import OTHER_CAPTION, READING_MAPS, RECORDING_MAPS
 from ..running import Run, look
-from ..sampling.checks import BROKEN, attention_state, check_finite, check_inversion, pixels_per_latent
+from ..sampling.checks import BROKEN, check_finite, check_inversion, pixels_per_latent
 from ..sampling.passes import UNetPasses
 from ..text.prompt_words import entries, is_text_of, tokenize
 from ..text.text_encoding import require_clip
-from ..unet.jobs import for_own_sampler
+from ..unet.jobs import attention_state, for_own_sampler
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 MOST_PHRASES = 100

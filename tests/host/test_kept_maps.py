@@ -7,8 +7,7 @@ import comfy.hooks
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP, add_wrapper_with_key
-from pix2pix_zero.host.sampling.checks import attention_state
-from pix2pix_zero.host.unet.jobs import for_own_sampler
+from pix2pix_zero.host.unet.jobs import attention_state, for_own_sampler
 from small_edit import counted_edits, edit, invert
 from small_unet import latent, small_model
 
