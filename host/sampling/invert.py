@@ -159,8 +159,9 @@ def affordable_latents(
     cpu, device = torch.device("cpu"), model.load_device
     # Until the end of the way, the latents and estimates are held where the model is, and corrections are put together twice.
     walking = (2 * steps + 1) * latents.numel() * 4
-    free = int(FREE_SHARE * comfy.model_management.get_free_memory(cpu))
-    there = free if device.type == "cpu" else int(FREE_SHARE * comfy.model_management.get_free_memory(device))
+    if device.type != "cpu":  # the host makes room before a sampling, by unloading what it does not need
+        comfy.model_management.free_memory(walking / FREE_SHARE, device)
+    free, there = (int(FREE_SHARE * comfy.model_management.get_free_memory(place)) for place in (cpu, device))
     ram = free - walking if device.type == "cpu" else free
     for dtype in (torch.float32, torch.float16):
         kept = (steps + 1 + 2 * corrections) * latents.numel() * dtype.itemsize

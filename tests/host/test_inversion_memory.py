@@ -117,3 +117,18 @@ def test_the_way_is_compared_with_the_memory_of_its_device(model, free, monkeypa
         room.affordable_latents(model, latent(batch=BATCH)["samples"], STEPS, STEPS)
     free(4 * LATENT * (2 * STEPS + 1), device)
     assert room.affordable_latents(model, latent(batch=BATCH)["samples"], STEPS, STEPS)[0] == torch.float32
+
+
+def test_the_host_makes_room_on_the_device_before_the_way_is_refused(model, free, monkeypatch):
+    device, asked = torch.device("meta", 0), []
+    monkeypatch.setattr(model, "load_device", device)
+    needed = 4 * LATENT * (2 * STEPS + 1)
+
+    def unload(amount, place):
+        asked.append((amount, place))
+        free(needed, device)
+
+    free(0, device)
+    monkeypatch.setattr(comfy.model_management, "free_memory", unload)
+    assert room.affordable_latents(model, latent(batch=BATCH)["samples"], STEPS, STEPS)[0] == torch.float32
+    assert asked == [(pytest.approx(needed / room.FREE_SHARE), device)]
