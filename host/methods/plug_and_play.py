@@ -26,7 +26,7 @@ from ...attention_patches.plug_and_play import Site, feature_site, self_attentio
 from ...editing.trajectory import Inversion
 from .. import running
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source, start_of
+from ..sampling.source import NoiseMask, load_with_source, processed_source, start_of
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
 KEY = "pix2pix_zero_plug_and_play"
@@ -89,7 +89,7 @@ class _LockstepSampling:
     ) -> torch.Tensor:
         """Sample with the source's conditioning at hand in the model options."""
         latent_image, *passed_on = args
-        self._check_start(noise, latent_image)
+        self._check_shape(noise)
         start = start_of(self.inversion, sigmas, noise, latent_image)
         with processed_source(guider, self.inversion) as source:
             mask = NoiseMask(self.inversion.noise_mask, guider, extra_args["model_options"], sigmas)
@@ -106,14 +106,13 @@ class _LockstepSampling:
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), keep]
         return options
 
-    def _check_start(self, noise: torch.Tensor, latent_image: torch.Tensor | None) -> None:
+    def _check_shape(self, noise: torch.Tensor) -> None:
         ours = self.inversion.latent(-1)
         if noise.shape[1:] != ours.shape[1:] or len(noise) % len(ours):
             raise ValueError(
                 f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(ours.shape)}. "
                 "Connect `noise` of the inversion node, as it is or repeated as a whole."
             )
-        check_no_noise_added(noise, latent_image, self.inversion)
 
 
 def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:

@@ -25,7 +25,7 @@ from ...editing.word_masks import WordMask, soft_mask
 from .. import running
 from ..messages import OTHER_SOURCE
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, check_no_noise_added, load_with_source, processed_source, start_of
+from ..sampling.source import NoiseMask, load_with_source, processed_source, start_of
 from ..text.conditionings import TEXT_LENGTHS
 from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize
 from ..text.text_encoding import require_clip
@@ -152,7 +152,6 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
         latent_image, *passed_on = args
         options = create_model_options_clone(extra_args["model_options"])
         _check_sampling(options["transformer_options"], guider, noise, edit)
-        check_no_noise_added(noise, latent_image, edit.inversion)
         start = start_of(edit.inversion, sigmas, noise, latent_image)
         with processed_source(guider, edit.inversion) as source:
             if source[0].get("area") is not None:

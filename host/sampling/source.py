@@ -77,7 +77,7 @@ def processed_source(guider: CFGGuider, inversion: Inversion) -> Iterator[list[d
         comfy.sampler_helpers.cleanup_models({SOURCE: entries}, [])
 
 
-def check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None, inversion: Inversion) -> None:
+def _check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None, inversion: Inversion) -> None:
     """Raise ValueError if a sampler would add `noise` [B, C, H, W] to a latent that is the inversion's noise already."""
     if latent_image is None or not noise.any():
         return
@@ -96,8 +96,9 @@ def start_of(
     """(noise, latent) that make the host's samplers begin at a latent that is the inversion's noise, where none is added.
 
     They mix the two by their shares, and a latent that flows is to be all noise at its noisiest level. Further down the
-    host's own latents are as it wants them.
+    host's own latents are as it wants them. Raises ValueError if noise would be added to what is all noise already.
     """
+    _check_no_noise_added(noise, latent_image, inversion)
     above = float(sigmas[0]) >= (1 - 1e-3) * float(inversion.sigmas[-1])
     if not inversion.path.straight or not above or latent_image is None or noise.any():
         return noise, latent_image
