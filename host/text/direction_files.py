@@ -76,10 +76,10 @@ def save_direction(direction: EditDirection, filename_prefix: str) -> Path:
 def _host_path(prefix: str, root: Path) -> tuple[str, str, int, str, str]:
     try:
         return folder_paths.get_save_image_path(prefix, str(root))
-    except OSError:
-        raise
-    except Exception as error:  # the host has no class for what it refuses
-        raise OSError(f"{error}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the host has no class of its own for a folder that it refuses
+            raise
+        raise OSError(str(error)) from error
 
 
 def _as_bytes(direction: EditDirection) -> bytes:
