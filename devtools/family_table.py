@@ -1,8 +1,8 @@
 """README's table of what works on which family of models, written from the tests that prove it.
 
-A test says so by `@pytest.mark.works(NODE, ...)`, with names of `NODES`. Its families are the values of its parameter
-`family`, or those of `works(..., family=...)`: a name, or a collection of names. Such a collection may be a constant of the file
-or of one in `tests/helpers`; of a dict its keys count. The files are read and not run.
+A test says so by `@pytest.mark.works(NODE, ...)`, with names of `NODES`, or none for all of them. Its families are the
+values of its parameter `family`, or those of `works(..., family=...)`: a name, or a collection of names. Such a collection may
+be a constant of the file or of one in `tests/helpers`; of a dict its keys count. The files are read and not run.
 """
 
 import ast
@@ -105,7 +105,7 @@ def _claims(path: Path, module: ast.Module) -> Iterator[tuple[list[str], list[st
         for mark in marks:
             if not _is(mark, MARK):
                 continue
-            nodes = [ast.literal_eval(node) for node in mark.args]
+            nodes = [ast.literal_eval(node) for node in mark.args] or list(NODES)
             unknown = set(nodes) - set(NODES)
             named = next((keyword.value for keyword in mark.keywords if keyword.arg == "family"), None)
             families = _names(named, path, module) if named is not None else _parameters(marks, path, module)

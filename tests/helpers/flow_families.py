@@ -69,23 +69,24 @@ def sd3(**more) -> dict:
     )
 
 
+LIKE_FLUX = dict(
+    in_channels=16,
+    out_channels=16,
+    context_in_dim=4096,
+    hidden_size=128,
+    mlp_ratio=4.0,
+    num_heads=1,
+    depth=2,
+    depth_single_blocks=2,
+    axes_dim=[16, 56, 56],
+    theta=10000,
+    patch_size=2,
+    qkv_bias=True,
+)
+
+
 def flux(guided: bool, pooled: int | None = 768, **more) -> dict:
-    settings = dict(
-        in_channels=16,
-        out_channels=16,
-        vec_in_dim=pooled,
-        context_in_dim=4096,
-        hidden_size=128,
-        mlp_ratio=4.0,
-        num_heads=1,
-        depth=2,
-        depth_single_blocks=2,
-        axes_dim=[16, 56, 56],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=guided,
-    )
+    settings = {**LIKE_FLUX, "vec_in_dim": pooled, "guidance_embed": guided}
     fields = importlib.import_module("comfy.ldm.flux.model").FluxParams.__dataclass_fields__
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in fields else {}
     return shapes("flux.model", "Flux", **{**settings, **newer, **more})
@@ -98,7 +99,6 @@ def flux2() -> dict:
         in_channels=128,
         out_channels=128,
         context_in_dim=15360,
-        hidden_size=128,
         mlp_ratio=3.0,
         axes_dim=[32, 32, 32, 32],
         theta=2000,
@@ -114,27 +114,8 @@ def flux2() -> dict:
 def chroma() -> dict:
     fields = importlib.import_module("comfy.ldm.chroma.model").ChromaParams.__dataclass_fields__
     newer = {name: value for name, value in {"txt_ids_dims": [], "vec_in_dim": None}.items() if name in fields}
-    return shapes(
-        "chroma.model",
-        "Chroma",
-        in_channels=64,
-        out_channels=64,
-        context_in_dim=4096,
-        hidden_size=128,
-        mlp_ratio=4.0,
-        num_heads=1,
-        depth=2,
-        depth_single_blocks=2,
-        axes_dim=[16, 56, 56],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        in_dim=64,
-        out_dim=128,
-        hidden_dim=64,
-        n_layers=2,
-        **newer,
-    )
+    own = dict(in_channels=64, out_channels=64, in_dim=64, out_dim=128, hidden_dim=64, n_layers=2)
+    return shapes("chroma.model", "Chroma", **{**LIKE_FLUX, **own, **newer})
 
 
 def aura() -> dict:

@@ -113,17 +113,7 @@ NODES = {
 }
 
 
-@pytest.mark.works(
-    "Invert Picture",
-    "Generate Reference",
-    "KSampler",
-    "FlowEdit",
-    "Prompt-to-Prompt",
-    "Plug-and-Play",
-    "Attention Heatmap",
-    "Feature PCA",
-    family="flow",
-)
+@pytest.mark.works(family="flow")
 @pytest.mark.parametrize("node", NODES)
 @torch.inference_mode()
 def test_every_node_draws_and_leaves_the_model_bit_for_bit_as_it_was(checkpoint, node):
