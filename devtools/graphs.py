@@ -118,8 +118,8 @@ EDITS = {
 PICTURES = {
     "source": "source",
     "direction": "direction alone",
-    "guided": "+ guidance",
-    "held": "+ shapes, local blend",
+    "guided": "with guidance",
+    "held": "with shapes, local blend",
     "edited": "pasted",
     "truth": "ground truth",
 }
@@ -135,8 +135,8 @@ def example_graph() -> Graph:
 def demo_graph(edit: Edit, seed: int) -> tuple[Graph, dict[str, str], str]:
     """The first example with another edit and scene, and the pictures to compare its result with.
 
-    They show what each part does: the direction alone; the paper's guidance with it; the sampler as it is, with the
-    picture's shapes and the local blend; that pasted back into the source; and the true result.
+    They show what each part does: the direction alone; with the paper's guidance; with the picture's shapes and
+    the local blend in its place, as the sampler is; that pasted back into the source; and the true result.
 
     Returns the graph; for each key of `PICTURES` the node that shows it; the node that shows the caption.
     """
