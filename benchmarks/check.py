@@ -31,6 +31,7 @@ from pix2pix_zero.benchmarks.pie_parts.pie_data import write_picture  # noqa: E4
 from pix2pix_zero.benchmarks.pie_parts.pie_methods import Editor, run_node  # noqa: E402
 from pix2pix_zero.host.networks import model_kinds as kinds  # noqa: E402
 from pix2pix_zero.host.networks.edit_figures import EditedPicture, EditFigures, Judges, measure_edit  # noqa: E402
+from pix2pix_zero.host.sampling.checks import best_side  # noqa: E402
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection  # noqa: E402
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion  # noqa: E402
 from pix2pix_zero.nodes.paste import Pix2PixZeroCrop  # noqa: E402
@@ -42,8 +43,6 @@ import nodes as host_nodes  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "demo_output" / "check"
 GUIDED = {"guidance_strength": 0.3}
-SIZES = {"SDXL": 1024, "SD20": 768, "SD21": 768}
-"""Of a model's kind, as ComfyUI calls it. All others draw 512 best."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -200,8 +199,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
     editor, judges = load_editor(options), load_judges(options)
-    kind = type(editor.model.model.model_config).__name__
-    size = options.size or (128 if options.checkpoint == "demo" else SIZES.get(kind, 512))
+    size = options.size or best_side(editor.model)
     with Image.open(options.picture) as picture:
         image = as_image(ImageOps.exif_transpose(picture))[None]
     image, *_ = run_node(Pix2PixZeroCrop, image=image, model_size=size)
