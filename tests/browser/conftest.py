@@ -11,6 +11,7 @@ from browser_page import Frontend, speak
 from pix2pix_zero.devtools.frontends import newest_frontend
 from pix2pix_zero.devtools.hosts import DEFAULT_VERSION, ROOT
 
+HERE = Path(__file__).resolve().parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 
 PINNED_ONLY = (
@@ -20,14 +21,28 @@ PINNED_ONLY = (
 RUN_ON_BOTH = "cat_to_dog_demo"
 
 
+@pytest.hookimpl(trylast=True)  # after pytest's own order, which knows no languages
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the runs of all examples but one on the newest frontend: they take long, and do not depend on it."""
+    """Leaves out the runs of all examples but one on the newest frontend: they take long, and do not depend on it.
+
+    Puts together what is seen in one language, since the frontend is opened anew for each.
+    """
     left_out = [
         item for item in items if _runs_once(getattr(item, "originalname", ""), getattr(item, "callspec", None))
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    places = [place for place, item in enumerate(items) if item.path.parent == HERE]
+    for place, item in zip(places, sorted((items[place] for place in places), key=_opened_for), strict=True):
+        items[place] = item
+
+
+def _opened_for(item: pytest.Item) -> tuple[str, str]:
+    """The frontend and the language that a test sees, the pinned frontend and English first."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    language = params.get("language", "en")
+    return "" if params.get("frontend_server") == "pinned" else "newest", "" if language == "en" else language
 
 
 def _runs_once(test: str, call) -> bool:

@@ -61,8 +61,9 @@ class Program:
     def __init__(self, python: Path, arguments: list[object], home: Path, **variables: str) -> None:
         # Ray's sockets lie below this folder, and their paths may have 107 letters
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-        own = {"HOME": str(home), "RAY_TMPDIR": self._temporary.name, "PYTHONDONTWRITEBYTECODE": "1"}
-        bytecode = {"PYTHONPYCACHEPREFIX": str(running().folder / "bytecode")}
+        own = {"HOME": str(home), "RAY_TMPDIR": self._temporary.name}
+        # without its bytecode each of Ray's processes would compile Ray first
+        bytecode = {"PYTHONPYCACHEPREFIX": str(running().folder / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
         self.process = subprocess.Popen(
             [str(python), str(ROOT / "cluster"), *map(str, arguments)],
             env=clean_environment(**own, **bytecode, **one_thread(), **variables),
