@@ -133,7 +133,7 @@ class NoiseMask:
 
 
 def limited(noise_mask: torch.Tensor | None, mask: torch.Tensor | None, latent: torch.Tensor) -> torch.Tensor | None:
-    """A latent's noise mask limited to a MASK [B or 1, height, width] as well, 1 where the picture may change.
+    """A latent's noise mask limited to a MASK [B or 1, height, width] as well: [B, 1, H, W], 1 where the picture may change.
 
     Raises ValueError for NaN, and for several masks that are fewer than the pictures.
     """
@@ -141,7 +141,7 @@ def limited(noise_mask: torch.Tensor | None, mask: torch.Tensor | None, latent: 
         if tensor is not None:
             check_finite(tensor, socket, "Draw the mask again.")
             check_masks(tensor, len(latent), socket)
-    both = [_latent_mask(tensor, latent) for tensor in (mask, noise_mask) if tensor is not None]
+    both = [_latent_mask(tensor, latent)[:, :1] for tensor in (mask, noise_mask) if tensor is not None]
     return math.prod(both) if both else None
 
 
@@ -180,4 +180,4 @@ def edited_area(
 
 
 def _latent_mask(mask: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    return comfy.utils.reshape_mask(mask.float(), latent.shape).to(latent)
+    return comfy.utils.reshape_mask(mask.float().clamp(0, 1), latent.shape).to(latent)

@@ -6,6 +6,7 @@ import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from composed_run import edit, invert, sampled, soft_model
 from pix2pix_zero.host.sampling.edit import PRESETS
+from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from pix2pix_zero.host.sampling.source import edited_area, masked
 from small_unet import conditioning, latent
 
@@ -62,6 +63,34 @@ def test_each_picture_of_a_batch_has_its_own_mask(model):
     assert changed[1, ..., :5].max() <= 1e-5
     assert changed[0, ..., :5].mean() > 0.1
     assert changed[1, ..., 7:].mean() > 0.1
+
+
+def test_each_picture_of_a_batch_has_its_own_mask_at_the_sampler(model):
+    """Beside a mask of the latent, whose part they share, and in FlowEdit."""
+    masks = torch.cat([left(64, 96), 1 - left(64, 96)])
+    top = torch.ones(1, 64, 96)
+    top[:, 40:] = 0.0
+    picture = picture_with(top, batch=2)
+    flow = FlowEditing(steps=4, local_blend=0.0, mask=masks)
+    with torch.inference_mode():
+        flowed, area = flow_edit_latent(model, conditioning(), conditioning(seed=1), None, picture, flow)
+    for changed in (changes(model, picture, mask=masks), (flowed - picture["samples"]).abs()):
+        assert changed[0, ..., 7:].max() <= 1e-5
+        assert changed[1, ..., :5].max() <= 1e-5
+        assert changed[:, :, 6:].max() <= 1e-5
+        assert changed[0, :, :4, :5].min() > 0
+        assert changed[1, :, :4, 7:].min() > 0
+    assert area[0, :32, :40].min() > 0.99
+    assert area[1, :32, 56:].min() > 0.99
+
+
+def test_a_mask_of_bytes_is_one_of_all_or_nothing(model):
+    """Values beyond 0 to 1 would not mix the picture with the source but go far beyond both."""
+    inversion = invert(model, picture=latent(1, HEIGHT, WIDTH))
+    ours, expected = (edit(model, inversion, mask=mask) for mask in (255 * left(64, 96).byte(), left(64, 96)))
+    assert torch.equal(ours, expected)
+    ours, expected = (changes(model, picture_with(mask)) for mask in (3 * left(64, 96) - 1, left(64, 96)))
+    assert torch.equal(ours, expected)
 
 
 def test_one_mask_is_for_all_pictures_and_more_masks_are_cut_off(model):
