@@ -19,16 +19,23 @@ from ..scene_renders import render
 log = logging.getLogger("pix2pix_zero.distilled")
 
 
+DRAWN_BY = (
+    "Caption",
+    "EditDirection",
+    "Inversion",
+    "ApplyDirection",
+    "KSampler",
+)  # nodes, whose defaults make the edit
+
+
 class Teacher:
-    """The guided edit with the nodes' defaults and the edit's own knobs, on the demo model. `steps`: of the inversion."""
+    """The edit with the nodes' defaults and the edit's own knobs, on the demo model. `steps`: of the inversion."""
 
     def __init__(self, edit: QualityEdit, steps: int):
         import nodes as host_nodes
 
-        from ...nodes import NODES
-
         self.edit, self.steps = edit, steps
-        self._nodes = {node.__name__.removeprefix("Pix2PixZero"): node for node in NODES}
+        self._nodes = _nodes()
         self._encode_text = host_nodes.CLIPTextEncode().encode
         self.model, self.clip, self.vae = self._run("DemoModel")
         (self.captioner,) = self._run("LoadCaptioner", model_name="demo", allow_download=False)
@@ -77,6 +84,12 @@ class _Listed(list):
     """A list of conditionings, which are lists themselves."""
 
 
+def _nodes() -> dict[str, type]:
+    from ...nodes import NODES
+
+    return {node.__name__.removeprefix("Pix2PixZero"): node for node in NODES}
+
+
 def render_sources(edit: QualityEdit, seeds: Sequence[int]) -> Tensor:
     """The unedited scenes [B, H, W, 3] in 0..1."""
     pictures = [render(sample_scene(seed, **edit.before)) for seed in seeds]
@@ -94,7 +107,9 @@ def what_is_shared(name: str, steps: int) -> dict[str, object]:
 
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     concept = asdict(EDITS[name].concept)
-    return {"edit": name, "steps": steps, "teacher": digest, "knobs": concept}
+    nodes = _nodes()
+    defaults = {node: with_defaults(nodes[node], {}) for node in DRAWN_BY}
+    return {"edit": name, "steps": steps, "teacher": digest, "knobs": concept, "defaults": defaults}
 
 
 @dataclass(frozen=True)
