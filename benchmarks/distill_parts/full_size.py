@@ -18,7 +18,7 @@ from ..cost_parts.unets import FULL
 
 SIDE = 512
 STEPS = 50
-PASSES = 3.8  # of the UNet for a step of the default edit, inversion included: `bench cost`
+PASSES = 3.2  # of the UNet for a step of the default edit, inversion included: `bench cost`
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
