@@ -19,6 +19,7 @@ from .results import Results
 from .worker import FAILED, LOST, MADE, UNFIT, Answer, ServerSpec, Worker
 from .workflow import ClusterError, Workflow, read_workflow
 
+JOINS = 4  # attempts at a cluster that is too busy to serve us at once
 BLAMES = 3  # pictures that a server failed at and another one made
 
 
@@ -105,7 +106,7 @@ def _answer(reference) -> Answer:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as failure:
-        return Answer(LOST, f"Ray: {str(failure).strip().splitlines()[0]}")
+        return Answer(LOST, f"Ray: {cause(failure)}")
 
 
 def _started(server: Server, answer: Answer, servers: list[Server], progress: Progress) -> None:
@@ -151,7 +152,6 @@ def _drop(server: Server, words: str, servers: list[Server]) -> None:
 def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
     """One actor for each ComfyUI, in a Ray of our own or in a cluster. Nothing of them is left behind."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
     from ray import cloudpickle
 
     _check_address(settings.address)
@@ -163,10 +163,10 @@ def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
     print("Starting Ray ..." if not settings.address else f"Connecting to {settings.address} ...", flush=True)
     servers: list[Server] = []
     try:
-        ray.init(address=settings.address or "local", **options)
+        join(settings.address, options)
     except (OSError, RuntimeError, ValueError) as failure:  # ConnectionError is an OSError
         where = f"with the cluster at {settings.address}" if settings.address else "here"
-        raise ClusterError(f"Ray does not start {where}: {str(failure).strip().splitlines()[0]}") from failure
+        raise ClusterError(f"Ray does not start {where}: {cause(failure)}") from failure
     # other machines of a cluster need Ray, but not this pack
     cloudpickle.register_pickle_by_value(sys.modules[__package__])
     try:
@@ -175,6 +175,26 @@ def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
             yield servers
     finally:
         _end(servers)
+
+
+def join(address: str, options: dict) -> None:
+    """Start or join Ray, again if a cluster at ray:// does not bring up what serves us within the time that it gives it."""
+    import ray
+
+    for attempt in range(1, JOINS + 1):
+        try:
+            ray.init(address=address or "local", **options)
+            return
+        except ConnectionAbortedError as failure:  # only of Ray's client
+            if attempt == JOINS:
+                raise
+            print(f"Not connected ({cause(failure)}). Trying again ({attempt} of {JOINS - 1}) ...", flush=True)
+
+
+def cause(failure: Exception) -> str:
+    """The line of Ray's words that says what happened: the last one of a traceback, else the first."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
+    return lines[-1] if any(line.startswith(('File "', "Traceback")) for line in lines) else lines[0]
 
 
 def _check_address(address: str) -> None:

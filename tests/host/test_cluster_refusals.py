@@ -41,6 +41,7 @@ def head(python, tmp_path_factory):
         prefix="ray-", ignore_cleanup_errors=True
     )  # its sockets' paths must be short
     own = {"HOME": str(home), "RAY_TMPDIR": temporary.name, "RAY_USAGE_STATS_ENABLED": "0"}
+    own["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "300"  # beside other tests, a client's server takes its time
     command = [
         python.with_name("ray"),
         "start",

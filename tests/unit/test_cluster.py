@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from pix2pix_zero.cluster.commands import main
 from pix2pix_zero.cluster.pictures import Pictures, is_cut_off, list_pictures
 from pix2pix_zero.cluster.results import Results
+from pix2pix_zero.cluster.run import cause, join
 from pix2pix_zero.cluster.workflow import ClusterError, read_workflow
 from pix2pix_zero.devtools.hosts import ROOT
 
@@ -180,3 +182,59 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "python -m venv ray-env" in told and "requirements.txt" in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """`connections(failures)`: the addresses of all attempts at a Ray that fails so many times at first."""
+
+    def make(failures: int) -> list[str]:
+        attempts: list[str] = []
+
+        def init(address: str, **_: object) -> None:
+            attempts.append(address)
+            if len(attempts) <= failures:
+                raise ConnectionAbortedError(TRACEBACK)
+
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+        return attempts
+
+    return make
+
+
+TRACEBACK = """Initialization failure from server:
+Traceback (most recent call last):
+  File "proxier.py", line 780, in Datapath
+    raise RuntimeError(
+RuntimeError: Proxy failed to Connect to backend!
+
+"""
+
+
+def test_a_cluster_that_is_too_busy_to_serve_at_once_is_asked_again_in_words(connections, capsys):
+    attempts = connections(2)
+    join("ray://head:10001", {})
+    assert attempts == ["ray://head:10001"] * 3
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "Not connected (RuntimeError: Proxy failed to Connect to backend!). Trying again (1 of 3) ..."
+    assert second.endswith("Trying again (2 of 3) ...")
+
+
+def test_a_cluster_that_never_serves_is_given_up(connections):
+    attempts = connections(100)
+    with pytest.raises(ConnectionAbortedError):
+        join("ray://head:10001", {})
+    assert len(attempts) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (TRACEBACK, "RuntimeError: Proxy failed to Connect to backend!"),
+        ('ray::Worker.edit()\n  File "worker.py", line 1, in edit\nOSError: disk full\n', "OSError: disk full"),
+        ("The actor died.\n\tclass_name: Worker\n\tpid: 7", "The actor died."),
+        ("", "RuntimeError"),
+    ],
+)
+def test_rays_words_are_cut_to_the_line_that_says_what_happened(words, told):
+    assert cause(RuntimeError(words)) == told
