@@ -124,17 +124,19 @@ class PairFolder:
         shapes = {tuple(item.shape[:2]) for item in (source, edited, area) if item is not None}
         if len(shapes) > 1:
             raise PairError(f"pair {key}: its pictures have unequal sizes, {_sizes(shapes)}. Make them of one size.")
-        pixels = [None if item is None else to_bytes(item) for item in (source, edited, area)]
+        before, after, where = (
+            None if item is None else _png(to_bytes(item)) for item in interruptible((source, edited, area))
+        )
         mask = self.folder / "mask" / f"{key}.png"
         (self.folder / "edited" / f"{key}.png").unlink(missing_ok=True)
-        _write_png(self.folder / "source" / f"{key}.png", pixels[0])
-        if pixels[2] is None:
+        write_whole(self.folder / "source" / f"{key}.png", before)
+        if where is None:
             mask.unlink(missing_ok=True)
         else:
-            _write_png(mask, pixels[2])
+            write_whole(mask, where)
         if caption:
             write_whole(self.folder / "edited" / f"{key}.txt", (caption + "\n").encode())
-        _write_png(self.folder / "edited" / f"{key}.png", pixels[1])
+        write_whole(self.folder / "edited" / f"{key}.png", after)
 
     def read(self, keys: Iterable[str] | None = None) -> Pairs:
         """Load pairs, all of them if no keys are given.
@@ -174,7 +176,7 @@ def _read_png(path: Path, mode: str) -> np.ndarray:
         raise PairError(f"{path}: it cannot be read ({failure}). Delete this pair or make it again.") from failure
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
+def _png(pixels: np.ndarray) -> bytes:
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG", compress_level=3)
-    write_whole(path, png.getvalue())
+    return png.getvalue()

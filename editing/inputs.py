@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 LONGEST_TEXT = 2_000_000
+VALUES_AT_ONCE = 2**23  # that are looked at before the next look at whether the user has cancelled
 # Lists of files, which change while the server runs: the node itself looks its choice up.
 FILES = frozenset({"direction_name", "model_name", "clip_model", "dino_model", "lpips_model", "folder", "edit"})
 WINDOWS = (("start_percent", "end_percent"),)
@@ -52,9 +53,19 @@ def refuse_not_finite(found: Iterable[Values]) -> None:
         if values.tensor.is_floating_point():
             by_device[values.tensor.device].append(values)
     for group in by_device.values():
-        for finite, values in zip(torch.stack([each.tensor.isfinite().all() for each in group]).tolist(), group):
+        for finite, values in zip(torch.stack([all_finite(each.tensor) for each in group]).tolist(), group):
             if not finite:
                 raise ValueError(f"{values.socket}: it holds NaN or infinite values. {values.advice}")
+
+
+def all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, a tensor of one truth on the same device. Can be cancelled."""
+    if not tensor.ndim:
+        return tensor.isfinite()
+    longest = max(range(tensor.ndim), key=lambda dim: tensor.shape[dim])
+    size = max(1, VALUES_AT_ONCE * tensor.shape[longest] // max(1, tensor.numel()))
+    parts = [part.isfinite().all() for part in interruptible(tensor.split(size, longest))]
+    return torch.stack(parts).all()
 
 
 def check_inputs(sockets: Sequence[Socket], lists: Mapping[str, Sequence], kinds: Kinds) -> None:
@@ -256,7 +267,7 @@ def check_image_shape(image: torch.Tensor, socket: str) -> None:
 def check_image(image: torch.Tensor, socket: str) -> None:
     """Raise ValueError as `check_image_shape`, and for values that are not finite."""
     check_image_shape(image, socket)
-    if not torch.isfinite(image).all():
+    if not all_finite(image):
         raise ValueError(f"{socket}: it holds NaN or infinite values. Check the node that made it.")
 
 

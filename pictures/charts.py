@@ -66,8 +66,13 @@ def has_letters(letters: ImageFont.FreeTypeFont, text: str) -> bool:
 
 
 def as_image(picture: Image.Image) -> torch.Tensor:
-    """A Pillow picture as an IMAGE [height, width, 3] in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+    """A Pillow picture as an IMAGE [height, width, 3] in 0..1. Can be cancelled."""
+    pixels = np.asarray(picture.convert("RGB"))
+    image = np.empty(pixels.shape, np.float32)
+    for top in interruptible(range(0, len(pixels), ROWS_AT_ONCE)):
+        rows = slice(top, top + ROWS_AT_ONCE)
+        image[rows] = pixels[rows].astype(np.float32) / 255
+    return torch.from_numpy(image)
 
 
 def as_pillow(image: torch.Tensor) -> Image.Image:

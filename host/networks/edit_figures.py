@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ...editing import metrics
-from ...editing.inputs import check_image, check_text, rgb
+from ...editing.inputs import check_image, check_text, interruptible, rgb
 from .metric_models import ClipJudge, DinoJudge, LpipsJudge
 
 Figures = TypeVar("Figures")
@@ -96,7 +96,7 @@ def _pictures(batches: Sequence[torch.Tensor], socket: str) -> list[torch.Tensor
     pictures = []
     for batch in batches:
         check_image(batch, socket)
-        pictures += rgb(batch).cpu().split(1)
+        pictures += [rgb(picture).cpu() for picture in interruptible(batch.split(1))]
     return pictures
 
 

@@ -29,6 +29,15 @@ def usual():
     return usual_values()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that `time.thread_time` counts work, not the waiting for torch's other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def watch(monkeypatch):
     """The looks at the host's interrupt flag, as its server takes them too, whenever a progress bar moves."""
