@@ -1,18 +1,22 @@
-"""The decoder's features in UNet calls (Plug-and-Play, Tumanyan et al., CVPR 2023, section 4).
+"""A model's features in its calls (Plug-and-Play, Tumanyan et al., CVPR 2023, section 4).
 
-Sites are counted on the UNet at hand, so that every family that ComfyUI's UNetModel can be has them.
+Sites are counted on the model at hand. A UNet has features and self-attention in its decoder, whose family may be any that
+ComfyUI's UNetModel can be; a diffusion transformer has what its early blocks' attention gives, and keys and values.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from einops import rearrange
 
-from .attention import AttentionSite, is_unet, layers, with_attention
+from .attention import AttentionSite, is_unet, joined, layers, with_attention
+from .joint import Attention, JointSite, early_sites, holding_sites, with_joint_attention
 
 # In latent pixels a side: SD 1.x's block 4 of its output blocks, which the paper chose, and SDXL's block 1.
 FEATURE_STRIDE = 4
@@ -25,7 +29,13 @@ class ResidualSite(NamedTuple):
     index: int
 
 
-Site = ResidualSite | AttentionSite
+class OutputSite(NamedTuple):
+    """What the attention of a diffusion transformer's block gives the picture."""
+
+    attention: JointSite
+
+
+Site = ResidualSite | AttentionSite | OutputSite | JointSite
 Visit = Callable[[Site, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
 
 
@@ -78,28 +88,78 @@ def _check(unet: torch.nn.Module) -> None:
         )
 
 
+def source_sites(model: torch.nn.Module) -> tuple[list[Site], list[Site]]:
+    """(sites of features, sites of attention) at which a picture's layout is put into a diffusion model.
+
+    Each in the order of the forward pass; the last attention comes after all features. Raises ValueError for a model of
+    unknown class.
+    """
+    if is_unet(model):
+        residual = feature_site(model)
+        return [residual], self_attention_sites(model, residual.number)
+    return [OutputSite(site) for site in early_sites(model)], holding_sites(model)
+
+
 @contextlib.contextmanager
-def tapped(unet: torch.nn.Module, sites: Iterable[Site], visit: Visit, transformer_options: dict) -> Iterator[dict]:
-    """While active, the UNet goes on with what `visit(site, tensors)` returns in place of the tensors it is given.
+def tapped(call, sites: Iterable[Site], visit: Visit, transformer_options: dict) -> Iterator[dict]:
+    """While active, the model goes on with what `visit(site, tensors)` returns in place of the tensors it is given.
 
     They are, at a `ResidualSite`, the output of the second convolution [B, C, H, W], ahead of the skip's addition; at
-    an `AttentionSite` the self-attention's q, k and v [B, H*W, heads*d]. Yields the transformer options to call the
-    UNet with. Nothing stays on the UNet afterwards; a replace patch of another pack still computes the attention.
+    an `AttentionSite` the self-attention's q, k and v [B, H*W, heads*d]; at an `OutputSite` the attention's output and at a
+    `JointSite` its k and v, of the picture's rows alone [B, rows, heads*d]. Yields the transformer options to call the
+    model with. Nothing stays on it afterwards; a replace patch or an override of another pack still computes the attention.
     """
     sites = list(sites)
+    model = call.model.diffusion_model
     with contextlib.ExitStack() as stack:
         for site in sites:
             if isinstance(site, ResidualSite):
-                convolution = unet.output_blocks[site.number][site.index].out_layers[-1]
+                convolution = model.output_blocks[site.number][site.index].out_layers[-1]
                 stack.enter_context(convolution.register_forward_hook(partial(_visit_output, visit, site)))
 
         def attend(site, attention, q, k, v, options):
             return attention(*visit(site, (q, k, v)), options)
 
         attending = [site for site in sites if isinstance(site, AttentionSite)]
-        yield with_attention(transformer_options, "attn1", attending, attend)
+        if attending:
+            transformer_options = with_attention(transformer_options, "attn1", attending, attend)
+        joint = {getattr(site, "attention", site) for site in sites if isinstance(site, (JointSite, OutputSite))}
+        if joint:
+            taps = with_joint_attention(call, joint, _PictureRows(visit, sites).attend, transformer_options)
+            transformer_options = stack.enter_context(taps)
+        yield transformer_options
 
 
 def _visit_output(visit: Visit, site: ResidualSite, module, args, output: torch.Tensor) -> torch.Tensor:
     (output,) = visit(site, (output,))
     return output
+
+
+@dataclass
+class _PictureRows:
+    """What `visit` is shown of a diffusion transformer's attention at some sites."""
+
+    visit: Visit
+    sites: Collection[Site]
+
+    def attend(self, site: JointSite, attention: Attention, q, k, v) -> torch.Tensor:
+        here = attention.picture
+        if site in self.sites:
+            taken = self.visit(site, tuple(joined(tensor[:, :, here]) for tensor in (k, v)))
+            k, v = (
+                _with_rows(
+                    tensor, (slice(None), slice(None), here), rearrange(new, "b n (h d) -> b h n d", h=len(tensor[0]))
+                )
+                for tensor, new in zip((k, v), taken)
+            )
+        out = attention(q, k, v)
+        if OutputSite(site) in self.sites:
+            (taken,) = self.visit(OutputSite(site), (out[:, here],))
+            out = _with_rows(out, (slice(None), here), taken)
+        return out
+
+
+def _with_rows(tensor: torch.Tensor, here: tuple[slice, ...], rows: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor[here] = rows.to(tensor)
+    return tensor

@@ -22,10 +22,11 @@ from comfy.samplers import CFGGuider
 from einops import rearrange
 
 from ...attention_patches.attention import LastSiteReached
-from ...attention_patches.plug_and_play import Site, feature_site, self_attention_sites, tapped
+from ...attention_patches.joint import JointSite
+from ...attention_patches.plug_and_play import Site, source_sites, tapped
 from ...editing.trajectory import Inversion
 from .. import running
-from ..sampling.checks import check_inversion
+from ..sampling.checks import check_inversion, framed, unframed
 from ..sampling.source import NoiseMask, load_with_source, processed_source, start_of
 from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
 
@@ -37,13 +38,16 @@ def with_source_features(
 ) -> ModelPatcher:
     """A clone of the MODEL that draws with the layout of an inverted picture, in whatever sampler it is put.
 
-    `feature_until`, `attention_until`: the part of the inversion's steps, 0..1 from the noisiest on, in which the
-    residual features of `feature_site` and the self-attention's q and k from that block on are the source's (section 4,
-    tau_f and tau_A). A sampler may visit other levels than the inversion did. `negative_alpha`: the paper's alpha, the
-    share of the sampler's own negative in what cfg leads away from; the rest is the prediction for the source text.
-    Raises ValueError if the inversion was made with another model, or the model is no UNet.
+    `feature_until`, `attention_until`: the part of the inversion's steps, 0..1 from the noisiest on, in which features and
+    attention at the `source_sites` are the source's: of a UNet the residual features and the self-attention's q and k
+    (section 4, tau_f and tau_A), of a diffusion transformer what early attention gives, and the picture's keys and values,
+    these only where a noise mask lets nothing change. A sampler may visit other levels than the inversion did.
+    `negative_alpha`: the paper's alpha, the share of the sampler's own negative in what cfg leads away from; the rest is the
+    prediction for the source text.
+
+    Raises ValueError if the inversion was made with another model, or where the model attends is not known.
     """
-    check_inversion(inversion, model)
+    check_inversion(inversion, model, unet=False)
     sites = sites_until(model.model.diffusion_model, inversion, feature_until, attention_until)
     model = with_jobs(model)
     lockstep = _LockstepSampling(inversion, sites, negative_alpha)
@@ -57,14 +61,13 @@ def with_source_features(
 
 
 def sites_until(
-    unet: torch.nn.Module, inversion: Inversion, feature_until: float, attention_until: float
+    model: torch.nn.Module, inversion: Inversion, feature_until: float, attention_until: float
 ) -> dict[tuple[Site, ...], float]:
-    """The sites of the source's features and of its self-attention, each with the noise level that it ends at."""
-    residual = feature_site(unet)
-    attention = tuple(self_attention_sites(unet, residual.number))
+    """The sites of the source's features and of its attention, each with the noise level that it ends at."""
+    features, attention = source_sites(model)
     return {
-        (residual,): inversion.lowest_sigma(feature_until),
-        attention: inversion.lowest_sigma(attention_until),
+        tuple(features): inversion.lowest_sigma(feature_until),
+        tuple(attention): inversion.lowest_sigma(attention_until),
     }
 
 
@@ -97,7 +100,8 @@ class _LockstepSampling:
             return running.finite(executor(guider, sigmas, extra_args, callback, *start, *passed_on, **kwargs))
 
     def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
-        options = prepare_with(model_options, SourceFeatures(self.inversion, source, self.sites).put_into)
+        features = SourceFeatures(self.inversion, source, self.sites, mask)
+        options = prepare_with(model_options, features.put_into)
         if self.negative_alpha < 1:
             blend = partial(_blend_negative, source, self.negative_alpha)
             options["sampler_pre_cfg_function"] = [*options.get("sampler_pre_cfg_function", []), blend]
@@ -108,9 +112,10 @@ class _LockstepSampling:
 
     def _check_shape(self, noise: torch.Tensor) -> None:
         ours = self.inversion.latent(-1)
-        if noise.shape[1:] != ours.shape[1:] or len(noise) % len(ours):
+        given = unframed(noise)
+        if given.shape[1:] != ours.shape[1:] or len(given) % len(ours):
             raise ValueError(
-                f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(ours.shape)}. "
+                f"latent_image: its shape is {tuple(given.shape)}, that of the inverted picture {tuple(ours.shape)}. "
                 "Connect `noise` of the inversion node, as it is or repeated as a whole."
             )
 
@@ -128,10 +133,11 @@ def _blend_negative(source: list[dict], alpha: float, args: dict) -> list:
 
 def _keep_outside(inversion: Inversion, noise_mask: NoiseMask, args: dict) -> torch.Tensor:
     """A post-cfg function: where the inversion's noise mask is 0, euler goes down the source's own trajectory."""
-    denoised, sigma = args["denoised"], float(args["sigma"][0])
+    denoised, sigma = unframed(args["denoised"]), float(args["sigma"][0])
     mask = noise_mask.at(sigma, denoised)
     source = inversion.estimate_at(sigma).to(denoised)
-    return mask * denoised + (1 - mask) * comfy.utils.repeat_to_batch_size(source, len(denoised))
+    kept = mask * denoised + (1 - mask) * comfy.utils.repeat_to_batch_size(source, len(denoised))
+    return kept.reshape(args["denoised"].shape)
 
 
 class ReadFeatures:
@@ -149,7 +155,7 @@ class ReadFeatures:
         for entry in entries:
             weighted = comfy.samplers.get_area_and_mult(entry, x, timestep)
             if weighted is not None:
-                self.weights[entry["uuid"]] = weighted.mult[:, :1]
+                self.weights[entry["uuid"]] = unframed(weighted.mult)[:, :1]
         self._sums: dict[Site, tuple[torch.Tensor, ...]] = {}
         self._totals: dict[Site, torch.Tensor] = {}
 
@@ -161,7 +167,7 @@ class ReadFeatures:
                 raise LastSiteReached
             return tensors
 
-        return tapped(call.model.diffusion_model, self.sites, visit, transformer_options)
+        return tapped(call, self.sites, visit, transformer_options)
 
     def _add(self, site: Site, parts: list[torch.Tensor], weight: torch.Tensor) -> None:
         if len(self.weights) == 1:
@@ -204,11 +210,13 @@ class SourceFeatures:
     """The source's features at the present noise level, put into the edit's UNet calls.
 
     `source`: the processed conditioning. `ends`: groups of sites with the noise level down to which they are replaced.
+    `mask`: where keys and values of a diffusion transformer stay the edit's own, if anywhere.
     """
 
     inversion: Inversion
     source: list[dict]
     ends: dict[tuple[Site, ...], float]
+    mask: NoiseMask | None = None
     _sigma: float | None = None
     _features: dict = field(default_factory=dict)  # by conditioning area
     _areas: dict = field(default_factory=dict)  # by entry of the conditioning
@@ -229,12 +237,14 @@ class SourceFeatures:
             return model_options
         areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
         self._areas |= areas
-        x = self.inversion.latent_at(sigma).to(x_in)
+        x = framed(self.inversion.latent_at(sigma).to(x_in), model)
         for area in set(areas.values()) - self._features.keys():
             features = read_features(model, self._entries(area), x, sigma, sites, model_options)
-            # Attention's v stays the edit's own.
+            # Of q, k and v in a UNet the v stays the edit's own.
             self._features[area] = {site: tensors[:2] for site, tensors in features.items()}
-        return add_job(model_options, InjectFeatures(sites, self._features, self._areas))
+        own = None if self.mask is None else self.mask.at(sigma, unframed(x_in))
+        own = None if own is None else own[:, :1]
+        return add_job(model_options, InjectFeatures(sites, self._features, self._areas, own))
 
     def _entries(self, area: tuple | None) -> list[dict]:
         """The parts of the source's conditioning that speak for an area, or all if none does, each for that area."""
@@ -248,12 +258,14 @@ class SourceFeatures:
 class InjectFeatures:
     """Job: replace the features at `sites` by the source's, in every row of the batch.
 
-    `features`: by area and site. `areas`: of each entry of the conditioning.
+    `features`: by area and site. `areas`: of each entry of the conditioning. `own`: [pictures, 1, H, W], 1 where the keys and
+    values of a diffusion transformer are the edit's own (KV-Edit, Zhu et al., ICCV 2025), or None.
     """
 
     sites: list[Site]
     features: dict
     areas: dict
+    own: torch.Tensor | None = None
     stops: ClassVar[bool] = False
 
     def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
@@ -265,9 +277,13 @@ class InjectFeatures:
                 return tensors
             own = tensors[: len(features[0][site])]
             sources = ([part[site][i] for part in features] for i in range(len(own)))
-            return (*(_stack(parts, t, call) for parts, t in zip(sources, own)), *tensors[len(own) :])
+            taken = [_stack(parts, t, call) for parts, t in zip(sources, own)]
+            if self.own is not None and isinstance(site, JointSite):
+                here = _resized(_rows_of_call(self.own, len(own[0]), call), own[0])
+                taken = [torch.where(here == 1, mine, torch.lerp(t, mine, here)) for t, mine in zip(taken, own)]
+            return (*taken, *tensors[len(own) :])
 
-        return tapped(call.model.diffusion_model, self.sites, visit, transformer_options)
+        return tapped(call, self.sites, visit, transformer_options)
 
 
 def _stack(parts: list[torch.Tensor], like: torch.Tensor, call: UNetCall) -> torch.Tensor:
@@ -280,6 +296,12 @@ def _stack(parts: list[torch.Tensor], like: torch.Tensor, call: UNetCall) -> tor
         )
     repeated = (part.repeat(total // len(part), *(1 for _ in part.shape[1:])) for part in parts)
     return torch.cat([part[call.first : call.first + rows] for part in repeated]).to(like)
+
+
+def _rows_of_call(pictures: torch.Tensor, rows: int, call: UNetCall) -> torch.Tensor:
+    """Of a tensor with a row for each picture those of a call, repeated for each of its conditioning entries."""
+    here = pictures[call.first : call.first + call.pictures]
+    return here.repeat(rows // len(here), *(1 for _ in here.shape[1:]))
 
 
 def _area(entry: dict) -> tuple | None:

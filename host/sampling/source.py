@@ -21,7 +21,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 
 from ...editing.trajectory import Inversion
-from .checks import check_finite, framed, pixels_per_latent
+from .checks import check_finite, framed, pixels_per_latent, unframed
 
 SOURCE = "source"
 
@@ -82,7 +82,7 @@ def _check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None
     if latent_image is None or not noise.any():
         return
     ours = inversion.latent(-1)
-    start = latent_image[: len(ours)].to(ours)
+    start = unframed(latent_image)[: len(ours)].to(ours)
     if (start - ours).abs().max() < 1e-3 * ours.abs().max():
         raise ValueError(
             "noise: it would be added to `noise` of the inversion node, which is all the noise there must be. Use "

@@ -153,12 +153,12 @@ def test_an_inversion_of_another_model_is_refused(inversion):
         patch(small_model(seed=5), inversion)
 
 
-def test_a_model_that_is_no_unet_is_refused(model, inversion):
+def test_a_model_whose_layers_are_not_known_is_refused(model, inversion):
     other = model.clone()
     unet = model.model.diffusion_model
     try:
         model.model.diffusion_model = torch.nn.Linear(1, 1)
-        with pytest.raises(ValueError, match="model: it is not a UNet.*Use an SD 1.x"):
+        with pytest.raises(ValueError, match="model: where Linear attends is not known here. Use a UNet"):
             patch(other, inversion)
     finally:
         model.model.diffusion_model = unet

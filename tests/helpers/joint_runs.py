@@ -1,0 +1,39 @@
+"""What diffusion transformers attend with, seen from outside: by an override of another pack."""
+
+from dataclasses import dataclass, field
+
+import torch
+from comfy.sampler_helpers import convert_cond
+from comfy.samplers import calc_cond_batch, process_conds
+from flow_families import texts
+from pix2pix_zero.host.sampling.checks import framed
+
+
+@dataclass
+class Seen:
+    """An override of attention that keeps what it is called with: (q, k, v, output), all [B, rows, heads*d]."""
+
+    calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+
+    def __call__(self, func, q, k, v, *args, **options):
+        out = func(q, k, v, *args, **options)
+        by_head = options.get("skip_reshape")
+        flat = [tensor.transpose(1, 2).flatten(2) if by_head else tensor.flatten(2) for tensor in (q, k, v)]
+        self.calls.append((*(tensor.clone() for tensor in flat), out.clone()))
+        return out
+
+    def patch(self, model):
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = self
+        return model
+
+
+@torch.inference_mode()
+def evaluate(model, name, latent, options, text=None, sigma=0.5):
+    """One evaluation of a MODEL at latents [B, C, H, W], as samplers make it, under some model options."""
+    x = framed(latent, model)
+    text = texts(name, 1) if text is None else text
+    conds = {"positive": convert_cond(text)}
+    model.model.current_patcher = model
+    entries = process_conds(model.model, torch.zeros_like(x), conds, x.device, x, seed=0)["positive"]
+    return calc_cond_batch(model.model, [entries], x, torch.full((len(x),), sigma), options)[0]
