@@ -206,7 +206,7 @@ def sampler_guidance() -> Picture:
 
 @recipe
 def paste() -> Picture:
-    demo = Demo(seed=11)
+    demo = Demo()
     scene = demo.scene = demo.copy(demo.scene, side=512, distance=3.0)
     crop = demo.work_on_part(context=1.2)
     mask = demo.add("GrowMask", mask=crop[1], expand=14, tapered_corners=True)
@@ -222,30 +222,39 @@ def paste() -> Picture:
 def plug_and_play() -> Picture:
     demo = Demo()
     row = {"source": demo.scene[0]}
-    for text in ("an orange dog", "a zebra"):
+    texts = {
+        "an orange dog": "an orange dog in summer during the day",
+        "a dog at night": "a brown dog in summer at night",
+        "an oil pastel drawing": "an oil pastel drawing of a brown cat in summer during the day",
+    }
+    for label, text in texts.items():
         model = demo.add("Pix2PixZeroPlugAndPlay", model=demo.model[0], inversion=demo.inversion[0])
-        row[text] = demo.stock(model[0], demo.encode(f"{text} in summer during the day")[0], 3.0)
+        row[label] = demo.stock(model[0], demo.encode(text)[0], 3.0)
     return demo, row
 
 
 @recipe
 def prompt_to_prompt() -> Picture:
-    demo = Demo()
-    caption = "a photo of a brown cat in summer during the day"
+    demo = Demo(seed=8)
+    caption = "a photo of an orange cat in summer during the day"
     demo.source = demo.encode(caption)
     demo.inversion = demo.invert()
     row = {"source": demo.scene[0]}
-    for target in ("dog", "horse"):
+    edits = {
+        "cat to dog": ("cat", "dog"),
+        "cat to horse": ("cat", "horse"),
+        "day to night": ("during the day", "at night"),
+    }
+    for label, swap in edits.items():
         patched = demo.add(
             "Pix2PixZeroPromptToPrompt",
             model=demo.model[0],
             inversion=demo.inversion[0],
             clip=demo.model[1],
             source=caption,
-            target=caption.replace("cat", target),
-            local_blend=0.3,
+            target=caption.replace(*swap),
         )
-        row[f"cat to {target}"] = demo.stock(patched[0], patched[1], 2.0)
+        row[label] = demo.stock(patched[0], patched[1], 3.0 if label == "day to night" else 1.5)
     return demo, row
 
 
