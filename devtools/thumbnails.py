@@ -23,7 +23,7 @@ QUALITY = 88
 WIDEST = 560
 GAP = 8
 FIVE_EDITS = ROOT / "assets" / "five_edits.jpg"
-SCENE = 12  # of recipes that need one
+CAT, HORSE = 8, 12  # scenes of recipes that need one
 SEEDS = {"cat2dog": 114, "horse2zebra": 12, "add_glasses": 12, "day2night": 8, "sketch2pastel": 12}
 
 Pictures = Callable[[Graph], list[list]]
@@ -42,7 +42,7 @@ def _on_the_demo(graph: Graph) -> list[list]:
     """A photograph cannot be part of the pack, so the demo's model and a scene stand in."""
     model = graph.only("CheckpointLoaderSimple")
     graph.replace(model, "Pix2PixZeroDemoModel")
-    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", seed=SCENE)
+    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", seed=CAT)
     graph.change(graph.only("Pix2PixZeroCrop"), model_size=128, mask=None)
     graph.change(graph.only("Pix2PixZeroLoadCaptioner"), model_name="demo")
     graph.change(graph.only("Pix2PixZeroKSampler"), cfg=1.5)
@@ -61,7 +61,7 @@ def _strip(graph: Graph) -> list[list]:
 def _with_a_demo_student(graph: Graph) -> list[list]:
     """The student of day to night that ships, on a scene: nobody's own file and picture are there."""
     graph.replace(graph.only("UpscaleModelLoader"), "Pix2PixZeroDemoDistilled", edit="day2night")
-    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", subject="horse", time_of_day="day", seed=SCENE)
+    graph.replace(graph.only("LoadImage"), "Pix2PixZeroDemoScene", subject="horse", time_of_day="day", seed=HORSE)
     edited = graph.inputs(graph.only("SaveImage"))["images"]
     return [graph.inputs(Node(edited[0]))["image"], edited]
 
@@ -80,6 +80,9 @@ RECIPES: dict[str, Pictures] = {
     "sdedit_and_word_swap": _strip,
     "use_a_distilled_edit": _with_a_demo_student,
 }
+
+# The same graph for other checkpoints, or with sentences from elsewhere: on the demo's model the same picture.
+TWINS = {"edit_your_picture": ("edit_your_picture_sd2", "edit_your_picture_sdxl", "edit_with_written_sentences")}
 
 
 def draw_thumbnails(names: list[str]) -> None:
@@ -104,9 +107,10 @@ def draw_thumbnails(names: list[str]) -> None:
                 raise DevError(f"{name}: {error}") from None
             files = [outputs[node.key]["images"][0] for node in shown]
             sheet = _in_a_row([Image.open(io.BytesIO(server.view(entry))).convert("RGB") for entry in files])
-            path = EXAMPLES / f"{name}.jpg"
-            sheet.save(path, quality=QUALITY, optimize=True)
-            print(f"{name}: {sheet.width}x{sheet.height}, {path.stat().st_size / 1000:.0f} kB", flush=True)
+            for shown_for in (name, *TWINS.get(name, ())):
+                path = EXAMPLES / f"{shown_for}.jpg"
+                sheet.save(path, quality=QUALITY, optimize=True)
+                print(f"{shown_for}: {sheet.width}x{sheet.height}, {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 
 def _in_a_row(pictures: list[Image.Image]) -> Image.Image:
