@@ -103,20 +103,20 @@ def reference() -> Picture:
     demo = Demo()
     text = demo.encode("a photo of an orange cat in summer during the day")
     empty = demo.encode("")
-    knobs = {"cfg": 3.0}
     generated = demo.add(
         "Pix2PixZeroReference",
         model=demo.model[0],
         positive=text[0],
         negative=empty[0],
         latent_image=demo.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0],
-        **knobs,
+        seed=7,
+        cfg=3.0,
     )
     demo.source = text
     row = {"generated": demo.decode(generated[1])}
-    for source, target in (("cat", "dog"), ("summer", "winter")):
+    for source, target, local_blend in (("cat", "dog", 0.2), ("summer", "winter", 0.0)):
         positive = demo.apply(demo.direction(source, target)[0])
-        sampler = demo.sample(positive, generated, guidance_strength=0.2, **knobs)
+        sampler = demo.sample(positive, generated, cfg=3.0, local_blend=local_blend)
         demo.change(sampler, negative=empty[0])
         row[f"{source} to {target}"] = demo.decode(sampler[0])
     return demo, row
