@@ -24,6 +24,7 @@ from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model  # noqa: E40
 from pix2pix_zero.demo_model.scene import Scene, sample_scene  # noqa: E402
 from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
 from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
+from pix2pix_zero.demo_model.transformer import load_transformer  # noqa: E402
 from pix2pix_zero.editing.metrics import peak_signal_to_noise  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit  # noqa: E402
@@ -74,12 +75,15 @@ class Sampling(NamedTuple):
 
 
 class Model:
-    def __init__(self, weights: Path):
+    def __init__(self, weights: Path, transformer: Path | None = None):
         self.model, self.clip, self.vae = load_demo_model(weights)
+        if transformer is not None:
+            self.model = load_transformer(transformer)
 
     def encode(self, texts: list[str]) -> list:
         rows = [host_nodes.CLIPTextEncode().encode(self.clip, text)[0][0] for text in texts]
-        return [[torch.cat([row[0] for row in rows]), {}]]
+        pooled = torch.cat([row[1]["pooled_output"] for row in rows])
+        return [[torch.cat([row[0] for row in rows]), {"pooled_output": pooled}]]
 
     def draw(self, text: str, count: int, seed: int, sampling: Sampling) -> torch.Tensor:
         latent = {"samples": torch.zeros(count, 4, 16, 16)}
@@ -110,10 +114,11 @@ def main() -> None:
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--scheduler", default="normal")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--dit", type=Path, help="what `dev.py train dit` wrote, in the place of the UNet")
     options = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
-    model, judge = Model(options.weights), load_judge()
+    model, judge = Model(options.weights, options.dit), load_judge()
 
     held_out = pictures([sample_scene(FIRST_SEED + k) for k in range(256)])
     print(f"autoencoder, 256 scenes: {psnr(model.vae.decode(model.vae.encode(held_out)), held_out):.2f} dB")

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "train",
         _train,
-        "train the demo model, or, with `decoder` or `distilled`, those parts; other arguments go to the recipe",
+        "train the demo model, or, with `decoder`, `distilled` or `dit`, those parts; other arguments go to the recipe",
         takes_more=True,
     )
     add(
@@ -189,7 +189,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if not any(argument.partition("=")[0] == "--work" for argument in rest):
         rest = ["--work", str(ROOT / ".comfyui" / "training"), *rest]
     module = "train"
-    for word, name in {"distilled": "distill_students", "decoder": "train_decoder"}.items():
+    for word, name in {"distilled": "distill_students", "decoder": "train_decoder", "dit": "train_dit"}.items():
         if word in rest:
             rest.remove(word)
             module = name
