@@ -24,7 +24,7 @@ from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model  # noqa: E40
 from pix2pix_zero.demo_model.scene import Scene, sample_scene  # noqa: E402
 from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
 from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
-from pix2pix_zero.demo_model.transformer import load_transformer  # noqa: E402
+from pix2pix_zero.demo_model.training.transformer import load_transformer  # noqa: E402
 from pix2pix_zero.editing.metrics import peak_signal_to_noise  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit  # noqa: E402

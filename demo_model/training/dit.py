@@ -24,10 +24,10 @@ from ..loader import SCALE_FACTOR, TEXT_PREFIX, UNET_PREFIX
 from ..networks import CONTEXT_LENGTH, DemoClipModel
 from ..scene import Scene
 from ..scene_renders import render
-from ..transformer import build_transformer
 from .captions import CaptionSampler, Vocabulary
 from .decoder import load_autoencoder
 from .renders import to_pixels, training_scene
+from .transformer import build_transformer
 
 log = logging.getLogger("pix2pix_zero.dit")
 CHUNK = 500  # pictures between two writes of the latents

@@ -10,7 +10,7 @@ from pix2pix_zero.demo_model import train_dit
 from pix2pix_zero.demo_model.loader import UNET_PREFIX, WEIGHTS, load_demo_model
 from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.demo_model.training import dit
-from pix2pix_zero.demo_model.transformer import TRANSFORMER_SETTINGS, load_transformer
+from pix2pix_zero.demo_model.training.transformer import TRANSFORMER_SETTINGS, load_transformer
 from safetensors.torch import load_file
 
 import nodes as host_nodes

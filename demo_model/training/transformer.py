@@ -11,8 +11,8 @@ import comfy.model_patcher
 import comfy.supported_models_base
 import torch
 
-from .loader import SCALE_FACTOR, UNET_PREFIX, check_keys, read_weights
-from .networks import TEXT_WIDTH, DemoLatentFormat
+from ..loader import SCALE_FACTOR, UNET_PREFIX, check_keys, read_weights
+from ..networks import TEXT_WIDTH, DemoLatentFormat
 
 WIDTH = 128
 TRANSFORMER_SETTINGS = {
