@@ -13,7 +13,14 @@ from .. import running
 from ..messages import GUIDED, LEFT_OUT, NO_UNET, NOT_GUIDED, SAMPLING, STEP_DISTILLED
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
-from ..text.conditionings import areas_of, beside_the_source, check_conditioning, check_lengths, unlike_the_source
+from ..text.conditionings import (
+    areas_of,
+    beside_the_source,
+    check_conditioning,
+    check_lengths,
+    same_texts,
+    unlike_the_source,
+)
 from ..unet.jobs import attention_state, for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
@@ -121,6 +128,9 @@ def sample_edit(
     unread = not is_unet(model.model.diffusion_model) and any(getattr(settings, name) for name in NEED_MAPS)
     if not is_unet(model.model.diffusion_model):
         settings = without_maps(settings)
+    if inversion.generated is not None and same_texts(positive, inversion.source):
+        # The picture comes back, where the source's features would be others than its negative was drawn with.
+        settings = replace(settings, feature_until=0.0)
     texts = {
         "positive": beside_the_source(positive, inversion.source, "positive"),
         "negative": beside_the_source(negative, inversion.source, "negative"),
