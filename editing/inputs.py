@@ -17,6 +17,7 @@ LONGEST_TEXT = 2_000_000
 VALUES_AT_ONCE = 2**23  # that are looked at before the next look at whether the user has cancelled
 # Lists of files, which change while the server runs: the node itself looks its choice up.
 FILES = frozenset({"direction_name", "model_name", "clip_model", "dino_model", "lpips_model", "folder", "edit"})
+MAY_BE_INFINITE = frozenset({"attention_mask"})  # of a conditioning's options: it is added to what a softmax takes
 WINDOWS = (("start_percent", "end_percent"),)
 
 Item = TypeVar("Item")
@@ -144,9 +145,29 @@ def conditioning_values(conditioning: Any, socket: str) -> Iterator[Values]:
         mask = options.get("mask")
         if torch.is_tensor(mask) and not mask.numel():
             raise ValueError(f"{socket}: its mask has no pixels. Draw it again.")
-        for values in (text, options.get("pooled_output"), mask):
-            if torch.is_tensor(values):
-                yield Values(values, socket, "Encode the text again, with the CLIP in fp32, and draw its mask again.")
+        if text is not None:
+            yield Values(text, socket, "Encode the text again, with the CLIP in fp32.")
+        yield from _option_values(options, socket)
+
+
+def _option_values(options: Mapping[str, Any], socket: str) -> Iterator[Values]:
+    """The tensors in a conditioning's options, and in the control that it brings. Its numbers are checked."""
+    pending = [(name, value) for name, value in options.items() if name not in MAY_BE_INFINITE]
+    while pending:
+        name, value = pending.pop()
+        if torch.is_tensor(value):
+            yield Values(value, socket, f"That is its {name}: look at the node that set it.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{socket}: its {name} is {value}. Enter a finite number in the node that set it.")
+        elif isinstance(value, (list, tuple)):
+            pending += [(name, item) for item in value]
+        elif isinstance(value, dict):
+            pending += value.items()
+        elif name == "control":
+            parts = {
+                part: getattr(value, part, None) for part in ("strength", "cond_hint_original", "previous_controlnet")
+            }
+            pending += [("control", part) for part in parts.values() if part is not None]
 
 
 def _is_entry(entry: Any) -> bool:

@@ -25,7 +25,7 @@ from ..editing.inputs import Kinds, check_inputs, look_with
 from .messages import OF_SEVERAL
 from .out_of_memory import is_out_of_memory, refusal
 from .sampling.checks import OneFrame, framed, has_frames, unframed
-from .text.conditionings import check_width, stack_conditionings
+from .text.conditionings import check_width, stack_conditionings, with_float_masks
 
 NOT_FINITE = (
     "model: the sampling ended in NaN or infinite values. Load the model in bf16 or fp32, and lower cfg, guidance and the "
@@ -170,6 +170,7 @@ def entered(node: type[io.ComfyNode], kinds: Kinds) -> type[io.ComfyNode]:
             schema.append(node.GET_SCHEMA())  # the host's clone of the class cannot be changed
         given = _named(signature, cls, args, kwargs)
         check_entrance(schema[0], given, kinds)
+        given = _with_float_masks(schema[0], given)
         try:
             with listening() as told:
                 if lists is None:
@@ -212,6 +213,16 @@ def check_entrance(schema: io.Schema, given: dict[str, Any], kinds: Kinds) -> No
         for socket in (item.id for item in schema.inputs if item.get_io_type() == "CONDITIONING"):
             for conditioning in lists.get(socket, ()):
                 check_width(model, conditioning, socket)
+
+
+def _with_float_masks(schema: io.Schema, given: dict[str, Any]) -> dict[str, Any]:
+    changed = dict(given)
+    for socket in (item.id for item in schema.inputs if item.get_io_type() == "CONDITIONING"):
+        if given.get(socket) is not None:
+            every = given[socket] if schema.is_input_list else [given[socket]]
+            every = [text if text is None else with_float_masks(text) for text in every]
+            changed[socket] = every if schema.is_input_list else every[0]
+    return changed
 
 
 def _named(signature: inspect.Signature, cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.model_base import SDXL, SDXLRefiner
@@ -19,6 +20,7 @@ from ...attention_patches.attention import is_unet, layers
 from ...editing.trajectory import Inversion
 from .. import messages
 from ..sampling.checks import check_finite
+from ..sampling.source import check_masks
 
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
 # Of inpainting and pix2pix models: the further channels of the UNet's input.
@@ -74,6 +76,8 @@ def _common_options(options: list[dict], socket: str) -> dict:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and torch.equal(a, b.to(a))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -84,7 +88,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
-    """Raise ValueError unless every text of a CONDITIONING is finite and has one row, or one per picture of the batch."""
+    """Raise ValueError unless every text of a CONDITIONING is finite and has one row, or one per picture of the batch.
+
+    Its masks too are one for all pictures, or as many as these or more.
+    """
     if not conditioning:
         raise ValueError(f"{socket}: it is empty. Connect an encoded text.")
     for text, options in conditioning:
@@ -95,6 +102,8 @@ def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
         for values in (text, options.get("pooled_output"), options.get("mask")):
             if isinstance(values, torch.Tensor):
                 check_finite(values, socket, "Encode the text again, with the CLIP in fp32.")
+        if torch.is_tensor(options.get("mask")):
+            check_masks(options["mask"], batch, socket)
 
 
 def check_width(model: ModelPatcher, conditioning: list, socket: str) -> None:
@@ -162,6 +171,11 @@ def check_whole_sampling(conditioning: list, model: ModelPatcher, sigmas: torch.
             )
 
 
+def draws_negative(model: ModelPatcher, cfg: float) -> bool:
+    """Whether the host evaluates the negative text at this `cfg`: at 1 it only does for patches that ask for it."""
+    return not math.isclose(cfg, 1.0) or model.model_options.get("disable_cfg1_optimization", False)
+
+
 def beside_the_source(conditioning: list, source: list, socket: str) -> list:
     """A CONDITIONING of an edit with the further input channels and references of `source` where it names none of its own.
 
@@ -180,6 +194,23 @@ def beside_the_source(conditioning: list, source: list, socket: str) -> list:
             added["prompt_type"] = "positive"
         completed.append([text, {**added, **options}])
     return completed
+
+
+def says_something(entries: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> bool:
+    """Whether any entry of a processed conditioning is evaluated at latents [B, C, H, W] and their noise level [B]."""
+    return any(get_area_and_mult(entry, x, timestep) is not None for entry in entries)
+
+
+def with_float_masks(conditioning: list) -> list:
+    """A CONDITIONING whose masks the host can resize: those of true and false, or of integers, as fp32."""
+    return [
+        [text, {**options, "mask": options["mask"].float()}] if _is_whole(options.get("mask")) else [text, options]
+        for text, options in conditioning
+    ]
+
+
+def _is_whole(mask: Any) -> bool:
+    return torch.is_tensor(mask) and not mask.is_floating_point()
 
 
 def _common(sources: list[dict], names: tuple[str, ...], socket: str) -> dict[str, Any]:

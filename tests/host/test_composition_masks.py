@@ -8,6 +8,8 @@ from composed_run import edit, invert, sampled, soft_model
 from pix2pix_zero.host.sampling.edit import PRESETS
 from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from pix2pix_zero.host.sampling.source import edited_area, masked
+from pix2pix_zero.nodes.flow_edit import Pix2PixZeroFlowEdit
+from pix2pix_zero.nodes.sockets import with_defaults
 from small_unet import conditioning, latent
 
 import nodes as core
@@ -107,6 +109,29 @@ def test_fewer_masks_than_pictures_are_refused(model):
         invert(model, picture={**latent(3, HEIGHT, WIDTH), "noise_mask": two})
     with pytest.raises(ValueError, match="mask: it brings 2 masks for 3 pictures"):
         edit(model, invert(model, picture=latent(3, HEIGHT, WIDTH)), mask=two)
+
+
+def test_masks_of_texts_are_one_for_each_picture_or_one_for_all(model):
+    two = [[conditioning()[0][0], {"mask": left(64, 96, 2), "mask_strength": 1.0}]]
+    with pytest.raises(ValueError, match="positive: it brings 2 masks for 3 pictures"):
+        invert(model, two, latent(3, HEIGHT, WIDTH))
+
+
+def test_a_text_may_have_a_mask_of_true_and_false(model, run_node):
+    """The host cannot resize one."""
+    texts = [[conditioning(), conditioning(seed=1)] for _ in range(2)]
+    drawn = []
+    for kind in (torch.bool, torch.float32):
+        source, target = (
+            [[here[0][0], {"mask": left(64, 96).to(kind), "mask_strength": 1.0}], *beside]
+            for here, beside in (texts[0], texts[1][::-1])
+        )
+        inputs = {"model": model, "source": source, "target": target, "latent_image": latent(1, HEIGHT, WIDTH)}
+        inputs = with_defaults(Pix2PixZeroFlowEdit, {**inputs, "steps": 2})
+        drawn.append(
+            run_node(Pix2PixZeroFlowEdit, **{name: [value] for name, value in inputs.items()})[0][0]["samples"]
+        )
+    assert torch.equal(*drawn)
 
 
 def test_masks_of_latent_and_sampler_limit_together(model):

@@ -1,5 +1,6 @@
 """Lists of texts and batches of pictures."""
 
+import numpy as np
 import pytest
 import torch
 from comfy_api.latest import io
@@ -123,6 +124,7 @@ def test_an_empty_list_is_named(node):
         ({"control": object()}, {"control": object()}),
         ({}, {"mask": torch.ones(1, 8, 8)}),
         ({"pooled_output": torch.ones(1, 2)}, {}),
+        ({"of another pack": np.ones(2)}, {"of another pack": np.zeros(2)}),
     ],
 )
 def test_texts_that_are_limited_differently_are_refused(limits):
@@ -132,7 +134,7 @@ def test_texts_that_are_limited_differently_are_refused(limits):
 
 
 def test_a_common_limit_is_kept():
-    limit = {"mask": torch.ones(1, 8, 8), "area": (4, 4, 0, 0), "control": object()}
+    limit = {"mask": torch.ones(1, 8, 8), "area": (4, 4, 0, 0), "control": object(), "of another pack": np.ones(2)}
     ((_, options),) = stack_conditionings([[[torch.zeros(1, 4, 3), dict(limit)]] for _ in range(2)], "positive")
     assert options.keys() == limit.keys()
     assert all(options[name] is limit[name] for name in limit)
