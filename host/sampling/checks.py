@@ -28,6 +28,7 @@ NORM_GROUPS = 32  # of channels, in the normalizations of a UNet
 # The side of the pictures that a UNet was trained on, by the width of the texts that it attends to; of all others the last.
 SIDES = {768: 512, 1024: 768}
 LARGEST_SIDE = 1024
+LARGEST_VALUE = 1e5  # of a latent: about as much as fp16 holds, a thousand times what a VAE gives
 USE = "Use a model that predicts eps or v: SD 1.x, SD 2.x, SDXL or one made from them."
 FAINT = 1e-3  # part of a model's noisiest level, by which a grid may miss it
 # By the host's class and what is in the file's name: the model that a step-distilled one was made from.
@@ -307,6 +308,11 @@ def clean_latent(model: ModelPatcher, latent_image: dict) -> torch.Tensor:
             "VAE that belongs to the model."
         )
     check_finite(samples, "latent_image", "Try the VAE in fp32, and check the picture.")
+    if (largest := float(samples.abs().max())) > LARGEST_VALUE:
+        raise ValueError(
+            f"latent_image: its values reach {largest:.1e}, where those of a picture stay below 100. Look at the nodes between "
+            "VAE Encode and this one, such as Latent Multiply."
+        )
     _check_not_too_small(model, *samples.shape[-2:])
     return samples
 

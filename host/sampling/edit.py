@@ -18,6 +18,8 @@ from ..text.conditionings import (
     beside_the_source,
     check_conditioning,
     check_lengths,
+    check_whole_sampling,
+    draws_negative,
     same_texts,
     unlike_the_source,
 )
@@ -184,6 +186,9 @@ def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: 
     for conditioning, socket in ((positive, "positive"), (negative, "negative")):
         check_conditioning(conditioning, inversion.batch, socket)
         check_lengths(conditioning, model, socket)
+    spoken = {"positive": positive, **({"negative": negative} if draws_negative(model, settings.cfg) else {})}
+    for socket, conditioning in spoken.items():
+        check_whole_sampling(conditioning, model, inversion.sigmas, socket)
     if len(positive) != len(inversion.source):
         raise ValueError(
             f"positive: it has {len(positive)} parts, the caption of the inversion {len(inversion.source)}. "

@@ -12,7 +12,7 @@ from ...editing.trajectory import Generated, Inversion, NoisePath, ddim_step, pr
 from .. import running
 from ..messages import GENERATING
 from ..running import Run, sample
-from ..text.conditionings import check_conditioning, check_lengths, check_whole_sampling
+from ..text.conditionings import check_conditioning, check_lengths, check_whole_sampling, draws_negative
 from .checks import AUTO, check_numbers, clean_latent, ddim_grid, made_with, noise_path, too_large, unframed
 from .invert import affordable_latents
 
@@ -46,6 +46,8 @@ def generate_reference(
         check_conditioning(conditioning, len(empty), socket)
         check_lengths(conditioning, model, socket)
     check_whole_sampling(positive, model, sigmas, "positive")
+    if draws_negative(model, settings.cfg):
+        check_whole_sampling(negative, model, sigmas, "negative")
     for advice in too_large(model, empty):
         running.warn(advice)
     kept_in, _ = affordable_latents(model, empty, len(sigmas) - 1, corrections=0)

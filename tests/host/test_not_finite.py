@@ -8,6 +8,7 @@ import pytest
 import torch
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.regularization import NoiseRegularization
+from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from pix2pix_zero.nodes.attention_heatmap import Pix2PixZeroAttentionHeatmap
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
@@ -107,6 +108,30 @@ def test_a_caption_that_is_silent_for_a_part_of_the_sampling_is_refused(model, w
     limited = [[conditioning()[0][0], {"start_percent": window[0], "end_percent": window[1]}]]
     with pytest.raises(ValueError, match="positive: it is limited to a part of the sampling"):
         invert(model, limited)
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("socket", ["positive", "negative"])
+def test_texts_of_an_edit_and_of_a_reference_are_not_silent_either(model, socket, window):
+    """The host draws a text that says nothing as a grey picture."""
+    limited = [[conditioning(seed=1)[0][0], {"start_percent": window[0], "end_percent": window[1]}]]
+    texts = {"positive": conditioning(seed=1), "negative": conditioning(), socket: limited}
+    with pytest.raises(ValueError, match=f"{socket}: it is limited to a part of the sampling"):
+        edit(model, invert(model), **texts)
+    with pytest.raises(ValueError, match=f"{socket}: it is limited to a part of the sampling"):
+        generate_reference(model, **texts, latent_image=latent(), settings=ReferenceSettings(steps=3, cfg=2.0))
+
+
+def test_a_negative_that_is_not_drawn_may_be_limited(model):
+    inversion = invert(model)
+    limited = [[conditioning()[0][0], {"end_percent": 0.5}]]
+    assert torch.equal(edit(model, inversion, negative=limited, cfg=1.0), edit(model, inversion, cfg=1.0))
+
+
+def test_a_latent_that_is_no_picture_is_not_the_models_fault(model):
+    """Its squares overflow in the UNet's normalizations."""
+    with pytest.raises(ValueError, match=r"^latent_image: its values reach 1.0e\+20"):
+        invert(model, picture={"samples": 1e20 * torch.ones(1, 4, 8, 8)})
 
 
 def test_captions_that_cover_the_sampling_together_are_taken(model):

@@ -20,6 +20,12 @@ def test_nan_latent_is_refused(model):
         invert(model, picture=picture)
 
 
+@pytest.mark.parametrize("empty", [{}, {"samples": torch.zeros(0, 4, 8, 8)}])
+def test_a_latent_without_pictures_is_refused(model, empty):
+    with pytest.raises(ValueError, match="latent_image: it holds no picture"):
+        invert(model, picture={"noise_mask": None, **empty})
+
+
 def test_latent_of_another_kind_is_refused(model):
     with pytest.raises(ValueError, match="latent_image.*VAE"):
         invert(model, picture={"samples": torch.randn(1, 16, 8, 8)})
