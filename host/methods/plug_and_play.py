@@ -27,8 +27,8 @@ from ...attention_patches.plug_and_play import Site, source_sites, tapped
 from ...editing.trajectory import Inversion
 from .. import running
 from ..sampling.checks import check_inversion, framed, unframed
-from ..sampling.source import NoiseMask, load_with_source, processed_source, start_of
-from ..unet.jobs import UNetCall, add_job, only_job, prepare_with, with_jobs
+from ..sampling.source import NoiseMask, check_size, load_with_source, processed_source, start_of
+from ..unet.jobs import LEFT_OUT, UNetCall, add_job, only_job, prepare_with, with_jobs
 
 KEY = "pix2pix_zero_plug_and_play"
 
@@ -179,7 +179,12 @@ class ReadFeatures:
         self._totals[site] = self._totals.get(site, 0) + weight
 
     def features(self) -> dict[Site, tuple[torch.Tensor, ...]]:
-        """What was read, by site; empty where no entry is active at this noise level."""
+        """What was read, by site; empty where no entry is active at this noise level.
+
+        Raises ValueError where another pack's wrapper has answered in place of the UNet.
+        """
+        if self.weights and not self._sums:
+            raise ValueError(LEFT_OUT)
         if not self._totals:
             return self._sums
         return {
@@ -228,6 +233,7 @@ class SourceFeatures:
 
         The source is evaluated once for all evaluations at it and each area of `conds`.
         """
+        check_size(x_in, self.inversion)
         sigma = float(timestep[0])
         if sigma != self._sigma:
             self._sigma = sigma

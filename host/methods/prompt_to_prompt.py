@@ -25,11 +25,11 @@ from ...editing.word_masks import WordMask, soft_mask
 from .. import running
 from ..messages import OTHER_SOURCE
 from ..sampling.checks import check_inversion
-from ..sampling.source import NoiseMask, load_with_source, processed_source, start_of
-from ..text.conditionings import TEXT_LENGTHS
+from ..sampling.source import NoiseMask, check_size, load_with_source, processed_source, start_of
+from ..text.conditionings import TEXT_LENGTHS, says_something
 from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize
 from ..text.text_encoding import require_clip
-from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
+from ..unet.jobs import LEFT_OUT, add_job, is_for_own_sampler, only_job, with_jobs
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 BLEND_FROM = 0.2
@@ -291,6 +291,7 @@ class Sampling:
     def predict_noise(
         self, executor: Callable, x: torch.Tensor, timestep: torch.Tensor, model_options: dict, seed: int | None
     ) -> torch.Tensor:
+        check_size(x, self.edit.inversion)
         sigma = float(timestep[0])
         cross, to_itself = sigma >= self.edit.cross_end, sigma >= self.edit.self_end
         taken = self.cross if cross else self.watched
@@ -324,6 +325,8 @@ class Sampling:
         latent = self.edit.inversion.latent_at(float(timestep[0])).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
         if len(attention.kept) != len(attention.sites):
+            if says_something(self.source, latent, timestep):
+                raise ValueError(LEFT_OUT)
             raise ValueError(
                 "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
             )

@@ -13,8 +13,8 @@ from ...editing.guidance import Maps
 from ...editing.trajectory import NoisePath
 from .. import running
 from ..messages import NOT_AT_ONCE, ONE_BY_ONE
-from ..text.conditionings import Entry, compared_with, entries_of, same_values
-from ..unet.jobs import add_job
+from ..text.conditionings import Entry, compared_with, entries_of, same_values, says_something
+from ..unet.jobs import LEFT_OUT, add_job
 from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
 from ..unet.memory import MODES
 from .checks import estimates, noise_path, unframed
@@ -154,12 +154,15 @@ class UNetPasses:
     def denoise_and_record(self, x: torch.Tensor, sigma: float, keep: Callable) -> torch.Tensor:
         """`denoise`, with the maps of the positive branch handed to `keep((entry, site), maps)` on the way."""
         job = RecordMaps(self.sites, self._entries("positive", x, sigma), keep, stops=False)
-        return self._denoise(x, sigma, partial(self._branches, [job], False))
+        denoised = self._denoise(x, sigma, partial(self._branches, [job], False))
+        self._check_made(job, "positive", x, sigma)
+        return denoised
 
     def record_maps(self, branch: str, x: torch.Tensor, sigma: float) -> Maps:
         maps = {}
         job = RecordMaps(self.sites, self._entries(branch, x, sigma), maps.__setitem__, stops=True)
         self._evaluate(branch, x, sigma, job)
+        self._check_made(job, branch, x, sigma)
         return maps
 
     def map_gradient(
@@ -169,6 +172,7 @@ class UNetPasses:
             self._tell(ONE_BY_ONE)
         job = self._match(branch, x, sigma, reference, stops=True)
         self._evaluate(branch, x, sigma, job)
+        self._check_made(job, branch, x, sigma)
         return job.gradient, job.distance
 
     def denoise_and_match(
@@ -178,6 +182,7 @@ class UNetPasses:
         evaluate = partial(self._branches, [job], self._holds(hold_negative))
         denoised = self.model_k(x, _timestep(x, sigma), **self._evaluated_by(evaluate))
         self.estimates.sigma = sigma
+        self._check_made(job, "positive", x, sigma)
         return denoised, job.gradient, job.distance
 
     def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stops: bool) -> MatchMaps:
@@ -188,6 +193,11 @@ class UNetPasses:
             others = self._entries("negative", x, sigma) if self.patched else []
             entries = entries + [replace(entry, share=None, compared=False) for entry in others]
         return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stops)
+
+    def _check_made(self, job: RecordMaps | MatchMaps, branch: str, x: torch.Tensor, sigma: float) -> None:
+        """Raise ValueError where another pack's wrapper has answered in place of the UNet, whose attention is needed."""
+        if not job.made and says_something(self.guider.conds[branch], x, _timestep(x, sigma)):
+            raise ValueError(LEFT_OUT)
 
     def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:
         return entries_of(self.guider.conds[branch], x, _timestep(x, sigma))

@@ -90,6 +90,16 @@ def _check_no_noise_added(noise: torch.Tensor, latent_image: torch.Tensor | None
         )
 
 
+def check_size(x: torch.Tensor, inversion: Inversion) -> None:
+    """Raise ValueError unless latents [B, C, H, W] have the inverted picture's size, which some samplers change on the way."""
+    size = tuple(inversion.trajectory.shape[-2:])
+    if tuple(x.shape[-2:]) != size:
+        raise ValueError(
+            f"sampler: it draws at another size, {tuple(x.shape[-2:])} in the latent, than that of the inverted picture, {size}. "
+            "Use one that keeps the size, such as euler, and enlarge the picture afterwards."
+        )
+
+
 def start_of(
     inversion: Inversion, sigmas: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

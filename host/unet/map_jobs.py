@@ -60,7 +60,8 @@ class Checkpointing:
 class RecordMaps:
     """Job: hand the maps to `keep((number of the entry, site), maps)`, fp32 [B, heads, H*W, tokens].
 
-    `stops`: skip the rest of the UNet. Without it, the output is that of a call without the job.
+    `stops`: skip the rest of the UNet. Without it, the output is that of a call without the job. `made`: whether there was
+    a call.
     """
 
     def __init__(self, sites: list[AttentionSite], entries: list[Entry], keep: Callable, stops: bool):
@@ -68,11 +69,13 @@ class RecordMaps:
         self.entries = entries
         self.keep = keep
         self.stops = stops
+        self.made = False
 
     @contextlib.contextmanager
     def tapped(self, call: UNetCall, transformer_options: dict) -> Iterator[dict]:
         entries, numbers = _in_call(call, self.entries)
         seen = set()
+        self.made = True
 
         def attend(site, attention, q, k, v, options):
             seen.add(site)
@@ -116,6 +119,7 @@ class MatchMaps:
         self.checkpointing = checkpointing
         self.stops = stops
         self.overflows = 0
+        self.made = False
         self.gradient = torch.zeros_like(x)
         self.distance = x.new_zeros(len(x))
 
@@ -145,6 +149,7 @@ class MatchMaps:
         That is in fewer rows where memory ran out. Where the gradient overflowed, it is at a smaller scale: a graph that
         is kept for a second backward pass is never freed with checkpointing.
         """
+        self.made = True
         matching = _Matching(self, call)
         if not matching.has_reference:
             return torch.zeros_like(call.x) if self.stops else call(call.x, call.transformer_options)

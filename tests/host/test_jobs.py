@@ -3,6 +3,8 @@
 import sys
 
 import comfy.samplers
+import plug_and_play_runs as plugged
+import prompt_to_prompt_runs as prompted
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -13,6 +15,8 @@ from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.source import EditGuider
 from pix2pix_zero.host.unet.jobs import for_own_sampler
 from pix2pix_zero.host.unet.map_jobs import Checkpointing
+from pix2pix_zero.host.views.attention_heat import mean_attention
+from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from small_edit import edit, invert
 from small_unet import conditioning, latent, loaded_small_model
 
@@ -63,6 +67,48 @@ def test_a_node_that_leaves_out_unet_calls_is_named(model, action):
         else:
             edit(lazy, inversion, preset="official")
     assert kept == (2 if action == "invert" else 1), "the first call of an inversion sees the picture, on no level"
+
+
+def answering_alone(model, kind):
+    """A model whose UNet is not called any more: by a wrapper of one of the kinds in which such nodes are written."""
+    lazy = model.clone()
+    if kind == "a function around the model":
+        lazy.set_model_unet_function_wrapper(lambda apply, args: torch.zeros_like(args["input"]))
+    elif kind == "a wrapper inside the model":
+        lazy.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "lazy", lambda _, x, *args, **kwargs: torch.zeros_like(x))
+    else:
+        lazy.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "lazy", _zeros_of_each)
+    return lazy
+
+
+def _zeros_of_each(executor, model, conds, x, *args, **kwargs):
+    return [torch.zeros_like(x) for _ in conds]
+
+
+READERS = {
+    "KSampler": lambda model, inversion, clip: edit(model, inversion, strength=0.1),
+    "official": lambda model, inversion, clip: edit(model, inversion, preset="official"),
+    "features": lambda model, inversion, clip: edit(model, inversion, strength=0.0, feature_until=0.5),
+    "Invert Picture": lambda model, inversion, clip: invert(model),
+    "Plug-and-Play": lambda model, inversion, clip: plugged.sample(plugged.patch(model, inversion), inversion),
+    "Prompt-to-Prompt": lambda model, inversion, clip: prompted.edit(model, inversion, clip, "a dog on a sofa"),
+    "Attention Heatmap": lambda model, inversion, clip: mean_attention(model, inversion, 77, (0.0, 1.0), "all"),
+    "Feature PCA": lambda model, inversion, clip: feature_pictures(model, inversion, "queries", 0.5),
+}
+
+
+KINDS = ("a function around the model", "a wrapper inside the model", "a wrapper of all texts")
+# What puts the source's features into a call has nothing to do where there is none.
+PUTS = ("features", "Plug-and-Play")
+
+
+@pytest.mark.parametrize(
+    ("reader", "kind"), [(reader, kind) for reader in READERS for kind in KINDS[: 2 if reader in PUTS else 3]]
+)
+def test_all_that_reads_the_unet_says_so_where_it_is_not_called(model, clip, reader, kind):
+    inversion = prompted.invert(model, clip)
+    with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"), torch.inference_mode():
+        READERS[reader](answering_alone(model, kind), inversion, clip)
 
 
 def with_nag(model):

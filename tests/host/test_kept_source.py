@@ -109,6 +109,19 @@ def test_above_the_inversions_noise_prompt_to_prompt_goes_on_as_plug_and_play_do
     assert picture.isfinite().all()
 
 
+@pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
+def test_a_sampler_that_enlarges_the_latent_on_its_way_is_named(model, clip, edited):
+    def enlarge(model_k, x, sigmas, extra_args, callback, disable):
+        for sigma in sigmas[:-1]:
+            x = torch.nn.functional.interpolate(model_k(x, sigma * x.new_ones(1), **extra_args), scale_factor=2.0)
+        return x
+
+    inversion = prompted.invert(model, clip)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"^sampler: .*\(16, 16\).*\(8, 8\)"):
+        patch.setattr(comfy.samplers, "sampler_object", lambda name: comfy.samplers.KSAMPLER(enlarge))
+        edited(model, clip, inversion)
+
+
 def test_pictures_with_a_caption_each_are_refused_by_prompt_to_prompt(model, clip):
     rows = torch.cat([prompted.encode(clip, text)[0][0] for text in (prompted.SOURCE, "a red house")])
     with torch.inference_mode():
