@@ -43,7 +43,7 @@ class Pix2PixZeroFolderPicture(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, index: int) -> str:
+    def fingerprint_inputs(cls, folder: str | None, index: int | None) -> str:
         return folder_stamp(folder, index)
 
     @classmethod

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..networks.model_kinds import children
 from ..networks.students import upscale_model
 
 if TYPE_CHECKING:  # see host/networks/students.py
@@ -13,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "demo_model" / "distilled"
 
 def demo_student_names() -> list[str]:
     """The edits that were distilled, such as cat2dog."""
-    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+    return sorted(path.stem for path in children(FOLDER) if path.suffix == ".safetensors")
 
 
 def demo_student(edit: str) -> "ModelDescriptor":

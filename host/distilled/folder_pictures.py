@@ -22,6 +22,8 @@ def picture_paths(folder: str) -> list[Path]:
 
     Raises ValueError if the name leaves the input folder, there is no such folder or no picture in it.
     """
+    if not isinstance(folder, str) or "\0" in folder:
+        raise ValueError(f"folder: {folder!r} is not the name of a folder. Choose one from the list.")
     root = Path(folder_paths.get_input_directory())
     parts = () if folder == ITSELF else Path(folder.replace("\\", "/")).parts
     path = root.joinpath(*parts)
@@ -66,13 +68,19 @@ def _read(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(turned.convert("RGB"))).float().div(255)[None]
 
 
-def folder_stamp(folder: str, index: int) -> str:
-    """Changes when another picture comes to stand at this place, or this one changes."""
-    paths = picture_paths(folder)
-    if index >= len(paths):
-        return str(len(paths))
-    stat = paths[index].stat()
-    return f"{len(paths)} {paths[index]} {stat.st_size} {stat.st_mtime_ns}"
+def folder_stamp(folder: str | None, index: int | None) -> str:
+    """Changes when another picture comes to stand at this place, or this one changes.
+
+    One for every folder that comes by a link and is not yet known, or cannot be read. A linked index is not known either:
+    then all pictures count.
+    """
+    try:
+        paths = picture_paths(folder)
+        shown = paths[index : index + 1] if isinstance(index, int) else paths
+        stats = [(str(path), path.stat()) for path in shown]
+    except (OSError, ValueError):  # said when the node runs
+        return str(folder)
+    return " ".join([str(len(paths)), *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)])
 
 
 def _counted(name: str) -> list[tuple[int, int, str]]:
