@@ -203,7 +203,7 @@ def move_conditioning(conditioning: list, direction: EditDirection, strength: fl
         if not same_encoder(cond, direction):
             raise ValueError(
                 "conditioning: it was encoded by another text encoder than the direction. Make the direction with the "
-                "same CLIP, with the same CLIP skip and LoRAs, that encoded the caption."
+                "same CLIP, in the same precision and with the same CLIP skip and LoRAs, that encoded the caption."
             )
         new_options = options.copy()
         for name, tensor in direction.tensors.items():

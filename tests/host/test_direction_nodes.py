@@ -147,12 +147,13 @@ def test_a_caption_from_another_text_encoder_is_refused(clip, direction, run_nod
             )
 
 
-def test_directions_of_one_encoder_in_two_precisions_combine(clip, direction, run_node):
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_directions_of_one_encoder_in_two_precisions_combine(clip, direction, run_node, precision):
     """Its name is made of its weights, which a rougher precision rounds."""
     with torch.inference_mode():
         rounded = tiny_clip("sd1" if "SD1" in direction.encoder else "sdxl")
         for weight in rounded.cond_stage_model.parameters():
-            weight.copy_(weight.bfloat16())
+            weight.copy_(weight.to(precision))
     lines = {"source_sentences": "a cat", "target_sentences": "a dog"}
     (again,) = run_node(nodes.Pix2PixZeroEditDirectionFromSentences, clip=rounded, **lines)
     assert again.encoder != direction.encoder
