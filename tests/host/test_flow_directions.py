@@ -1,5 +1,7 @@
 """Directions where texts have no fixed length: the caption is encoded again with the words exchanged, for every encoder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flow_encoders import ENCODERS, small_encoder
@@ -99,6 +101,17 @@ def test_several_edits_are_exchanged_together_if_they_weigh_the_same():
     assert_equal(applied(clip, 1.0, edit=combine(*edits, 1.0, 1.0)), encoded(clip, EXCHANGED.replace("bench", "sofa")))
     with pytest.raises(ValueError, match="^direction: .*different weights"):
         applied(clip, 1.0, edit=combine(*edits, 1.0, 0.5))
+
+
+def test_edits_found_by_an_encoder_in_two_precisions_are_exchanged_together():
+    """They are words, whatever the weights were rounded to; those of another kind of encoder stay apart."""
+    clip = small_encoder("Flux")
+    edits = direction(clip), find_direction(clip, ["bench"], ["sofa"], "bench", "sofa")
+    kind, _, layers = edits[1].encoder.partition("-")
+    rounded = replace(edits[1], encoder=f"{kind}-0123456789abcdef-{layers.partition('-')[2]}")
+    assert combine(edits[0], rounded, 1.0, 1.0).exchanges == combine(*edits, 1.0, 1.0).exchanges
+    with pytest.raises(ValueError, match="direction_a and direction_b"):
+        combine(edits[0], replace(rounded, encoder=f"Another{rounded.encoder}"), 1.0, 1.0)
 
 
 def test_what_does_not_fit_is_refused_by_its_socket(tmp_path):
