@@ -35,12 +35,16 @@ def _at_site(attend: Callable, kind: str, site: AttentionSite, *args) -> torch.T
 
 
 class SourceAttention:
-    """Job: keep the queries and keys of one UNet call on the source picture. `sites`: where, none left out."""
+    """Job: keep the queries and keys of one UNet call on the source picture.
+
+    `sites`: where, none left out. `tokens`: of its text.
+    """
 
     stops = True
 
-    def __init__(self, sites: list[Site]):
+    def __init__(self, sites: list[Site], tokens: int):
         self.sites = sites
+        self.tokens = tokens
         self.kept: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tapped(self, call, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
@@ -53,8 +57,9 @@ class SourceAttention:
         return attention(q, k, v, options)
 
     def maps(self, site: Site, heads: int) -> torch.Tensor:
-        """The maps drawn there, fp32 [B, heads, pixels, tokens]."""
-        return attention_maps(*self.kept[site], heads)
+        """The maps of the text that are drawn there, fp32 [B, heads, pixels, tokens]. Other packs may add keys of their own."""
+        q, k = self.kept[site]
+        return attention_maps(q, k[:, : self.tokens], heads)
 
 
 @dataclass

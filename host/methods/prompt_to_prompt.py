@@ -297,7 +297,7 @@ class Sampling:
         taken = self.cross if cross else self.watched
         if to_itself:
             taken = taken + self.self_attention
-        attention = SourceAttention(taken)
+        attention = SourceAttention(taken, len(self.token_map.mapper))
         if taken:
             self._attend_to_source(attention, x, timestep, model_options)
         seen = {}

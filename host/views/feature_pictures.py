@@ -36,6 +36,11 @@ def feature_pictures(
     else:
         tensor = features[site][KINDS.index(kind) - 1]
     check_finite(tensor, "model", BROKEN)
+    if tensor.shape[1] != height * width:
+        raise ValueError(
+            f"model: another node's patch gives its self-attention {tensor.shape[1]} {kind} for {height}x{width} places, which "
+            f"are no picture any more. Take it out, or choose {KINDS[0]}."
+        )
     colours = as_colours(principal_components(rearrange(tensor, "b n c -> (b n) c")))
     pictures = rearrange(colours, "(b h w) c -> b c h w", h=height, w=width)
     size = [pixels_per_latent(model) * side for side in inversion.trajectory.shape[-2:]]

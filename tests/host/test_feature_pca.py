@@ -90,6 +90,16 @@ def test_a_block_that_is_not_there_is_refused(model, inversion, run_node, block,
                  decoder_block=block)  # fmt: skip
 
 
+def test_a_patch_that_leaves_out_keys_is_named(model, inversion, run_node):
+    """As token merging does."""
+    merged = model.clone()
+    merged.set_model_attn1_patch(lambda q, k, v, options: (q, k[:, ::2], v[:, ::2]))
+    inputs = {"model": merged, "inversion": inversion, "percent": 0.5}
+    with pytest.raises(ValueError, match="^model: .* keys for .* places"):
+        run_node(Pix2PixZeroFeaturePCA, **inputs, features="keys")
+    assert run_node(Pix2PixZeroFeaturePCA, **inputs, features="queries")[0].isfinite().all()
+
+
 def test_an_inversion_of_another_model_is_refused(inversion, run_node):
     with pytest.raises(ValueError, match="inversion: it was made with another model. Connect the same model"):
         run_node(Pix2PixZeroFeaturePCA, model=small_model(seed=5), inversion=inversion, features="queries", percent=0.5)

@@ -10,6 +10,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache as caches
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
+from pix2pix_zero.attention_patches.plug_and_play import feature_site
 from pix2pix_zero.host.sampling.flow_edit import FlowEditing, flow_edit_latent
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.sampling.source import EditGuider
@@ -109,6 +110,29 @@ def test_all_that_reads_the_unet_says_so_where_it_is_not_called(model, clip, rea
     inversion = prompted.invert(model, clip)
     with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"), torch.inference_mode():
         READERS[reader](answering_alone(model, kind), inversion, clip)
+
+
+def test_a_node_that_leaves_the_unet_half_way_is_named(model, clip):
+    """Some of the features are read then, and the others are missing."""
+    inversion = prompted.invert(model, clip)
+    lazy = model.clone()
+    unet = model.model.diffusion_model
+    (further, *_) = unet.output_blocks[feature_site(unet).number + 1]
+
+    def leave(executor, x, *args, **kwargs):
+        with further.register_forward_pre_hook(_stop_iteration):
+            try:
+                return executor(x, *args, **kwargs)
+            except StopIteration:
+                return torch.zeros_like(x)
+
+    lazy.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "lazy", leave)
+    with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"):
+        plugged.sample(plugged.patch(lazy, inversion), inversion)
+
+
+def _stop_iteration(*args):
+    raise StopIteration
 
 
 def with_nag(model):

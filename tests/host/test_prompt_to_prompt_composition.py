@@ -106,6 +106,18 @@ def test_attention_of_another_pack_keeps_its_part(model, clip, inversion):
     assert (out - bonus - apply_maps(maps, branch(call, name, "to_v", 0))).norm() <= 1e-5 * out.norm()
 
 
+@pytest.mark.parametrize("options", [{}, {"local_blend": 0.3}], ids=["plain", "blended"])
+def test_keys_that_another_pack_adds_to_the_texts_are_not_taken_for_words(model, clip, inversion, options):
+    """The text twice over is the same attention, and so the same edit."""
+    longer = model.clone()
+    longer.set_model_attn2_patch(lambda q, k, v, options: (q, k.repeat(1, 2, 1), v.repeat(1, 2, 1)))
+    edits = []
+    for each in (model, longer):
+        patched, positive = patch(each, inversion, clip, "a dog on a sofa", **options)
+        edits.append(sample(patched, inversion, positive, encode(clip, "")))
+    assert (edits[0] - edits[1]).abs().max() <= 1e-4 * edits[0].std()
+
+
 def test_lora_and_stock_patches_come_along(model, clip, inversion):
     name = next(name for name in model.model.state_dict() if name.endswith("attn2.to_q.weight"))
     weight = model.model.state_dict()[name]
