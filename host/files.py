@@ -2,10 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import folder_paths
+
+from .pinned import PINNED, Pin
 
 HASHED_BYTES = 1 << 24
 WEIGHTS = "model.safetensors"
@@ -35,14 +38,19 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None:
-    """Fetch the files `artefacts` of `repo_id` from the Hugging Face hub into `folder`, nothing else.
+def download_model(repo_id: str, folder: Path) -> None:
+    """Fetch the files of `repo_id` that are pinned from the Hugging Face hub into `folder`, nothing else.
 
-    All come from one commit, and large files are compared with the SHA-256 that the hub names for them. Raises ValueError:
+    Each comes from its commit, and one that is not what its pin says is removed. Raises ValueError: the model is not pinned,
     nobody has agreed to downloads on this machine, or the download failed; a later run goes on where it stopped.
     """
-    artefacts = list(artefacts)
-    by_hand = f"put these files there by hand: {', '.join(artefacts)}."
+    pins = PINNED.get(repo_id)
+    if pins is None:
+        raise ValueError(
+            f"allow_download: {repo_id} is not fetched, since no version of its {WEIGHTS} is known here to compare it with. "
+            f"Put the files of one that you trust into {folder} by hand, or choose one of {', '.join(PINNED)}."
+        )
+    by_hand = f"put these files there by hand: {', '.join(pins)}."
     agreement = downloads_agreement()
     if not agreement.exists():
         raise ValueError(
@@ -51,7 +59,7 @@ def download_model(repo_id: str, folder: Path, artefacts: Iterable[str]) -> None
             f"Or {by_hand}"
         )
     try:
-        _fetch(repo_id, folder, artefacts)
+        _fetch(repo_id, folder, pins)
     except Exception as error:  # the hub's client has no common base class, and raises that of its HTTP library
         raise ValueError(
             f"allow_download: {repo_id} could not be downloaded to {folder}: {error}. Check the network and run again, "
@@ -65,17 +73,34 @@ def downloads_agreement() -> Path:
     return Path(folder_paths.get_user_directory()) / "pix2pix_zero_downloads_allowed"
 
 
-def _fetch(repo_id: str, folder: Path, artefacts: list[str]) -> None:
-    from huggingface_hub import HfApi, snapshot_download
+def _fetch(repo_id: str, folder: Path, pins: Mapping[str, Pin]) -> None:
+    from huggingface_hub import HfApi, hf_hub_download
 
-    info = HfApi().model_info(repo_id, revision=_safetensors_revision(repo_id), files_metadata=True)
-    logger.info("Downloading %s (commit %s) from the Hugging Face hub to %s", repo_id, info.sha, folder)
-    snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=artefacts)
-    for file in info.siblings:
-        path = folder / file.rfilename
-        if file.lfs is not None and file.rfilename in artefacts and file_sha256(path) != file.lfs.sha256:
+    told = {}  # what the hub names for files whose SHA-256 is not known here
+    for commit in {pin.commit for pin in pins.values() if pin.sha256 is None}:
+        info = HfApi().model_info(repo_id, revision=commit, files_metadata=True)
+        if info.sha != commit:
+            raise OSError(f"the hub gives commit {info.sha} for {commit}")
+        told |= {file.rfilename: file for file in info.siblings}
+    for name, pin in pins.items():
+        path = folder / name
+        logger.info(
+            "Downloading %s of %s (commit %s) from the Hugging Face hub to %s", name, repo_id, pin.commit, folder
+        )
+        hf_hub_download(repo_id, name, revision=pin.commit, local_dir=folder)
+        if not (file_sha256(path) == pin.sha256 if pin.sha256 else _is_what_the_hub_names(path, told.get(name))):
             path.unlink()
-            raise OSError(f"{file.rfilename} is not the file that the hub names, and has been removed")
+            raise OSError(f"{name} is not the file that it has to be, and has been removed")
+
+
+def _is_what_the_hub_names(path: Path, file: Any) -> bool:
+    """`file`: the hub's entry of it, with the SHA-256 of a large file or Git's own name of a small one's content."""
+    if file is None:
+        return False
+    if file.lfs is not None:
+        return file_sha256(path) == file.lfs.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
 
 
 def file_sha256(path: Path) -> str:
@@ -85,20 +110,3 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(HASHED_BYTES):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _safetensors_revision(repo_id: str) -> str:
-    """The revision of `repo_id` that holds safetensors: main, else the hub's own automatic conversion.
-
-    Raises FileNotFoundError: the repository offers its weights only as a pickle.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    if api.file_exists(repo_id, WEIGHTS):
-        return "main"
-    for discussion in api.get_repo_discussions(repo_id, author="SFconvertbot", discussion_type="pull_request"):
-        revision = f"refs/pr/{discussion.num}"
-        if discussion.status != "closed" and api.file_exists(repo_id, WEIGHTS, revision=revision):
-            return revision
-    raise FileNotFoundError(f"it offers no {WEIGHTS}, and other weights are never read")

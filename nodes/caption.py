@@ -24,14 +24,14 @@ class Pix2PixZeroLoadCaptioner(io.ComfyNode):
                     options=model_names(BLIP),
                     default=DEMO,
                     tooltip="'demo' knows only the embedded demo scenes. For photographs use a BLIP folder in "
-                    "models/blip; the large model describes more, the base model is faster. A name with a slash is "
-                    "one that can be downloaded.",
+                    "models/blip; the large model describes more, the base model is faster. The large one can be "
+                    "downloaded.",
                 ),
                 io.Boolean.Input(
                     "allow_download",
                     default=False,
-                    tooltip="Tick to fetch the chosen Salesforce model (1 to 2 GB) into models/blip if it is not "
-                    "there. Without the tick nothing is ever downloaded."
+                    tooltip="Tick to fetch Salesforce/blip-image-captioning-large (1.9 GB), if it is chosen, into models/blip "
+                    "if it is not there. Without the tick nothing is ever downloaded."
                     " The first download on a machine asks for a confirmation.",
                 ),
             ],

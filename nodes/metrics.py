@@ -83,7 +83,7 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
                     "allow_download",
                     default=False,
                     optional=True,
-                    tooltip="Tick to fetch the chosen CLIP or DINO model (0.1 to 1.7 GB) into "
+                    tooltip="Tick to fetch the chosen CLIP model (0.6 or 1.7 GB) into "
                     "models/pix2pix_zero/metrics if it is not there. Without the tick nothing is ever downloaded."
                     " The first download on a machine asks for a confirmation.",
                 ),
@@ -140,13 +140,16 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
 
 
 def _model_input(kind: kinds.ModelKind, advice: str) -> io.Combo.Input:
+    if kind is kinds.DINO:
+        of_slash = "a name with a slash stands for a folder of its last part, which is not downloaded."
+    else:
+        of_slash = "a name with a slash is one that can be downloaded."
     return io.Combo.Input(
         kind.socket,
         options=kinds.model_names(kind),
         default=kinds.NONE,
         optional=True,
-        tooltip=f"{advice} A folder in models/pix2pix_zero/metrics with config.json and model.safetensors; a name with a "
-        "slash is one that can be downloaded.",
+        tooltip=f"{advice} A folder in models/pix2pix_zero/metrics with config.json and model.safetensors; {of_slash}",
     )
 
 

@@ -13,12 +13,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 
 from ..files import WEIGHTS, download_model, files_fingerprint, register_folder
+from ..pinned import PINNED
 
 CONFIG = "config.json"
 SHARDS = "model.safetensors.index.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt")
 NONE = "none"
 DEMO = "demo"
@@ -41,7 +41,7 @@ class ModelKind:
     without: str
     """The first name of the list, for which there is no folder."""
     well_known: tuple[str, ...]
-    """Ids on the hub, which can be downloaded."""
+    """Ids on the hub; those that are pinned can be downloaded."""
     network: str
     config: str
     image_processor: str = ""
@@ -50,13 +50,6 @@ class ModelKind:
     """The files a tokenizer is read from: all of one of these sets."""
     borrowed: str = ""
     """Another folder of ComfyUI in which folders of this kind may lie."""
-
-    @property
-    def artefacts(self) -> tuple[str, ...]:
-        """The files that are downloaded."""
-        preprocessor = (PREPROCESSOR,) if self.image_processor else ()
-        words = [name for names in self.vocabularies for name in names]
-        return (CONFIG, WEIGHTS, *preprocessor, *words, *(TOKENIZER_SETTINGS if words else ()))
 
 
 BLIP = ModelKind(
@@ -108,7 +101,7 @@ def register_folders() -> None:
 
 
 def model_names(kind: ModelKind) -> list[str]:
-    """What needs no folder, the user's folders that may hold this kind of model, then the ids that can be downloaded."""
+    """What needs no folder, the user's folders that may hold this kind of model, then the ids on the hub."""
     own = [folder for folder in _folders(kind.folder_name) if model_type(folder) in (kind.model_type, None)]
     names = {folder.name for folder in (*own, *_borrowed(kind))}
     return [kind.without, *sorted(names - {kind.without}), *kind.well_known]
@@ -153,12 +146,12 @@ def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     """
     folder = model_folder(kind, name)
     if allow_download and name in kind.well_known and missing_files(kind, snapshot(folder)):
-        download_model(name, folder, kind.artefacts)
+        download_model(name, folder)
     folder = snapshot(folder)
     missing = missing_files(kind, folder)
     if not missing:
         return folder
-    source = next((repo_id for repo_id in kind.well_known if repo_id.endswith("/" + folder.name)), None)
+    source = _to_download(kind, name, folder)
     choice = "" if source == name else f"choose '{source}' and "
     by_tick = f" Or {choice}tick allow_download." if source else ""
     if kind is BLIP:
@@ -178,6 +171,13 @@ def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     raise ValueError(
         f"{kind.socket}: the folder {folder} is incomplete. Missing: {', '.join(missing)}. Put them there.{by_tick}"
     )
+
+
+def _to_download(kind: ModelKind, name: str, folder: Path) -> str | None:
+    """The id whose download would help: that of the folder, or another one for an id that is not pinned."""
+    pinned = [repo_id for repo_id in kind.well_known if repo_id in PINNED]
+    same = [repo_id for repo_id in pinned if repo_id.endswith("/" + folder.name)]
+    return next(iter(same or (pinned if name in kind.well_known else ())), None)
 
 
 def missing_files(kind: ModelKind, folder: Path) -> list[str]:

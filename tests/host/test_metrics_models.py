@@ -2,13 +2,10 @@
 
 import importlib.util
 import json
-import logging
 import math
 import sys
-from types import SimpleNamespace
 
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 from judge_figures import pictures
@@ -120,50 +117,15 @@ def test_a_damaged_file_is_named(judge_models, measure, folder, file):
     assert file in str(error.value)
 
 
-@pytest.fixture
-def hub(monkeypatch, judge_folder, tmp_path):
-    """A stand-in for the Hugging Face hub that serves the tiny DINO folder and writes down what is asked of it.
-
-    The user has agreed to downloads.
-    """
-    import huggingface_hub
-
-    calls = []
-
-    class Api:
-        def file_exists(self, repo_id, filename, *, revision="main"):
-            return filename == "model.safetensors"
-
-        def model_info(self, repo_id, *, revision, files_metadata):
-            return SimpleNamespace(sha=f"commit of {revision}", siblings=[])
-
-    def snapshot_download(repo_id, *, revision, local_dir, allow_patterns):
-        calls.append((repo_id, revision, local_dir, allow_patterns))
-        local_dir.mkdir(parents=True)
-        for path in (judge_folder / "dino").iterdir():
-            (local_dir / path.name).write_bytes(path.read_bytes())
-
-    (tmp_path / "user" / "pix2pix_zero_downloads_allowed").mkdir(parents=True)
-    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_downloads_only_when_ticked_and_only_once(judge_models, hub, measure, caplog):
+def test_a_model_that_is_not_pinned_is_not_downloaded(judge_models, measure):
     options = {"source": pictures(1), "edited": pictures(1), "dino_model": "facebook/dino-vitb8"}
-    with pytest.raises(ValueError, match="^dino_model: .*tick allow_download"):
+    with pytest.raises(
+        ValueError, match="^dino_model: there is no .* model.safetensors of one into the folder"
+    ) as error:
         measure(**options)
-    assert hub == []
-    with caplog.at_level(logging.INFO):
+    assert "allow_download" not in str(error.value)
+    with pytest.raises(ValueError, match="^allow_download: facebook/dino-vitb8 is not fetched"):
         measure(**options, allow_download=True)
-    ((repo_id, revision, folder, patterns),) = hub
-    assert (repo_id, revision, folder) == ("facebook/dino-vitb8", "commit of main", judge_models / "dino-vitb8")
-    assert set(patterns) == {"config.json", "model.safetensors"}
-    assert "Downloading facebook/dino-vitb8" in caplog.text
-    measure(**options, allow_download=True)
-    measure(**options)
-    assert len(hub) == 1
 
 
 @pytest.mark.parametrize(

@@ -35,5 +35,5 @@ def test_the_server_runs_without_the_captioner_that_is_missing(server):
         return server.run(graph.api(server.object_info()))[shown.key]["text"]
 
     assert "a photo of a cat" in str(run("a photo of a cat"))
-    with pytest.raises(GraphError, match="Or tick allow_download. Or write the caption yourself"):
+    with pytest.raises(GraphError, match="large' and tick allow_download. Or write the caption yourself"):
         run("")
