@@ -8,7 +8,7 @@ called from by hooks on the blocks, which are gone after the call.
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,13 @@ class JointSite(NamedTuple):
     call: int = 0
 
 
+class Known(NamedTuple):
+    """Blocks as (list, number): those that hold the layout, and those whose maps tell things apart."""
+
+    holding: tuple[tuple[str, int], ...]
+    reading: tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True)
 class JointFamily:
     """How a class of diffusion transformers attends.
@@ -39,8 +46,8 @@ class JointFamily:
     `blocks`: its lists of blocks, in the order of the forward pass. The rows of the picture come last, or first with
     `picture_first`; `references`: whether the tokens of reference latents come after them. `before_text`: rows ahead of the
     text's. `padding`: the attribute that says of what number the rows of the picture are a multiple. `reads_apart`:
-    the text is read by a second attention of the block, and the first is the picture's own. `holding`: the blocks that are
-    known to hold the layout, as (list, number), by the number of blocks in the model.
+    the text is read by a second attention of the block, and the first is the picture's own. `known`: by the numbers of
+    blocks in a model, what is known of them.
     """
 
     blocks: tuple[str, ...]
@@ -49,7 +56,7 @@ class JointFamily:
     before_text: int = 0
     padding: str = ""
     reads_apart: bool = False
-    holding: tuple[tuple[tuple[int, ...], tuple[tuple[str, int], ...]], ...] = ()
+    known: dict[tuple[int, ...], Known] = field(default_factory=dict)
 
 
 def _of(name: str, *numbers: int) -> tuple[tuple[str, int], ...]:
@@ -60,8 +67,11 @@ STREAMS = ("double_blocks", "single_blocks")
 # FLUX.1: the vital layers of Avrahami et al., "Stable Flow", CVPR 2025. SD 3.5 Medium: Hu et al., "LayerVerse", ECCV 2026.
 FLUX_HOLDING = (*_of(STREAMS[0], 0, 1, 17, 18), *_of(STREAMS[1], 6, 9, 34, 35, 37))
 SD35_HOLDING = _of("joint_blocks", 0, 1, 3, 4, 12, 14, 17, 18, 19)
-FLUX = JointFamily(STREAMS, references=True, holding=(((19, 38), FLUX_HOLDING),))
-SD3 = JointFamily(("joint_blocks",), holding=(((24,), SD35_HOLDING),))
+# The blocks whose maps tell things apart, of the same source.
+FLUX_READING = (*_of(STREAMS[0], 14, 17, 18), *_of(STREAMS[1], 4))
+SD35_READING = _of("joint_blocks", 7, 9, 13, 23)
+FLUX = JointFamily(STREAMS, references=True, known={(19, 38): Known(FLUX_HOLDING, FLUX_READING)})
+SD3 = JointFamily(("joint_blocks",), known={(24,): Known(SD35_HOLDING, SD35_READING)})
 FAMILIES = {
     "comfy.ldm.modules.diffusionmodules.mmdit.MMDiT": SD3,
     "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": SD3,
@@ -102,12 +112,22 @@ def joint_sites(dit: torch.nn.Module) -> list[JointSite]:
 
 def holding_sites(dit: torch.nn.Module) -> list[JointSite]:
     """The blocks whose keys and values hold the layout: those that are known, or else some spread evenly."""
-    sites, family = joint_sites(dit), joint_family(dit)
-    counts = tuple(len(getattr(dit, name)) for name in family.blocks)
-    known = dict(family.holding).get(counts)
+    sites, known = joint_sites(dit), _known(dit)
     if known is not None:
-        return [site for site in sites if site[:2] in known]
+        return [site for site in sites if site[:2] in known.holding]
     return sites[:: math.ceil(len(sites) / CHOSEN)]
+
+
+def reading_sites(dit: torch.nn.Module) -> list[JointSite]:
+    """Where the picture reads the text so that things are told apart: the blocks that are known for it, or else all."""
+    sites, known = joint_sites(dit), _known(dit)
+    apart = int(joint_family(dit).reads_apart)
+    return [site._replace(call=apart) for site in sites if known is None or site[:2] in known.reading]
+
+
+def _known(dit: torch.nn.Module) -> Known | None:
+    family = joint_family(dit)
+    return family.known.get(tuple(len(getattr(dit, name)) for name in family.blocks))
 
 
 def early_sites(dit: torch.nn.Module) -> list[JointSite]:
@@ -117,21 +137,27 @@ def early_sites(dit: torch.nn.Module) -> list[JointSite]:
     return [site for site in holding if site in early] or sites[:1]
 
 
+def patch_side(dit: torch.nn.Module) -> int:
+    """How many latent pixels, along a side, a row of a diffusion transformer stands for."""
+    size = getattr(dit, "patch_spatial", None) or dit.patch_size
+    return size if isinstance(size, int) else size[-1]
+
+
 def patches(dit: torch.nn.Module, latent: torch.Tensor) -> int:
     """How many rows a latent [.., H, W] is in a diffusion transformer."""
-    size = getattr(dit, "patch_spatial", None) or dit.patch_size
-    side = size if isinstance(size, int) else size[-1]
+    side = patch_side(dit)
     return math.ceil(latent.shape[-2] / side) * math.ceil(latent.shape[-1] / side)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention at work. `picture`: the picture's rows among the queries. `mask`, `scale`: of its softmax.
+    """One attention at work. `picture`: the picture's rows among the queries. `mask`, `scale(q)`: of its softmax.
 
     Called with q, k and v [B, heads, rows, d] it gives what the host, and the overrides of other packs, make of
     them: [B, rows, heads*d].
     """
 
+    rows: "_Rows"
     picture: slice
     function: Callable
     arguments: tuple
@@ -150,6 +176,13 @@ class Attention:
     @property
     def mask(self) -> torch.Tensor | None:
         return self.arguments[1] if len(self.arguments) > 1 else self.options.get("mask")
+
+    def scale(self, q: torch.Tensor) -> float:
+        return self.options.get("scale") or q.shape[-1] ** -0.5
+
+    def text(self, rows: int) -> slice:
+        """Where the keys of a text of so many rows are, without what the model puts around it."""
+        return self.rows.text(rows)
 
     def by_head(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, as the host passes them, [B, heads, rows, d]."""
@@ -179,7 +212,7 @@ def with_joint_attention(
     Yields the transformer options to call the model with. An override of another pack gets what `attend` goes on with.
     """
     dit = call.model.diffusion_model
-    rows = _PictureRows(dit, call)
+    rows = _Rows(dit, call)
     here = _Here()
     previous = transformer_options.get(OVERRIDE)
 
@@ -188,7 +221,7 @@ def with_joint_attention(
         function = func if previous is None else partial(previous, func)
         if site not in sites:
             return function(q, k, v, *arguments, **options)
-        attention = Attention(rows.of(q, options), function, arguments, options)
+        attention = Attention(rows, rows.picture(q.shape[-2]), function, arguments, options)
         return attention.as_the_host(attend(site, attention, *attention.by_head(q, k, v)))
 
     with contextlib.ExitStack() as hooks:
@@ -219,20 +252,27 @@ class _Here:
         return JointSite(*self.block, self.calls - 1)
 
 
-class _PictureRows:
-    """Which rows of the queries are the picture's, in a call of a model."""
+class _Rows:
+    """Which rows are the picture's, and which the text's, in a call of a model."""
 
     def __init__(self, dit: torch.nn.Module, call):
         self.family = joint_family(dit)
+        self.call = call
         self.count = patches(dit, call.x)
         padding = getattr(dit, self.family.padding, None) if self.family.padding else None
         self.behind = (-self.count) % padding if padding else 0
         if self.family.references:
             self.behind += sum(patches(dit, latent) for latent in call.arguments.get("ref_latents") or ())
 
-    def of(self, q: torch.Tensor, options: dict) -> slice:
-        total = q.shape[-2]
+    def picture(self, total: int) -> slice:
         start = 0 if self.family.picture_first else total - self.behind - self.count
         if start < 0 or start + self.count > total:
             raise ValueError(OTHER_ROWS)
         return slice(start, start + self.count)
+
+    def text(self, rows: int) -> slice:
+        if self.family.reads_apart:
+            return slice(0, rows)
+        start = self.count if self.family.picture_first else self.family.before_text
+        start += self.call.arguments["c_crossattn"].shape[1] - rows  # that a model pads it with in front
+        return slice(start, start + rows)

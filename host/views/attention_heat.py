@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 import comfy.samplers
@@ -10,25 +11,29 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
-from ...attention_patches.attention import AttentionSite, map_shapes, site_halvings
+from ...attention_patches.attention import AttentionSite, is_unet, map_shapes, site_halvings
+from ...attention_patches.joint import JointSite
 from ...editing.attention_heat import AttentionHeat
 from ...editing.guidance import Maps
 from ...editing.inputs import interruptible
-from ...editing.token_alignment import Prompt, positions
+from ...editing.token_alignment import Prompt, Word, positions
 from ...editing.trajectory import Inversion
 from ...pictures.charts import as_image
 from ...pictures.heat import draw_heat
 from .. import running
 from ..messages import OTHER_CAPTION, READING_MAPS, RECORDING_MAPS
 from ..running import Run, look
-from ..sampling.checks import BROKEN, check_finite, check_inversion, pixels_per_latent
+from ..sampling.checks import BROKEN, check_finite, check_inversion, framed, pixels_per_latent
 from ..sampling.passes import UNetPasses
+from ..text.caption_rows import phrase_words
 from ..text.prompt_words import entries, is_text_of, tokenize
 from ..text.text_encoding import require_clip
 from ..unet.jobs import attention_state, for_own_sampler
+from .joint_heat import joint_shapes, joint_words, record_joint, text_rows
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 MOST_PHRASES = 100
+Site = AttentionSite | JointSite
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,20 @@ def attention_heatmaps(
     `caption`: for all pictures, or a tuple with one for each. Raises ValueError, naming the socket, for a model, text,
     word, window or resolution that does not fit.
     """
-    check_inversion(inversion, model)
+    check_inversion(inversion, model, unet=False)
     require_clip(clip)
     image = settings.image
     if image is not None and len(image) not in (1, inversion.batch):
         raise ValueError(f"image: it holds {len(image)} pictures, the inversion {inversion.batch}.")
     captions, phrases = (_for_each(texts, inversion.batch) for texts in (caption, settings.words))
-    prompts = [tokenize(clip, text, "caption") for text in captions]
-    chosen = [_choose_words(clip, text, prompt) for text, prompt in zip(phrases, prompts)]
+    if is_unet(model.model.diffusion_model):
+        prompts = [tokenize(clip, text, "caption") for text in captions]
+        find = partial(_words_of, clip)
+    else:
+        _check_caption(inversion)
+        prompts = [joint_words(clip, text, inversion) for text in captions]
+        find = phrase_words
+    chosen = [_choose_words(text, prompt, find) for text, prompt in zip(phrases, prompts)]
     heat = mean_attention(model, inversion, prompts[0].length, settings.window, settings.resolution)
     check_finite(heat, "model", BROKEN)
     pictures = []
@@ -83,8 +94,12 @@ def _for_each(text: str | tuple[str, ...], count: int) -> list[str]:
     return [text] * count if isinstance(text, str) else list(text) if len(text) == count else list(text) * count
 
 
-def _choose_words(clip: CLIP, phrases: str, prompt: Prompt) -> list[tuple[str, list[int]]]:
-    """(what to write, positions of the tokens) of each phrase, or of each word that is not little."""
+def _words_of(clip: CLIP, phrase: str) -> tuple[Word, ...]:
+    return tokenize(clip, phrase, "words").words
+
+
+def _choose_words(phrases: str, prompt: Prompt, find: Callable[[str], list[Word]]) -> list[tuple[str, list[int]]]:
+    """(what to write, positions of the tokens) of each phrase, whose words `find` gives, or of each that is not little."""
     if not entries(phrases):
         named = {}
         for word in prompt.words:
@@ -96,7 +111,7 @@ def _choose_words(clip: CLIP, phrases: str, prompt: Prompt) -> list[tuple[str, l
     if len(asked) > MOST_PHRASES:
         raise ValueError(f"words: there are {len(asked)}, and at most {MOST_PHRASES} are drawn. Take fewer.")
     for phrase in interruptible(asked):
-        found = prompt.find(tokenize(clip, phrase, "words").words)
+        found = prompt.find(find(phrase))
         if not found:
             known = ", ".join(dict.fromkeys(word.text for word in prompt.words))
             raise ValueError(f"words: {phrase!r} is not in the caption. Write it as it stands there: {known}.")
@@ -110,21 +125,16 @@ def mean_attention(
 ) -> torch.Tensor:
     """The attention that each token of the source's text draws: [B, length, H, W] fp32 of the latent's size, on the CPU.
 
-    The mean over heads, layers and the levels of the window; over all tokens, pixels sum to 1. Maps kept by the inversion
+    The mean over heads, layers and the levels of the window; over all tokens, pixels of a UNet sum to 1, those of a
+    diffusion transformer to less, as they attend to each other too. Maps kept by the inversion
     are used where the MODEL is patched as it was then; others are recorded from the stored latents. `length`: the text's
     number of tokens. Raises ValueError for a window, resolution or text that does not fit.
     """
-    text = inversion.source[0][0]
-    if len(inversion.source) != 1 or text is None:
+    _check_caption(inversion)
+    rows = text_rows(inversion)
+    if rows % length:
         raise ValueError(
-            f"inversion: its caption has {len(inversion.source)} parts (Conditioning Combine?). Invert the picture with a "
-            "single encoded text."
-        )
-    if "area" in inversion.source[0][1]:
-        raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
-    if text.shape[1] % length:
-        raise ValueError(
-            f"caption: it is {length} tokens long, but the text of the inversion {text.shape[1]}. Write the caption that the "
+            f"caption: it is {length} tokens long, but the text of the inversion {rows}. Write the caption that the "
             "picture was inverted with."
         )
     shapes = _shapes_at(model, inversion, resolution)
@@ -149,14 +159,29 @@ def mean_attention(
             missing.append(level)
         else:
             add(maps, READING_MAPS)
-    if missing:
+    if missing and is_unet(model.model.diffusion_model):
         _record(model, inversion, missing, shapes, add)
+    elif missing:
+        _record_joint(model, inversion, missing, shapes, heat)
     return heat.mean(tuple(inversion.trajectory.shape[-2:])).cpu()
 
 
-def _shapes_at(model: ModelPatcher, inversion: Inversion, resolution: str) -> dict[AttentionSite, tuple[int, int]]:
+def _check_caption(inversion: Inversion) -> None:
+    text = inversion.source[0][0]
+    if len(inversion.source) != 1 or text is None:
+        raise ValueError(
+            f"inversion: its caption has {len(inversion.source)} parts (Conditioning Combine?). Invert the picture with a "
+            "single encoded text."
+        )
+    if "area" in inversion.source[0][1]:
+        raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
+
+
+def _shapes_at(model: ModelPatcher, inversion: Inversion, resolution: str) -> dict[Site, tuple[int, int]]:
     """(height, width) of the maps of each site that has the resolution."""
     unet = model.model.diffusion_model
+    if not is_unet(unet):
+        return joint_shapes(model, inversion, resolution)
     shapes = map_shapes(unet, inversion.trajectory.shape[-2:])
     halvings = site_halvings(unet)
     chosen = {site: shape for site, shape in shapes.items() if resolution in ("all", _part(halvings[site]))}
@@ -192,6 +217,28 @@ def _record(model: ModelPatcher, inversion: Inversion, levels: list[int], shapes
             x = inversion.trajectory[level].to(run.x)
             add(passes.record_maps("positive", x, float(inversion.sigmas[level])), RECORDING_MAPS)
 
+    _look_at_source(model, inversion, read)
+
+
+def _record_joint(
+    model: ModelPatcher, inversion: Inversion, levels: list[int], shapes: dict, heat: AttentionHeat
+) -> None:
+    """The same of a diffusion transformer, whose maps are added up one by one."""
+    (shape,) = set(shapes.values())
+    bar = comfy.utils.ProgressBar(len(levels))
+
+    def read(run: Run) -> None:
+        for level in levels:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            record_joint(run, inversion, level, list(shapes), partial(heat.add, shape=shape))
+            bar.update(1)
+            running.show(RECORDING_MAPS.format(step=bar.current, steps=bar.total))
+
+    _look_at_source(model, inversion, read)
+
+
+def _look_at_source(model: ModelPatcher, inversion: Inversion, read: Callable[[Run], None]) -> None:
     guider = comfy.samplers.CFGGuider(for_own_sampler(model))
     guider.inner_set_conds({"positive": inversion.source})
-    look(guider, read, model.model.process_latent_out(inversion.latent(0)), inversion.sigmas.flip(0))
+    picture = model.model.process_latent_out(framed(inversion.latent(0), model))
+    look(guider, read, picture, inversion.sigmas.flip(0))

@@ -5,27 +5,43 @@ from dataclasses import dataclass, field
 import torch
 from comfy.sampler_helpers import convert_cond
 from comfy.samplers import calc_cond_batch, process_conds
-from flow_families import texts
+from flow_families import FAMILIES, TOKENS, texts
 from pix2pix_zero.host.sampling.checks import framed
 
 
 @dataclass
 class Seen:
-    """An override of attention that keeps what it is called with: (q, k, v, output), all [B, rows, heads*d]."""
+    """An override of attention that keeps what it is called with: (q, k, v, output), all [B, rows, heads*d], and the heads."""
 
-    calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    calls: list[tuple] = field(default_factory=list)
 
     def __call__(self, func, q, k, v, *args, **options):
         out = func(q, k, v, *args, **options)
         by_head = options.get("skip_reshape")
         flat = [tensor.transpose(1, 2).flatten(2) if by_head else tensor.flatten(2) for tensor in (q, k, v)]
-        self.calls.append((*(tensor.clone() for tensor in flat), out.clone()))
+        heads = args[0] if args else options["heads"]
+        self.calls.append((*(tensor.clone() for tensor in flat), out.clone(), heads))
         return out
 
     def patch(self, model):
         model = model.clone()
         model.model_options["transformer_options"]["optimized_attention_override"] = self
         return model
+
+
+# The first of the picture's rows in the first block's attention; small latents are 4 x 6 patches, or 8 x 12.
+FIRST_ROW = {name: TOKENS for name in FAMILIES} | {
+    "Flux 2": 512,  # its texts are padded in front
+    "AuraFlow": 8 + TOKENS,
+    "Z-Image": 32,
+    "HiDream": 0,
+    "Hunyuan-Image": TOKENS + 4,  # the text of byt5 has four
+    "Wan 2.1": 0,
+    "Anima": 0,
+}
+# The first of the text's among the keys that the picture reads.
+FIRST_WORD = {name: 0 for name in FAMILIES} | {"Flux 2": 512 - TOKENS, "AuraFlow": 8, "HiDream": 24}
+PATCH = {name: 2 for name in FAMILIES} | {"Flux 2": 1, "Hunyuan-Image": 1}
 
 
 @torch.inference_mode()

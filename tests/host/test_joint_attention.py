@@ -7,7 +7,7 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from flow_families import FAMILIES, TOKENS, picture, small_family, texts
-from joint_runs import Seen, evaluate
+from joint_runs import FIRST_ROW, PATCH, Seen, evaluate
 from pix2pix_zero.attention_patches import joint
 from pix2pix_zero.attention_patches.joint import JointSite, holding_sites, joint_sites, with_joint_attention
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
@@ -16,17 +16,6 @@ from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_ref
 from plug_and_play_runs import sample
 
 NAMES = [name for name, family in FAMILIES.items() if family.known]
-# The first of the picture's rows in the first block's attention; small latents are 4 x 6 patches, or 8 x 12.
-FIRST_ROW = {name: TOKENS for name in FAMILIES} | {
-    "Flux 2": 512,  # its texts are padded in front
-    "AuraFlow": 8 + TOKENS,
-    "Z-Image": 32,
-    "HiDream": 0,
-    "Hunyuan-Image": TOKENS + 4,  # the text of byt5 has four
-    "Wan 2.1": 0,
-    "Anima": 0,
-}
-PATCH = {name: 2 for name in FAMILIES} | {"Flux 2": 1, "Hunyuan-Image": 1}
 
 
 @pytest.fixture(scope="module", params=NAMES)

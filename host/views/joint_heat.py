@@ -1,0 +1,53 @@
+"""The attention that each row of a text draws in a diffusion transformer, as *Attention Heatmap* shows it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+
+from ...attention_patches.joint import JointSite, patch_side, reading_sites
+from ...attention_patches.joint_maps import ReadTextMaps
+from ...editing.token_alignment import Prompt
+from ...editing.trajectory import Inversion
+from ..running import Run
+from ..sampling.checks import estimates
+from ..text.caption_rows import caption_words
+from ..unet.jobs import only_job
+
+T5_IDS = "t5xxl_ids"  # of Anima, whose model reads these tokens' rows in place of the text's own
+
+
+def text_rows(inversion: Inversion) -> int:
+    """How many rows of the source's text a model reads."""
+    text, options = inversion.source[0]
+    return text.shape[1] if options.get(T5_IDS) is None else options[T5_IDS].shape[-1]
+
+
+def joint_words(clip: CLIP, text: str, inversion: Inversion) -> Prompt:
+    """The words of a caption, with their rows in the source's text. Raises ValueError for a text that does not fit."""
+    encoder = "t5xxl" if T5_IDS in inversion.source[0][1] else None
+    return caption_words(clip, text, text_rows(inversion), "caption", encoder)
+
+
+def joint_shapes(model: ModelPatcher, inversion: Inversion, resolution: str) -> dict[JointSite, tuple[int, int]]:
+    """(height, width) of the maps of each site where the text is read. Raises ValueError for another resolution."""
+    dit = model.model.diffusion_model
+    side = patch_side(dit)
+    only = f"1/{side}" if side > 1 else "1"
+    if resolution not in ("all", only):
+        raise ValueError(f"resolution: this model has no attention to the text at {resolution}. It has it at {only}.")
+    shape = tuple(math.ceil(length / side) for length in inversion.trajectory.shape[-2:])
+    return {site: shape for site in reading_sites(dit)}
+
+
+def record_joint(
+    run: Run, inversion: Inversion, level: int, sites: list[JointSite], keep: Callable[[torch.Tensor], None]
+) -> None:
+    """Hand the maps [B, 1, picture's rows, text's rows] of each site to `keep`, at a stored latent of some level."""
+    x = inversion.trajectory[level].to(run.x)
+    timestep = x.new_full((len(x),), float(inversion.sigmas[level]))
+    job = ReadTextMaps(sites, text_rows(inversion), lambda maps: keep(maps.unsqueeze(1)))
+    entries = run.guider.conds["positive"]
+    estimates(run.guider.inner_model, [entries], x, timestep, only_job(run.model_options, job))
