@@ -8,7 +8,7 @@ called from by hooks on the blocks, which are gone after the call.
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,11 +118,16 @@ def holding_sites(dit: torch.nn.Module) -> list[JointSite]:
     return sites[:: math.ceil(len(sites) / CHOSEN)]
 
 
-def reading_sites(dit: torch.nn.Module) -> list[JointSite]:
-    """Where the picture reads the text so that things are told apart: the blocks that are known for it, or else all."""
-    sites, known = joint_sites(dit), _known(dit)
+def reading_calls(dit: torch.nn.Module) -> list[JointSite]:
+    """Every attention where the picture reads the text, in the order of the forward pass."""
     apart = int(joint_family(dit).reads_apart)
-    return [site._replace(call=apart) for site in sites if known is None or site[:2] in known.reading]
+    return [site._replace(call=apart) for site in joint_sites(dit)]
+
+
+def reading_sites(dit: torch.nn.Module) -> list[JointSite]:
+    """Those of them where things are told apart: in the blocks that are known for it, or else all."""
+    known = _known(dit)
+    return [site for site in reading_calls(dit) if known is None or site[:2] in known.reading]
 
 
 def _known(dit: torch.nn.Module) -> Known | None:
@@ -183,6 +188,13 @@ class Attention:
     def text(self, rows: int) -> slice:
         """Where the keys of a text of so many rows are, without what the model puts around it."""
         return self.rows.text(rows)
+
+    def of_rows(self, rows: slice) -> "Attention":
+        """The same in some rows of the batch."""
+        mask = self.mask
+        if mask is None or mask.ndim < 3 or len(mask) == 1:
+            return self
+        return replace(self, arguments=(self.heads, mask[rows]), options={**self.options, "mask": None})
 
     def by_head(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, as the host passes them, [B, heads, rows, d]."""

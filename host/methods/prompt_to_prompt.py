@@ -11,25 +11,28 @@ from typing import Any
 
 import torch
 from comfy import samplers
-from comfy.k_diffusion.sampling import sample_euler
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider, Sampler
+from comfy.samplers import CFGGuider
 from comfy.sd import CLIP
 
-from ...attention_patches.attention import attends_to_itself, cross_attention_sites, site_halvings, size_after
+from ...attention_patches.attention import attends_to_itself, cross_attention_sites, is_unet, site_halvings, size_after
+from ...attention_patches.joint import joint_sites
 from ...attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
-from ...editing.token_alignment import Prompt, TokenMap, column_factors, map_tokens
+from ...editing.token_alignment import Prompt, column_factors, map_tokens
 from ...editing.trajectory import Inversion
 from ...editing.word_masks import WordMask, soft_mask
 from .. import running
 from ..messages import OTHER_SOURCE
-from ..sampling.checks import check_inversion
+from ..sampling.checks import check_inversion, unframed
 from ..sampling.source import NoiseMask, check_size, load_with_source, processed_source, start_of
+from ..text.caption_rows import phrase_words, rows_read
 from ..text.conditionings import TEXT_LENGTHS, says_something
-from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize
+from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize, words_of
 from ..text.text_encoding import require_clip
 from ..unet.jobs import LEFT_OUT, add_job, is_for_own_sampler, only_job, with_jobs
+from .joint_prompts import JointSampling, changed_words, check_factors, encoded_words
+from .prompt_edit import KeptEstimate, PromptEdit, takes_ddim_steps
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 BLEND_FROM = 0.2
@@ -37,26 +40,6 @@ BLEND_FROM = 0.2
 
 BLEND_HALVINGS = 2
 """Local blending reads the maps at a quarter of the latent's side: 16x16 for Stable Diffusion at 512x512."""
-
-
-@dataclass(frozen=True)
-class PromptEdit:
-    """An edit of an inverted picture by its prompt.
-
-    `cross_end`, `self_end`: the noise levels down to which the edit takes the source's cross- and self-attention.
-    `factors`: [T] for the columns of the edited maps, or None. `blend`: threshold in 0..1 of the mask outside which the
-    picture stays, or 0 for none; it acts below the noise level `blend_start`, and is drawn from `blend_tokens` of the source
-    and of the target.
-    """
-
-    inversion: Inversion
-    token_map: TokenMap
-    cross_end: float
-    self_end: float
-    factors: torch.Tensor | None
-    blend: float
-    blend_start: float
-    blend_tokens: tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -82,23 +65,28 @@ def edit_by_prompt(
     Raises ValueError, naming the socket, for texts, words or an inversion that do not fit.
     """
     require_clip(clip)
-    check_inversion(inversion, model)
+    check_inversion(inversion, model, unet=False)
     if model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
         raise ValueError("model: it has a Prompt-to-Prompt edit already. Connect the model from before it.")
-    cross_attention_sites(model.model.diffusion_model)  # refuses models without any
+    unet = is_unet(model.model.diffusion_model)
+    (cross_attention_sites if unet else joint_sites)(model.model.diffusion_model)  # refuse models without any
     if len(inversion.source) != 1:
         raise ValueError(
             f"inversion: its caption has {len(inversion.source)} parts (Conditioning Combine?). Invert the picture with a "
             "single encoded text."
         )
-    before, after = (tokenize(clip, text, socket) for text, socket in ((source, "source"), (target, "target")))
+    read, words, aligned = (tokenize, words_of, map_tokens) if unet else (encoded_words, phrase_words, changed_words)
+    before, after = (read(clip, text, socket) for text, socket in ((source, "source"), (target, "target")))
     _check_source(clip, source, before, inversion)
     positive = _encode_target(clip, target, after, inversion)
-    token_map = map_tokens(before, after)
-    weights = [(find_words(clip, word, "reweight", after), factor) for word, factor in read_factors(settings.reweight)]
+    token_map = aligned(before, after)
+    find = partial(words, clip)
+    weights = [(find_words(find, word, "reweight", after), factor) for word, factor in read_factors(settings.reweight)]
+    if not unet:
+        check_factors(weights)
     blended = ([], [])
     if settings.local_blend:
-        blended = blend_tokens(clip, settings.blend_words, (before, after), token_map, weights)
+        blended = blend_tokens(find, settings.blend_words, (before, after), token_map, weights)
     edit = PromptEdit(
         inversion,
         token_map,
@@ -119,10 +107,11 @@ def _check_source(clip: CLIP, source: str, prompt: Prompt, inversion: Inversion)
             "inversion: its pictures have a caption each, and Prompt-to-Prompt edits by one. Invert them as a list, one by "
             "one, or with one caption for all."
         )
-    if encoded is None or encoded.shape[1] != prompt.length:
+    rows = 0 if encoded is None else rows_read(encoded, options)
+    if rows != prompt.length:
         raise ValueError(
-            f"source: it is {prompt.length} tokens long, but the text of the inversion "
-            f"{0 if encoded is None else encoded.shape[1]}. Write the caption that the picture was inverted with."
+            f"source: it is {prompt.length} tokens long, but the text of the inversion {rows}. Write the caption that the "
+            "picture was inverted with."
         )
     if clip.encode_from_tokens(clip.tokenize(source)).shape[-1] != encoded.shape[-1]:
         raise ValueError("clip: it does not belong to this model. Connect the CLIP that encoded the caption.")
@@ -132,7 +121,7 @@ def _check_source(clip: CLIP, source: str, prompt: Prompt, inversion: Inversion)
 
 def _encode_target(clip: CLIP, target: str, prompt: Prompt, inversion: Inversion) -> list:
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(target))
-    if any(cond.shape[1] != prompt.length for cond, _ in encoded):
+    if any(rows_read(cond, options) != prompt.length for cond, options in encoded):
         raise ValueError("clip: its encoding is not one vector for each token. Use the CLIP of an SD or SDXL model.")
     beside = {name: value for name, value in inversion.source[0][1].items() if name != TEXT_LENGTHS}
     return [[cond, {**beside, **options}] for cond, options in encoded]
@@ -158,7 +147,8 @@ def _with_edit(model: ModelPatcher, edit: PromptEdit) -> ModelPatcher:
                 raise ValueError("inversion: its caption is limited to an area. Invert the picture with a plain text.")
             mask = NoiseMask(edit.inversion.noise_mask, guider, options, sigmas)
             kept = KeptEstimate(edit.inversion, mask, sigmas, takes_ddim_steps(executor.class_obj))
-            options["transformer_options"][KEY] = Sampling(edit, guider, source, kept)
+            kind = Sampling if is_unet(model.model.diffusion_model) else JointSampling
+            options["transformer_options"][KEY] = kind(edit, guider, source, kept)
             extra_args = {**extra_args, "model_options": options}
             return running.finite(executor(guider, sigmas, extra_args, callback, *start, *passed_on, **kwargs))
 
@@ -175,10 +165,10 @@ def _check_sampling(options: dict, guider: CFGGuider, noise: torch.Tensor, edit:
             "model: a Prompt-to-Prompt edit is sampled with the stock KSampler or SamplerCustomAdvanced. Connect the model "
             "from before Prompt-to-Prompt to the nodes of Pix2Pix-Zero."
         )
-    expected = edit.inversion.trajectory.shape[1:]
-    if noise.shape != expected:
+    expected, given = edit.inversion.trajectory.shape[1:], unframed(noise).shape
+    if given != expected:
         raise ValueError(
-            f"latent_image: its shape is {tuple(noise.shape)}, that of the inverted picture {tuple(expected)}. Connect the "
+            f"latent_image: its shape is {tuple(given)}, that of the inverted picture {tuple(expected)}. Connect the "
             "noise output of Invert Picture."
         )
     if "positive" not in guider.conds:
@@ -188,7 +178,7 @@ def _check_sampling(options: dict, guider: CFGGuider, noise: torch.Tensor, edit:
         if entry.get("area") is not None:
             raise ValueError("positive: Prompt-to-Prompt cannot limit a text to an area. Use a noise mask instead.")
         text = entry.get("cross_attn")
-        if text is None or text.shape[1] != tokens:
+        if text is None or rows_read(text, entry) != tokens:
             raise ValueError(
                 f"positive: it is not the target text, which has {tokens} tokens. Connect the positive output of "
                 "Prompt-to-Prompt."
@@ -200,66 +190,6 @@ def _predict_noise(
 ) -> torch.Tensor:
     sampling = model_options["transformer_options"][KEY]
     return sampling.predict_noise(executor, x, timestep, model_options, seed)
-
-
-def takes_ddim_steps(sampler: Sampler) -> bool | None:
-    """Whether a sampler goes from level to level along the estimate alone, as DDIM does: euler and ddim do.
-
-    None for one that is not the host's own, which is to be seen.
-    """
-    function = getattr(sampler, "sampler_function", None)
-    if function is sample_euler:
-        return not sampler.extra_options.get("s_churn", 0.0)
-    return False if function is None or function.__module__.startswith("comfy.") else None
-
-
-class KeptEstimate:
-    """What of the source stays in a sampling that a stock sampler steps through: a change of its estimates.
-
-    `sigmas`: its noise levels, descending. `ddim_steps`: see `takes_ddim_steps`.
-    """
-
-    def __init__(self, inversion: Inversion, mask: NoiseMask, sigmas: torch.Tensor, ddim_steps: bool | None):
-        self.inversion = inversion
-        self.mask = mask
-        self.sigmas = sigmas.tolist()
-        self.ddim_steps = ddim_steps
-        self.landing: tuple[float, torch.Tensor] | None = None
-
-    def restore(
-        self, denoised: torch.Tensor, x: torch.Tensor, sigma: float, blend: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The estimate, made at `x`, with the inversion's residual, and the source's estimate outside the masks.
-
-        A DDIM step from sigma to sigma' takes `x` to `r * x + (1 - r) * denoised` with `r = sigma' / sigma`: it is made to
-        land where the edit wants the latent. Other samplers extrapolate or add noise: they are given the source's own
-        clean estimate, and no residual.
-        """
-        lower = [level for level in self.sigmas if level < sigma * (1 - 1e-4)]
-        if not lower:
-            return denoised
-        source = self.inversion.estimate_at(sigma).to(x)
-        ratio = max(lower) / sigma
-        if self._takes_ddim_steps(x, sigma):
-            landing = self.inversion.place_of(max(lower))
-            if self.inversion.residuals is not None and self.inversion.place_of(sigma) == landing + 1:
-                denoised = denoised + self.inversion.residuals[int(landing)].to(x) / (1 - ratio)
-            source = (self.inversion.latent_at(max(lower)).to(x) - ratio * x) / (1 - ratio)
-        mask = self.mask.at(sigma, x)
-        if blend is not None:
-            mask = blend if mask is None else mask * blend
-        if mask is not None:
-            denoised = mask * denoised + (1 - mask) * source
-        self.landing = max(lower), ratio * x + (1 - ratio) * denoised
-        return denoised
-
-    def _takes_ddim_steps(self, x: torch.Tensor, sigma: float) -> bool:
-        """As is known of the sampler, or as its steps so far have shown."""
-        if self.ddim_steps is None and self.landing is not None:
-            level, expected = self.landing
-            if abs(level - sigma) > 1e-4 * sigma or (x - expected).abs().max() > 1e-3 * expected.std():
-                self.ddim_steps = False
-        return self.ddim_steps is not False
 
 
 class Sampling:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from comfy.sd import CLIP
 
 from ...editing.inputs import check_text
@@ -14,6 +15,7 @@ from ...editing.token_alignment import Prompt, Word
 from .exchange import CLIPS
 from .prompt_words import LONGEST_TEXT, MOST_WORDS
 
+T5_IDS = "t5xxl_ids"  # of Anima, whose model reads these tokens' rows in place of the text's own
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")
 UNKNOWN = (
     "clip: how its rows belong to words is not known, so there is nothing to show by words. Connect the CLIP that encoded "
@@ -50,8 +52,15 @@ def caption_words(clip: CLIP, text: str, rows: int, socket: str, encoder: str | 
     return Prompt(tuple(words), (), rows)
 
 
-def phrase_words(phrase: str) -> list[Word]:
+def rows_read(text: torch.Tensor, options: dict[str, Any]) -> int:
+    """How many rows of a text [B, rows, width] a model reads, with the options of its entry."""
+    ids = options.get(T5_IDS)
+    return text.shape[1] if ids is None else ids.shape[-1]
+
+
+def phrase_words(clip: CLIP, phrase: str, socket: str) -> list[Word]:
     """The words of a phrase, to be found in a `Prompt` of `caption_words`."""
+    check_text(phrase, socket, LONGEST_TEXT)
     return [Word((found.group().lower(),), (), found.group().lower()) for found in WORD.finditer(phrase)]
 
 

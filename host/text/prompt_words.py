@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from comfy.sd import CLIP
@@ -81,9 +81,17 @@ def entries(text: str) -> list[str]:
     return [entry.strip() for entry in re.split(r"[,\n]", text) if entry.strip()]
 
 
-def find_words(clip: CLIP, phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
-    """The words of every occurrence of a phrase in some prompts. Raises ValueError, naming `socket`, if there is none."""
-    words = tokenize(clip, phrase, socket).words
+def words_of(clip: CLIP, phrase: str, socket: str) -> tuple[Word, ...]:
+    """The words of a phrase, to be found in a `Prompt` of `tokenize`."""
+    return tokenize(clip, phrase, socket).words
+
+
+def find_words(read: Callable[[str, str], Sequence[Word]], phrase: str, socket: str, *prompts: Prompt) -> list[Word]:
+    """The words of every occurrence of a phrase in some prompts. Raises ValueError, naming `socket`, if there is none.
+
+    `read(phrase, socket)`: the words of a phrase.
+    """
+    words = read(phrase, socket)
     found = [word for prompt in prompts for word in prompt.find(words)]
     if not found:
         where = "target" if len(prompts) == 1 else "source or target"
@@ -92,7 +100,7 @@ def find_words(clip: CLIP, phrase: str, socket: str, *prompts: Prompt) -> list[W
 
 
 def blend_tokens(
-    clip: CLIP,
+    read: Callable[[str, str], Sequence[Word]],
     phrases: str,
     prompts: tuple[Prompt, Prompt],
     token_map: TokenMap,
@@ -105,8 +113,8 @@ def blend_tokens(
     """
     if entries(phrases):
         for phrase in entries(phrases):
-            find_words(clip, phrase, "blend_words", *prompts)
-        named = [tokenize(clip, phrase, "blend_words").words for phrase in entries(phrases)]
+            find_words(read, phrase, "blend_words", *prompts)
+        named = [read(phrase, "blend_words") for phrase in entries(phrases)]
         return tuple(positions(word for words in named for word in prompt.find(words)) for prompt in prompts)
     removed, added = (_telling(words) for words in (token_map.removed, token_map.added))
     if not removed and not added:

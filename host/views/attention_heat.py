@@ -1,6 +1,6 @@
 """Where in an inverted picture each word of its caption is read: the cross-attention maps as pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +25,11 @@ from ..messages import OTHER_CAPTION, READING_MAPS, RECORDING_MAPS
 from ..running import Run, look
 from ..sampling.checks import BROKEN, check_finite, check_inversion, framed, pixels_per_latent
 from ..sampling.passes import UNetPasses
-from ..text.caption_rows import phrase_words
-from ..text.prompt_words import entries, is_text_of, tokenize
+from ..text.caption_rows import phrase_words, rows_read
+from ..text.prompt_words import entries, is_text_of, tokenize, words_of
 from ..text.text_encoding import require_clip
 from ..unet.jobs import attention_state, for_own_sampler
-from .joint_heat import joint_shapes, joint_words, record_joint, text_rows
+from .joint_heat import joint_shapes, joint_words, record_joint
 
 RESOLUTIONS = ("all", "1", "1/2", "1/4", "1/8")
 MOST_PHRASES = 100
@@ -66,12 +66,12 @@ def attention_heatmaps(
     captions, phrases = (_for_each(texts, inversion.batch) for texts in (caption, settings.words))
     if is_unet(model.model.diffusion_model):
         prompts = [tokenize(clip, text, "caption") for text in captions]
-        find = partial(_words_of, clip)
+        words = words_of
     else:
         _check_caption(inversion)
         prompts = [joint_words(clip, text, inversion) for text in captions]
-        find = phrase_words
-    chosen = [_choose_words(text, prompt, find) for text, prompt in zip(phrases, prompts)]
+        words = phrase_words
+    chosen = [_choose_words(text, prompt, partial(words, clip)) for text, prompt in zip(phrases, prompts)]
     heat = mean_attention(model, inversion, prompts[0].length, settings.window, settings.resolution)
     check_finite(heat, "model", BROKEN)
     pictures = []
@@ -94,12 +94,13 @@ def _for_each(text: str | tuple[str, ...], count: int) -> list[str]:
     return [text] * count if isinstance(text, str) else list(text) if len(text) == count else list(text) * count
 
 
-def _words_of(clip: CLIP, phrase: str) -> tuple[Word, ...]:
-    return tokenize(clip, phrase, "words").words
+def _choose_words(
+    phrases: str, prompt: Prompt, read: Callable[[str, str], Sequence[Word]]
+) -> list[tuple[str, list[int]]]:
+    """(what to write, positions of the tokens) of each phrase, or of each word that is not little.
 
-
-def _choose_words(phrases: str, prompt: Prompt, find: Callable[[str], list[Word]]) -> list[tuple[str, list[int]]]:
-    """(what to write, positions of the tokens) of each phrase, whose words `find` gives, or of each that is not little."""
+    `read(phrase, socket)`: the words of a phrase.
+    """
     if not entries(phrases):
         named = {}
         for word in prompt.words:
@@ -111,7 +112,7 @@ def _choose_words(phrases: str, prompt: Prompt, find: Callable[[str], list[Word]
     if len(asked) > MOST_PHRASES:
         raise ValueError(f"words: there are {len(asked)}, and at most {MOST_PHRASES} are drawn. Take fewer.")
     for phrase in interruptible(asked):
-        found = prompt.find(find(phrase))
+        found = prompt.find(read(phrase, "words"))
         if not found:
             known = ", ".join(dict.fromkeys(word.text for word in prompt.words))
             raise ValueError(f"words: {phrase!r} is not in the caption. Write it as it stands there: {known}.")
@@ -131,7 +132,7 @@ def mean_attention(
     number of tokens. Raises ValueError for a window, resolution or text that does not fit.
     """
     _check_caption(inversion)
-    rows = text_rows(inversion)
+    rows = rows_read(*inversion.source[0])
     if rows % length:
         raise ValueError(
             f"caption: it is {length} tokens long, but the text of the inversion {rows}. Write the caption that the "

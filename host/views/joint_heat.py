@@ -13,22 +13,14 @@ from ...editing.token_alignment import Prompt
 from ...editing.trajectory import Inversion
 from ..running import Run
 from ..sampling.checks import estimates
-from ..text.caption_rows import caption_words
+from ..text.caption_rows import T5_IDS, caption_words, rows_read
 from ..unet.jobs import only_job
-
-T5_IDS = "t5xxl_ids"  # of Anima, whose model reads these tokens' rows in place of the text's own
-
-
-def text_rows(inversion: Inversion) -> int:
-    """How many rows of the source's text a model reads."""
-    text, options = inversion.source[0]
-    return text.shape[1] if options.get(T5_IDS) is None else options[T5_IDS].shape[-1]
 
 
 def joint_words(clip: CLIP, text: str, inversion: Inversion) -> Prompt:
     """The words of a caption, with their rows in the source's text. Raises ValueError for a text that does not fit."""
     encoder = "t5xxl" if T5_IDS in inversion.source[0][1] else None
-    return caption_words(clip, text, text_rows(inversion), "caption", encoder)
+    return caption_words(clip, text, rows_read(*inversion.source[0]), "caption", encoder)
 
 
 def joint_shapes(model: ModelPatcher, inversion: Inversion, resolution: str) -> dict[JointSite, tuple[int, int]]:
@@ -48,6 +40,6 @@ def record_joint(
     """Hand the maps [B, 1, picture's rows, text's rows] of each site to `keep`, at a stored latent of some level."""
     x = inversion.trajectory[level].to(run.x)
     timestep = x.new_full((len(x),), float(inversion.sigmas[level]))
-    job = ReadTextMaps(sites, text_rows(inversion), lambda maps: keep(maps.unsqueeze(1)))
+    job = ReadTextMaps(sites, rows_read(*inversion.source[0]), lambda maps: keep(maps.unsqueeze(1)))
     entries = run.guider.conds["positive"]
     estimates(run.guider.inner_model, [entries], x, timestep, only_job(run.model_options, job))
