@@ -5,7 +5,7 @@ What the host has processed for a guider is a list of dicts, one for each entry;
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,11 @@ def _equal(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
-    return a is b or (type(a) is type(b) and bool(a == b))
+    if a is b or type(a) is not type(b):
+        return a is b
+    if not isinstance(a, Hashable) and hasattr(a, "__dict__"):  # compared by what they hold, which may be tensors
+        return _equal(vars(a), vars(b))
+    return bool(a == b)
 
 
 def check_conditioning(conditioning: list, batch: int, socket: str) -> None:
@@ -111,7 +115,7 @@ def check_width(model: ModelPatcher, conditioning: list, socket: str) -> None:
     unet = model.model.diffusion_model
     width = _text_width(unet) if is_unet(unet) else None
     pooled_width = next(
-        (model.model.adm_channels - EMBEDDED * n for kind, n in SIZES if type(model.model) is kind), None
+        (model.model.adm_channels - EMBEDDED * n for kind, n in SIZES if isinstance(model.model, kind)), None
     )
     advice = "Encode the text with the CLIP that belongs to the model."
     for text, options in conditioning:

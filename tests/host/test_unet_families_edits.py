@@ -11,7 +11,7 @@ from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.host.sampling.passes import UNetPasses
-from pix2pix_zero.host.text.conditionings import beside_the_source
+from pix2pix_zero.host.text.conditionings import beside_the_source, check_width
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirectionFromSentences
 from tiny_clip import WIDTH_G, WIDTH_L, tiny_clip
 
@@ -74,6 +74,15 @@ def sdxl():
 def encode(clip, text):
     with torch.inference_mode():
         return CLIPTextEncode().encode(clip, text)[0]
+
+
+@pytest.mark.parametrize("family", ["sdxl-pix2pix", "sdxl-refiner"])
+def test_a_text_without_its_pooled_vector_is_named(family):
+    with torch.inference_mode():
+        model = small_family(family)
+    check_width(model, texts(family), "positive")
+    with pytest.raises(ValueError, match="^positive: it has no pooled text of"):
+        check_width(model, [[text, {}] for text, _ in texts(family)], "positive")
 
 
 def test_an_sdxl_edit_moves_the_text_and_the_pooled_vector(sdxl, run_node):

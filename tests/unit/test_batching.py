@@ -1,5 +1,7 @@
 """Lists of texts and batches of pictures."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,10 @@ def test_an_empty_list_is_named(node):
         ({}, {"mask": torch.ones(1, 8, 8)}),
         ({"pooled_output": torch.ones(1, 2)}, {}),
         ({"of another pack": np.ones(2)}, {"of another pack": np.zeros(2)}),
+        (
+            {"of another pack": SimpleNamespace(seen=torch.ones(2))},
+            {"of another pack": SimpleNamespace(seen=torch.zeros(2))},
+        ),
     ],
 )
 def test_texts_that_are_limited_differently_are_refused(limits):
@@ -134,8 +140,11 @@ def test_texts_that_are_limited_differently_are_refused(limits):
 
 
 def test_a_common_limit_is_kept():
-    limit = {"mask": torch.ones(1, 8, 8), "area": (4, 4, 0, 0), "control": object(), "of another pack": np.ones(2)}
-    ((_, options),) = stack_conditionings([[[torch.zeros(1, 4, 3), dict(limit)]] for _ in range(2)], "positive")
+    limit = {"mask": torch.ones(1, 8, 8), "area": (4, 4, 0, 0), "control": object()}
+    foreign = [{"seen": SimpleNamespace(tensor=torch.ones(2), array=np.ones(2))} for _ in range(2)]
+    limits = [limit | each for each in foreign]
+    limit = limits[0]
+    ((_, options),) = stack_conditionings([[[torch.zeros(1, 4, 3), dict(each)]] for each in limits], "positive")
     assert options.keys() == limit.keys()
     assert all(options[name] is limit[name] for name in limit)
 
