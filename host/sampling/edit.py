@@ -20,7 +20,6 @@ from ..text.conditionings import (
     check_lengths,
     check_whole_sampling,
     draws_negative,
-    same_texts,
     unlike_the_source,
 )
 from ..unet.jobs import attention_state, for_own_sampler, prepare_with
@@ -130,9 +129,6 @@ def sample_edit(
     unread = not is_unet(model.model.diffusion_model) and any(getattr(settings, name) for name in NEED_MAPS)
     if not is_unet(model.model.diffusion_model):
         settings = without_maps(settings)
-    if inversion.generated is not None and same_texts(positive, inversion.source):
-        # The picture comes back, where the source's features would be others than its negative was drawn with.
-        settings = replace(settings, feature_until=0.0)
     texts = {
         "positive": beside_the_source(positive, inversion.source, "positive"),
         "negative": beside_the_source(negative, inversion.source, "negative"),
