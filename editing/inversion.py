@@ -215,10 +215,14 @@ def reconstruct(
 
 
 def latent_psnr(latent: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of latents [B, C, H, W] to clean ones, whose own range of values is the peak: [B]."""
+    """PSNR in dB of latents [B, C, H, W] to clean ones, whose own range of values is the peak: [B].
+
+    That of clean ones of a single value, which have no range, is 1.
+    """
     dims = (1, 2, 3)
     squared_error = (latent - clean).square().mean(dims).clamp_min(torch.finfo(clean.dtype).tiny)
-    return 20 * (clean.amax(dims) - clean.amin(dims)).log10() - 10 * squared_error.log10()
+    peak = clean.amax(dims) - clean.amin(dims)
+    return 20 * torch.where(peak > 0, peak, 1.0).log10() - 10 * squared_error.log10()
 
 
 def aligned_residuals(

@@ -273,6 +273,8 @@ def test_the_error_of_a_reconstruction_is_told_per_picture_against_its_own_range
     again = clean + torch.tensor([0.04, 0.008]).view(2, 1, 1, 1)
     torch.testing.assert_close(latent_psnr(again, clean), torch.tensor([40.0, 60.0]), atol=1e-3, rtol=0)
     assert latent_psnr(clean, clean).isfinite().all()
+    flat = torch.zeros(1, 4, 8, 8)  # as Empty Latent Image gives it
+    torch.testing.assert_close(latent_psnr(flat + 0.1, flat), torch.tensor([20.0]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
