@@ -252,9 +252,9 @@ def test_prompt_to_prompt_takes_self_attention_only_where_there_is_some(monkeypa
     clip, taken = tiny_clip("sd1"), []
 
     class Noting(prompt_to_prompt.SourceAttention):
-        def __init__(self, places):
+        def __init__(self, places, tokens):
             taken.extend(places)
-            super().__init__(places)
+            super().__init__(places, tokens)
 
     monkeypatch.setattr(prompt_to_prompt, "SourceAttention", Noting)
     with torch.inference_mode():
