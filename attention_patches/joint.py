@@ -112,7 +112,7 @@ def joint_sites(dit: torch.nn.Module) -> list[JointSite]:
 
 def holding_sites(dit: torch.nn.Module) -> list[JointSite]:
     """The blocks whose keys and values hold the layout: those that are known, or else some spread evenly."""
-    sites, known = joint_sites(dit), _known(dit)
+    sites, known = joint_sites(dit), known_blocks(dit)
     if known is not None:
         return [site for site in sites if site[:2] in known.holding]
     return sites[:: math.ceil(len(sites) / CHOSEN)]
@@ -126,18 +126,19 @@ def reading_calls(dit: torch.nn.Module) -> list[JointSite]:
 
 def reading_sites(dit: torch.nn.Module) -> list[JointSite]:
     """Those of them where things are told apart: in the blocks that are known for it, or else all."""
-    known = _known(dit)
+    known = known_blocks(dit)
     return [site for site in reading_calls(dit) if known is None or site[:2] in known.reading]
 
 
-def _known(dit: torch.nn.Module) -> Known | None:
+def known_blocks(dit: torch.nn.Module) -> Known | None:
+    """What is known of a model's blocks."""
     family = joint_family(dit)
     return family.known.get(tuple(len(getattr(dit, name)) for name in family.blocks))
 
 
-def early_sites(dit: torch.nn.Module) -> list[JointSite]:
+def early_sites(dit: torch.nn.Module, holding: list[JointSite]) -> list[JointSite]:
     """The blocks whose features hold shapes: those of the first third that hold the layout, or else the first block."""
-    sites, holding = joint_sites(dit), holding_sites(dit)
+    sites = joint_sites(dit)
     early = set(sites[: math.ceil(len(sites) / 3)])
     return [site for site in holding if site in early] or sites[:1]
 

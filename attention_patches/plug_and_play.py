@@ -91,13 +91,17 @@ def _check(unet: torch.nn.Module) -> None:
 def source_sites(model: torch.nn.Module) -> tuple[list[Site], list[Site]]:
     """(sites of features, sites of attention) at which a picture's layout is put into a diffusion model.
 
-    Each in the order of the forward pass; the last attention comes after all features. Raises ValueError for a model of
-    unknown class.
+    Each in the order of the forward pass. Raises ValueError for a model of unknown class.
     """
     if is_unet(model):
         residual = feature_site(model)
         return [residual], self_attention_sites(model, residual.number)
-    return [OutputSite(site) for site in early_sites(model)], holding_sites(model)
+    return joint_source_sites(model, holding_sites(model))
+
+
+def joint_source_sites(dit: torch.nn.Module, holding: list[JointSite]) -> tuple[list[Site], list[Site]]:
+    """The same of a diffusion transformer, with the blocks that hold its layout."""
+    return [OutputSite(site) for site in early_sites(dit, holding)], holding
 
 
 @contextlib.contextmanager

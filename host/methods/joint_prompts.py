@@ -7,13 +7,14 @@ import torch
 from comfy.samplers import CFGGuider
 from comfy.sd import CLIP
 
-from ...attention_patches.joint import holding_sites, joint_sites, patch_side, reading_calls, reading_sites
+from ...attention_patches.joint import JointSite, joint_sites, patch_side, reading_calls, reading_sites
 from ...attention_patches.joint_prompts import JointEdit, SourceRows
-from ...editing.token_alignment import Prompt, TokenMap, Word, word_pairs
+from ...editing.token_alignment import Prompt, TokenMap, Word, positions, word_pairs
 from ...editing.word_masks import WordMask, soft_mask
 from ..sampling.checks import estimates, framed, unframed
 from ..text.caption_rows import T5_IDS, caption_words, rows_read
 from ..unet.jobs import add_job, only_job
+from .joint_blocks import scored_sites
 from .prompt_edit import KeptEstimate, PromptEdit
 
 
@@ -55,7 +56,7 @@ class JointSampling:
         self.kept = kept
         dit = guider.model_patcher.model.diffusion_model
         self.order = {site[:2]: i for i, site in enumerate(joint_sites(dit))}
-        self.holding = holding_sites(dit)
+        self.holding: list[JointSite] | None = None
         self.reading = reading_calls(dit)
         self.watched = reading_sites(dit) if edit.blend else []
         size = [math.ceil(side / patch_side(dit)) for side in edit.inversion.trajectory.shape[-2:]]
@@ -65,6 +66,8 @@ class JointSampling:
         self, executor: Callable, x: torch.Tensor, timestep: torch.Tensor, model_options: dict, seed: int | None
     ) -> torch.Tensor:
         sigma = float(timestep[0])
+        if self.holding is None:
+            self.holding = self._holding(model_options)
         keys = sigma >= self.edit.self_end
         taken = self.holding if keys or sigma >= self.edit.cross_end else []
         added = self.masks[1]
@@ -83,6 +86,13 @@ class JointSampling:
         blend = self._blend_mask(unframed(x), sigma)
         restored = self.kept.restore(unframed(denoised), unframed(x), sigma, blend)
         return framed(restored, self.guider.inner_model)
+
+    def _holding(self, model_options: dict) -> list[JointSite]:
+        """The blocks that take the source's rows, by where the added words are read."""
+        if min(self.edit.cross_end, self.edit.self_end) == math.inf:
+            return []
+        words = positions(self.edit.token_map.added) or None
+        return scored_sites(self.guider, self.edit.inversion, self.source, model_options, words)
 
     def _attend_to_source(self, taken: list, x: torch.Tensor, timestep: torch.Tensor, model_options: dict) -> dict:
         """The source's queries and keys at the sites `taken`; its maps are added to the mask of the words that went."""

@@ -23,12 +23,13 @@ from einops import rearrange
 
 from ...attention_patches.attention import LastSiteReached
 from ...attention_patches.joint import JointSite
-from ...attention_patches.plug_and_play import Site, source_sites, tapped
+from ...attention_patches.plug_and_play import Site, joint_source_sites, source_sites, tapped
 from ...editing.trajectory import Inversion
 from .. import running
 from ..sampling.checks import check_inversion, framed, unframed
 from ..sampling.source import NoiseMask, check_size, load_with_source, processed_source, start_of
 from ..unet.jobs import LEFT_OUT, UNetCall, add_job, only_job, prepare_with, with_jobs
+from .joint_blocks import scored_sites
 
 KEY = "pix2pix_zero_plug_and_play"
 
@@ -95,12 +96,23 @@ class _LockstepSampling:
         self._check_shape(noise)
         start = start_of(self.inversion, sigmas, noise, latent_image)
         with processed_source(guider, self.inversion) as source:
-            mask = NoiseMask(self.inversion.noise_mask, guider, extra_args["model_options"], sigmas)
-            extra_args = {**extra_args, "model_options": self._options(extra_args["model_options"], source, mask)}
+            options = extra_args["model_options"]
+            mask = NoiseMask(self.inversion.noise_mask, guider, options, sigmas)
+            features = SourceFeatures(self.inversion, source, self._sites(guider, source, options), mask)
+            extra_args = {**extra_args, "model_options": self._options(options, features)}
             return running.finite(executor(guider, sigmas, extra_args, callback, *start, *passed_on, **kwargs))
 
-    def _options(self, model_options: dict, source: list[dict], mask: NoiseMask) -> dict:
-        features = SourceFeatures(self.inversion, source, self.sites, mask)
+    def _sites(self, guider: CFGGuider, source: list[dict], options: dict) -> dict[tuple[Site, ...], float]:
+        """The sites, of a diffusion transformer by what the edit is."""
+        (features, until), (attention, end) = self.sites.items()
+        if not isinstance(attention[-1], JointSite) or min(until, end) == math.inf:
+            return self.sites
+        dit = guider.model_patcher.model.diffusion_model
+        chosen = joint_source_sites(dit, scored_sites(guider, self.inversion, source, options))
+        return dict(zip(map(tuple, chosen), (until, end)))
+
+    def _options(self, model_options: dict, features: "SourceFeatures") -> dict:
+        source, mask = features.source, features.mask
         options = prepare_with(model_options, features.put_into)
         if self.negative_alpha < 1:
             blend = partial(_blend_negative, source, self.negative_alpha)
@@ -141,7 +153,7 @@ def _keep_outside(inversion: Inversion, noise_mask: NoiseMask, args: dict) -> to
 
 
 class ReadFeatures:
-    """Job: keep the tensors of `sites`, in their order, that the UNet computes for `entries` of a conditioning.
+    """Job: keep the tensors of `sites` that the UNet computes for `entries` of a conditioning.
 
     The rest of the UNet call is skipped; its output is zeros.
     Those of several entries are averaged with the weights that the host mixes their predictions with.
@@ -160,10 +172,13 @@ class ReadFeatures:
         self._totals: dict[Site, torch.Tensor] = {}
 
     def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
+        missing = set(self.sites)
+
         def visit(site: Site, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             for uuid, *parts in zip(call.uuids, *(tensor.chunk(len(call.uuids)) for tensor in tensors)):
                 self._add(site, parts, self.weights[uuid])
-            if site == self.sites[-1]:
+            missing.discard(site)
+            if not missing:
                 raise LastSiteReached
             return tensors
 

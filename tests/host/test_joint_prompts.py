@@ -8,6 +8,7 @@ from joint_runs import FIRST_ROW, PATCH, Seen
 from joint_texts import family_clip
 from pix2pix_zero.attention_patches.joint import Attention, holding_sites
 from pix2pix_zero.attention_patches.joint_maps import reweighted, text_maps
+from pix2pix_zero.host.methods import joint_blocks, joint_prompts
 from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from plug_and_play_runs import sample
@@ -150,3 +151,26 @@ def test_the_local_blend_keeps_the_picture_where_the_changed_words_are_not_read(
 def test_another_caption_and_another_encoder_are_told(sd3):
     with torch.inference_mode(), pytest.raises(ValueError, match="^source: it is 13 tokens long"):
         edit_by_prompt(sd3.model, sd3.inversion, family_clip("Qwen-Image"), SOURCE, TARGET, PromptEditSettings())
+
+
+@torch.inference_mode()
+def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
+    """With one block to choose it is the one of the highest score."""
+    monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
+    chosen, scores = [], []
+    score, rate = joint_blocks.scored_sites, joint_blocks.agreement
+
+    def noting(*args):
+        chosen.append(score(*args))
+        return chosen[-1]
+
+    def rating(maps, difference):
+        scores.append(rate(maps, difference))
+        return scores[-1]
+
+    monkeypatch.setattr(joint_prompts, "scored_sites", noting)
+    monkeypatch.setattr(joint_blocks, "agreement", rating)
+    sd3.draw()
+    assert [site.number for site in chosen[0]] == [scores.index(max(scores))] and len(scores) == 2
+    sd3.draw(SOURCE)
+    assert chosen[1] == holding_sites(sd3.model.model.diffusion_model)  # no difference, nothing to choose by

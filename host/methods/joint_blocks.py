@@ -1,0 +1,57 @@
+"""Which blocks of a diffusion transformer hold the layout, where no paper says so: scored at the beginning of each edit.
+
+A block counts as much as its map, of where the picture reads the edited text, agrees with where the predictions for both texts
+differ. It costs two evaluations. Blocks are chosen for one edit and not kept, or what was edited before would change the next.
+"""
+
+import torch
+from comfy.samplers import CFGGuider
+
+from ...attention_patches.joint import (
+    CHOSEN,
+    JointSite,
+    holding_sites,
+    joint_sites,
+    known_blocks,
+    patch_side,
+    reading_calls,
+)
+from ...attention_patches.joint_prompts import JointEdit
+from ...editing.block_scores import agreement, best
+from ...editing.trajectory import Inversion
+from ..sampling.checks import estimates
+from ..text.caption_rows import rows_read
+from ..unet.jobs import only_job
+
+
+def scored_sites(
+    guider: CFGGuider, inversion: Inversion, source: list[dict], model_options: dict, words: list[int] | None = None
+) -> list[JointSite]:
+    """The blocks whose attention holds the layout in an edit by a running guider, in the order of the forward pass.
+
+    `source`: the processed conditioning of the source's text. `words`: rows of the edited text that tell the edit, None for
+    all. Those that are known of a model are taken as they are; where both texts predict the same, some are spread evenly.
+    """
+    dit = guider.model_patcher.model.diffusion_model
+    positive = guider.conds["positive"]
+    few = len(joint_sites(dit)) <= CHOSEN
+    if few or known_blocks(dit) is not None or len(positive) != 1 or positive[0].get("cross_attn") is None:
+        return holding_sites(dit)
+    level = (inversion.steps + 1) // 2
+    x = inversion.trajectory[level].to(guider.model_patcher.load_device)
+    timestep = x.new_full((len(x),), float(inversion.sigmas[level]))
+    reading, maps = reading_calls(dit), []
+    rows = rows_read(positive[0]["cross_attn"], positive[0])
+    predicted = []
+    for entries, watched in ((source, []), (positive, reading)):
+        uuids = {entry["uuid"] for entry in entries}
+        job = JointEdit(uuids, {}, False, None, reading, watched, maps.append, rows)
+        predicted += estimates(guider.inner_model, [entries], x, timestep, only_job(model_options, job))
+    if len(maps) != len(reading):
+        return holding_sites(dit)
+    difference = (predicted[1] - predicted[0]).abs().mean(1, keepdim=True)
+    difference = torch.nn.functional.avg_pool2d(difference, patch_side(dit), ceil_mode=True).flatten(1)
+    columns = slice(None) if words is None else words
+    scores = [agreement(each[..., columns].sum(-1), difference) for each in maps]
+    chosen = best(scores, CHOSEN)
+    return [site for i, site in enumerate(joint_sites(dit)) if i in chosen] or holding_sites(dit)
