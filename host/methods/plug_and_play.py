@@ -230,6 +230,8 @@ class SourceFeatures:
     """The source's features at the present noise level, put into the edit's UNet calls.
 
     `source`: the processed conditioning. `ends`: groups of sites with the noise level down to which they are replaced.
+    `negative`: entries of another text than the source's, which get the features that this text has at the source, so that
+    what is not edited is led away from the same as the source was; left out, all entries get those of the source's text.
     `mask`: where keys and values of a diffusion transformer stay the edit's own, if anywhere.
     """
 
@@ -237,9 +239,10 @@ class SourceFeatures:
     source: list[dict]
     ends: dict[tuple[Site, ...], float]
     mask: NoiseMask | None = None
+    negative: list[dict] = field(default_factory=list)
     _sigma: float | None = None
-    _features: dict = field(default_factory=dict)  # by conditioning area
-    _areas: dict = field(default_factory=dict)  # by entry of the conditioning
+    _features: dict = field(default_factory=dict)  # by text and conditioning area
+    _places: dict = field(default_factory=dict)  # text and area, by entry of the conditioning
 
     def put_into(
         self, model: BaseModel, conds: list, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict
@@ -256,21 +259,28 @@ class SourceFeatures:
         sites = [site for group, end in self.ends.items() if sigma >= end for site in group]
         if not sites:
             return model_options
-        areas = {entry["uuid"]: _area(entry) for cond in conds if cond is not None for entry in cond}
-        self._areas |= areas
+        negative = {entry["uuid"] for entry in self.negative}
+        places = {
+            entry["uuid"]: (entry["uuid"] in negative, _area(entry))
+            for cond in conds
+            if cond is not None
+            for entry in cond
+        }
+        self._places |= places
         x = framed(self.inversion.latent_at(sigma).to(x_in), model)
-        for area in set(areas.values()) - self._features.keys():
-            features = read_features(model, self._entries(area), x, sigma, sites, model_options)
+        for place in set(places.values()) - self._features.keys():
+            features = read_features(model, self._entries(*place), x, sigma, sites, model_options)
             # Of q, k and v in a UNet the v stays the edit's own.
-            self._features[area] = {site: tensors[:2] for site, tensors in features.items()}
+            self._features[place] = {site: tensors[:2] for site, tensors in features.items()}
         own = None if self.mask is None else self.mask.at(sigma, unframed(x_in))
         own = None if own is None else own[:, :1]
-        return add_job(model_options, InjectFeatures(sites, self._features, self._areas, own))
+        return add_job(model_options, InjectFeatures(sites, self._features, self._places, own))
 
-    def _entries(self, area: tuple | None) -> list[dict]:
-        """The parts of the source's conditioning that speak for an area, or all if none does, each for that area."""
-        fitting = [entry for entry in self.source if _area(entry) == area]
-        fitting = fitting or [entry for entry in self.source if _area(entry) is None] or self.source
+    def _entries(self, negative: bool, area: tuple | None) -> list[dict]:
+        """The parts of a text's conditioning that speak for an area, or all if none does, each for that area."""
+        text = self.negative if negative else self.source
+        fitting = [entry for entry in text if _area(entry) == area]
+        fitting = fitting or [entry for entry in text if _area(entry) is None] or text
         everywhere = [{name: value for name, value in entry.items() if name != "area"} for entry in fitting]
         return everywhere if area is None else [{**entry, "area": area} for entry in everywhere]
 
@@ -279,19 +289,20 @@ class SourceFeatures:
 class InjectFeatures:
     """Job: replace the features at `sites` by the source's, in every row of the batch.
 
-    `features`: by area and site. `areas`: of each entry of the conditioning. `own`: [pictures, 1, H, W], 1 where the keys and
-    values of a diffusion transformer are the edit's own (KV-Edit, Zhu et al., ICCV 2025), or None.
+    `features`: by place, a text and an area of it, and site. `places`: of each entry of the conditioning. `own`: [pictures, 1,
+    H, W], 1 where the keys and values of a diffusion transformer are the edit's own (KV-Edit, Zhu et al., ICCV 2025), or None.
     """
 
     sites: list[Site]
     features: dict
-    areas: dict
+    places: dict
     own: torch.Tensor | None = None
     stops: ClassVar[bool] = False
 
     def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
         # An entry that another pack made up on the way is taken to speak for the whole picture.
-        features = [self.features.get(self.areas.get(uuid), {}) for uuid in call.uuids]
+        everywhere = (False, None)
+        features = [self.features.get(self.places.get(uuid, everywhere), {}) for uuid in call.uuids]
 
         def visit(site: Site, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             if any(site not in part for part in features):  # the source's text has a time range, and this is outside

@@ -26,7 +26,7 @@ from ..unet.jobs import attention_state, for_own_sampler, prepare_with
 from ..unet.map_jobs import Checkpointing
 from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
 from .checks import base_of_distilled, check_inversion, check_numbers, framed
-from .passes import UNetPasses
+from .passes import UNetPasses, negative_is_source
 from .source import EditGuider, NoiseMask, edited_area, masked
 
 
@@ -258,7 +258,9 @@ class _Edit:
         if self.inversion.aligned:  # each step is evaluated one level further down
             until = min(1.0, until + 1 / self.inversion.steps)
         sites = sites_until(self.model.model.diffusion_model, self.inversion, until, attention_until=0.0)
-        features = SourceFeatures(self.inversion, run.guider.conds["source"], sites)
+        conds = run.guider.conds
+        negative = [] if negative_is_source(conds) else conds["negative"]
+        features = SourceFeatures(self.inversion, conds["source"], sites, negative=negative)
         return prepare_with(run.model_options, features.put_into)
 
     def _schedule(self) -> GuidanceSchedule:

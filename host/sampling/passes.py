@@ -117,13 +117,9 @@ class UNetPasses:
 
     def contrast(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         source = self.estimates.negative
-        if source is None or not self._negative_is_source():
+        if source is None or not negative_is_source(self.guider.conds):
             source = self.denoise_branch("source", x, sigma)
         return (self.estimates.positive - source).abs().mean(1, keepdim=True)
-
-    def _negative_is_source(self) -> bool:
-        negative, source = (self.guider.conds[branch] for branch in ("negative", "source"))
-        return len(negative) == len(source) and all(_same_inputs(a, b) for a, b in zip(negative, source))
 
     def denoise_branch(self, branch: str, x: torch.Tensor, sigma: float) -> torch.Tensor:
         return self._evaluate(branch, x, sigma)
@@ -209,6 +205,12 @@ class UNetPasses:
         # Other packs tell the negative by its place in the list.
         conds = [[], self.guider.conds[branch]] if branch == "negative" else [self.guider.conds[branch]]
         return estimates(self.guider.inner_model, conds, x, _timestep(x, sigma), options)[-1]
+
+
+def negative_is_source(conds: dict[str, list[dict]]) -> bool:
+    """Whether the negative of a guider's processed conditionings is the source's text."""
+    negative, source = (conds[branch] for branch in ("negative", "source"))
+    return len(negative) == len(source) and all(_same_inputs(a, b) for a, b in zip(negative, source))
 
 
 def _same_inputs(*entries: dict) -> bool:
