@@ -89,6 +89,29 @@ ODD = {
         torch.ones(1, 5, 9, dtype=torch.bool),
         torch.zeros(8),
     ],
+    "SIGMAS": [
+        3,
+        Foreign(),
+        torch.zeros(0),
+        torch.ones(1),
+        torch.ones(2, 2),
+        torch.tensor([NAN, 0.0]),
+        torch.tensor([1.0, INF, 0.0]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([2, 0]),
+    ],
+    "BOUNDING_BOX": [
+        3,
+        "a",
+        Foreign(),
+        [],
+        {},
+        {"x": NAN, "y": 0, "width": 8, "height": 8},
+        {"x": 0, "y": 0, "width": INF, "height": 8},
+        {"x": 0, "y": 0, "width": 0, "height": 8},
+        {"x": -5, "y": 2**70, "width": 8, "height": -8},
+        {"x": "a", "y": None, "width": 8, "height": 8},
+    ],
     "P2PZ_INVERSION": [None, 3, Foreign(), []],
     "P2PZ_DIRECTION": [None, 3, Foreign(), {}],
     "P2PZ_CAPTIONER": [None, 3, Foreign()],
@@ -144,6 +167,11 @@ def test_odd_inputs_are_refused_by_their_socket_or_give_finite_results(usual):
             if not finite(list(result or ())):
                 wrong.append(f"{number} {name} {short(odd)}: NaN or infinite values come out")
     assert not wrong, "\n".join([f"{len(wrong)} of {COUNT}", *wrong])
+
+
+def test_every_socket_of_every_node_may_get_an_odd_input():
+    assert {item.get_io_type() for node in NODES for item in node.GET_SCHEMA().inputs} == set(ODD)
+    assert {node for node, _ in cases(COUNT, SEED)} == set(NODES)
 
 
 def short(odd: dict) -> str:
