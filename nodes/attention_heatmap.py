@@ -25,14 +25,15 @@ class Pix2PixZeroAttentionHeatmap(io.ComfyNode):
                 io.String.Input(
                     "caption",
                     multiline=True,
-                    tooltip="The text the picture was inverted with, word for word.",
+                    tooltip="The text the picture was inverted with, word for word. At most 2000 words.",
                 ),
                 io.String.Input(
                     "words",
                     default="",
                     multiline=True,
                     tooltip="Words or phrases of the caption, between commas or on lines: a picture for each. Empty: every "
-                    "word but little ones like 'a' and 'with'.",
+                    "word but little ones like 'a' and 'with'."
+                    " At most 100 of them.",
                 ),
                 start_percent_input(
                     tooltip="Leaves out the steps before this part of the sampling. The first steps are mostly noise: raise "

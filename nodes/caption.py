@@ -71,7 +71,8 @@ class Pix2PixZeroCaption(io.ComfyNode):
                     "prefix",
                     default="",
                     tooltip="Words every caption starts with, such as 'a photo of'. They steer the rest. Leave empty "
-                    "if in doubt.",
+                    "if in doubt."
+                    " At most 2000 letters.",
                 ),
                 io.Int.Input(
                     "max_new_tokens",
@@ -89,7 +90,8 @@ class Pix2PixZeroCaption(io.ComfyNode):
                     optional=True,
                     tooltip="Your own caption: one sentence that says what the picture shows, such as 'a photo of a cat on a "
                     "sofa', or a line for each picture of a batch. No captioner is needed then. Leave it empty to have the "
-                    "picture described.",
+                    "picture described."
+                    " At most 1000000 letters.",
                 ),
             ],
             outputs=[

@@ -108,7 +108,8 @@ class Pix2PixZeroDemoScene(io.ComfyNode):
                     optional=True,
                     force_input=True,
                     tooltip="How many scenes, of this seed and those after it; one if nothing is connected. For a batch, such as "
-                    "pairs to distil an edit from.",
+                    "pairs to distil an edit from."
+                    " All scenes together may have at most 64 million pixels.",
                 ),
             ],
             outputs=[

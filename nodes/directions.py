@@ -40,13 +40,15 @@ class Pix2PixZeroEditDirection(io.ComfyNode):
                     "source",
                     default="cat",
                     tooltip="What the picture shows now. Name only what changes: cat, summer, photo, wooden. "
-                    "To add something, name what it is added to: cat.",
+                    "To add something, name what it is added to: cat."
+                    " At most 300 letters.",
                 ),
                 io.String.Input(
                     "target",
                     default="dog",
                     tooltip="What it should become: dog, winter, oil painting, golden, cat wearing glasses. The closer "
-                    "in meaning to the source, the cleaner the edit.",
+                    "in meaning to the source, the cleaner the edit."
+                    " At most 300 letters.",
                 ),
                 _alignment_input("Choose words if something added does not show."),
             ],
@@ -78,13 +80,15 @@ class Pix2PixZeroEditDirectionFromSentences(io.ComfyNode):
                     "source_sentences",
                     multiline=True,
                     tooltip="One sentence per line about what the picture shows now. Blank lines, bullets and numbering "
-                    "are ignored. Add more if the edit changes things it should not.",
+                    "are ignored. Add more if the edit changes things it should not."
+                    " At most 20000 lines.",
                 ),
                 io.String.Input(
                     "target_sentences",
                     multiline=True,
                     tooltip="One sentence per line about what it should become. The same sentences with only the "
-                    "concept exchanged work best.",
+                    "concept exchanged work best."
+                    " At most 20000 lines.",
                 ),
                 _alignment_input("words compares line by line, so write as many of both."),
             ],

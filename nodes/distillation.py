@@ -26,7 +26,8 @@ class Pix2PixZeroDistill(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_edit",
-                    tooltip="The file's name without its number. Earlier files are never overwritten.",
+                    tooltip="The file's name without its number. Earlier files are never overwritten."
+                    " At most 100 letters.",
                 ),
                 io.Combo.Input(
                     "size",

@@ -51,7 +51,8 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="What the source shows, such as 'a photo of a cat'. One line for all pictures, or one each. "
-                    "Needed for CLIP accuracy only.",
+                    "Needed for CLIP accuracy only."
+                    " At most 1000000 letters.",
                 ),
                 io.String.Input(
                     "target_text",
@@ -59,7 +60,8 @@ class Pix2PixZeroEditMetrics(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="What the edited picture should show. Change only the edited words of the source text, else "
-                    "CLIP accuracy measures the rest of the wording too.",
+                    "CLIP accuracy measures the rest of the wording too."
+                    " At most 1000000 letters.",
                 ),
                 _model_input(
                     kinds.CLIP,

@@ -84,7 +84,8 @@ class Pix2PixZeroSavePair(io.ComfyNode):
                 io.String.Input(
                     "dataset",
                     default="my_edit",
-                    tooltip="The data set's name. Use one name for one edit and one size of pictures.",
+                    tooltip="The data set's name. Use one name for one edit and one size of pictures."
+                    " At most 100 letters.",
                 ),
                 io.Boolean.Input(
                     "keep",

@@ -24,13 +24,15 @@ class Pix2PixZeroPromptToPrompt(io.ComfyNode):
                 io.String.Input(
                     "source",
                     multiline=True,
-                    tooltip="The caption of the picture as it is: the text it was inverted with, word for word.",
+                    tooltip="The caption of the picture as it is: the text it was inverted with, word for word."
+                    " At most 2000 words.",
                 ),
                 io.String.Input(
                     "target",
                     multiline=True,
                     tooltip="The caption after the edit. Change as few words as possible: the others hold the picture "
-                    "together. A swapped word is drawn in the place of the old one, an added word finds its own place.",
+                    "together. A swapped word is drawn in the place of the old one, an added word finds its own place."
+                    " At most 2000 words.",
                 ),
                 io.Float.Input(
                     "cross_until",

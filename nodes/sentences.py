@@ -21,7 +21,8 @@ class Pix2PixZeroSentences(io.ComfyNode):
                 io.String.Input(
                     "concept",
                     default="cat",
-                    tooltip="What the sentences are about: cat, wooden, winter, night, oil painting, dog wearing a hat.",
+                    tooltip="What the sentences are about: cat, wooden, winter, night, oil painting, dog wearing a hat."
+                    " At most 300 letters.",
                 ),
                 io.Int.Input(
                     "count",

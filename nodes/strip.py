@@ -24,13 +24,15 @@ class Pix2PixZeroStrengths(io.ComfyNode):
                     "values",
                     default="0, 0.5, 1, 1.5",
                     tooltip="The numbers, between commas or on lines of their own. Connect strength to one setting: the "
-                    "strength of Apply Direction, or guidance_strength or cfg of the sampler.",
+                    "strength of Apply Direction, or guidance_strength or cfg of the sampler."
+                    " At most 100 numbers, since each is a run.",
                 ),
                 io.String.Input(
                     "name",
                     default="strength",
                     tooltip="What the numbers are. It stands before each of them in the labels; leave it empty for the "
-                    "numbers alone.",
+                    "numbers alone."
+                    " At most 1000 letters.",
                 ),
             ],
             outputs=[
@@ -61,14 +63,17 @@ class Pix2PixZeroStrip(io.ComfyNode):
             search_aliases=["image grid", "side by side", "before after", "compare images", "labels", "contact sheet"],
             inputs=[
                 io.Image.Input(
-                    "images", tooltip="The pictures, a list or a batch. All are shown at the size of the first."
+                    "images",
+                    tooltip="The pictures, a list or a batch. All are shown at the size of the first."
+                    " The strip may have at most 64 million pixels.",
                 ),
                 io.String.Input(
                     "labels",
                     default="",
                     multiline=True,
                     tooltip="What stands under the pictures: a line for each, or the label output of Strengths. Leave it "
-                    "empty for none.",
+                    "empty for none."
+                    " At most 10000 letters.",
                 ),
                 io.Int.Input(
                     "columns",

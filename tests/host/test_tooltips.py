@@ -6,7 +6,13 @@ import re
 
 import pytest
 from pix2pix_zero.devtools.hosts import ROOT
-from pix2pix_zero.nodes import NODES
+from pix2pix_zero.editing import sentences
+from pix2pix_zero.host.distilled import names
+from pix2pix_zero.host.networks import captioner, edit_figures
+from pix2pix_zero.host.text import prompt_words
+from pix2pix_zero.host.views import attention_heat
+from pix2pix_zero.nodes import NODES, demo, strip
+from pix2pix_zero.pictures import strips
 
 NUMBER = r"(?<!\d)-?\d+(?:\.\d+)?"
 # "0 switches it off", "down to 0", "start at 5", "0.3 is a good start", "0.01 is its authors' value"; not "50 steps at 512x512".
@@ -33,6 +39,37 @@ NUMBERS, CHOICES = widgets(("FLOAT", "INT")), widgets(("COMBO",))
 
 def advised(tooltip: str) -> list[float]:
     return [float(found) for pattern in ADVICE for found in re.findall(pattern, tooltip)]
+
+
+BOUNDS = {
+    ("Sentences", "concept"): sentences.LONGEST_CONCEPT,
+    ("EditDirection", "source"): sentences.LONGEST_CONCEPT,
+    ("EditDirection", "target"): sentences.LONGEST_CONCEPT,
+    ("EditDirectionFromSentences", "source_sentences"): sentences.MOST_SENTENCES,
+    ("EditDirectionFromSentences", "target_sentences"): sentences.MOST_SENTENCES,
+    ("AttentionHeatmap", "caption"): prompt_words.MOST_WORDS,
+    ("AttentionHeatmap", "words"): attention_heat.MOST_PHRASES,
+    ("PromptToPrompt", "source"): prompt_words.MOST_WORDS,
+    ("PromptToPrompt", "target"): prompt_words.MOST_WORDS,
+    ("Strengths", "values"): strips.MOST_NUMBERS,
+    ("Strengths", "name"): strip.LONGEST_NAME,
+    ("Strip", "images"): strips.MOST_PIXELS // 10**6,
+    ("Strip", "labels"): strips.LONGEST_LABEL,
+    ("DemoScene", "count"): demo.MOST_PIXELS // 2**20,
+    ("Caption", "prefix"): captioner.LONGEST_PREFIX,
+    ("Caption", "caption"): captioner.LONGEST_CAPTIONS,
+    ("EditMetrics", "source_text"): edit_figures.LONGEST_TEXT,
+    ("EditMetrics", "target_text"): edit_figures.LONGEST_TEXT,
+    ("SavePair", "dataset"): names.LONGEST,
+    ("Distill", "name"): names.LONGEST,
+}
+
+
+@pytest.mark.parametrize(("node", "socket"), BOUNDS)
+def test_a_bound_that_no_widget_shows_stands_in_the_tooltip(node, socket):
+    (found,) = [each for each in NODES if each.__name__ == f"Pix2PixZero{node}"]
+    (item,) = [item for item in found.GET_SCHEMA().inputs if item.id == socket]
+    assert re.search(rf"at most {BOUNDS[node, socket]}\b", item.tooltip, re.IGNORECASE)
 
 
 def test_the_advice_in_tooltips_is_found():
