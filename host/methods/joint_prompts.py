@@ -12,6 +12,7 @@ from ...attention_patches.joint_prompts import JointEdit, SourceRows
 from ...editing.token_alignment import Prompt, TokenMap, Word, positions, word_pairs
 from ...editing.word_masks import WordMask, soft_mask
 from ..sampling.checks import estimates, framed, unframed
+from ..sampling.source import check_size
 from ..text.caption_rows import T5_IDS, caption_words, rows_read
 from ..unet.jobs import add_job, only_job
 from .joint_blocks import scored_sites
@@ -65,6 +66,7 @@ class JointSampling:
     def predict_noise(
         self, executor: Callable, x: torch.Tensor, timestep: torch.Tensor, model_options: dict, seed: int | None
     ) -> torch.Tensor:
+        check_size(x, self.edit.inversion)
         sigma = float(timestep[0])
         if self.holding is None:
             self.holding = self._holding(model_options)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.samplers import KSAMPLER, CFGGuider
 from flow_families import FAMILIES, TOKENS, picture, small_family
 from joint_runs import FIRST_ROW, PATCH, Seen
 from joint_texts import family_clip
@@ -174,3 +175,18 @@ def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
     assert [site.number for site in chosen[0]] == [scores.index(max(scores))] and len(scores) == 2
     sd3.draw(SOURCE)
     assert chosen[1] == holding_sites(sd3.model.model.diffusion_model)  # no difference, nothing to choose by
+
+
+@torch.inference_mode()
+def test_a_sampler_that_changes_the_size_is_refused(sd3):
+    patched, positive = edit_by_prompt(sd3.model, sd3.inversion, sd3.clip, SOURCE, TARGET, PromptEditSettings())
+
+    def enlarge(model, x, sigmas, extra_args=None, **options):
+        larger = torch.cat([x, x], -1)
+        return model(larger, sigmas[:1].expand(len(x)), **extra_args)[..., : x.shape[-1]]
+
+    guider = CFGGuider(patched)
+    guider.set_conds(positive, sd3.text)
+    noise = torch.zeros_like(sd3.clean)
+    with pytest.raises(ValueError, match="^sampler: it draws at another size"):
+        guider.sample(noise, sd3.clean, KSAMPLER(enlarge), sd3.inversion.sigmas.flip(0), disable_pbar=True)
