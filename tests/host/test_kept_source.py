@@ -9,6 +9,8 @@ import pytest
 import small_edit as guided
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from pix2pix_zero.host.methods.prompt_edit import KeptEstimate
+from pix2pix_zero.host.sampling.source import NoiseMask
 from small_unet import latent
 
 SAMPLERS = comfy.samplers.KSAMPLER_NAMES + ["ddim", "uni_pc", "uni_pc_bh2"]
@@ -60,6 +62,23 @@ def test_residuals_are_for_steps_of_ddim_alone(model, clip, sampler):
     torch.manual_seed(0)
     assert torch.equal(ours, prompt_edit(model, clip, plain, sampler))
     assert not torch.equal(prompt_edit(model, clip, direct), prompt_edit(model, clip, plain))
+
+
+@pytest.mark.parametrize("ddim_steps", [False, True])
+def test_what_stays_is_the_sources_estimate_unless_the_sampler_steps_as_ddim_does(model, clip, ddim_steps):
+    """Away from the source's way, where noise was added or a step extrapolated, what lands on it in one step is far off."""
+    inversion = prompted.invert(model, clip)
+    sigmas = inversion.sigmas.flip(0)
+    kept = KeptEstimate(inversion, NoiseMask(torch.zeros(1, 8, 8), None, {}, sigmas), sigmas, ddim_steps)
+    sigma, lower = sigmas[1].item(), sigmas[2].item()
+    away = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    x = inversion.latent_at(sigma) + sigma * away
+    estimate = kept.restore(torch.zeros_like(x), x, sigma, None)
+    if ddim_steps:
+        landed = x + (x - estimate) / sigma * (lower - sigma)
+        torch.testing.assert_close(landed, inversion.latent_at(lower), rtol=1e-4, atol=1e-4)
+    else:
+        torch.testing.assert_close(estimate, inversion.estimate_at(sigma))
 
 
 def test_a_sampler_of_another_pack_is_known_by_its_steps(model, clip, monkeypatch):
