@@ -19,7 +19,7 @@ OF_ANY_VERSION = (
     "test_help_pages*",
     "test_translations*",
 )
-MOST_WORKERS = 4  # of the tests; each takes about 1 GB, and a core but for what waits for a server or a browser
+MOST_WORKERS = 4  # of the tests; each takes a core and about 1 GB
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +131,7 @@ def _pytest(environment: Environment, rest: list[str], folders: tuple[str, ...],
     command = [environment.python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs"]
     command += ["--durations=15", "--durations-min=1"]
     if not named:
-        command += ["-n", str(min((os.cpu_count() or 1) + 1, MOST_WORKERS)), "--dist", "loadgroup"]
+        command += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadgroup"]
         command.append("--no-loadscope-reorder")  # tests/conftest.py puts what takes long first
         command += [f"--ignore-glob={tests / 'host' / name}" for name in left_out]
     command += ["--rootdir", tests, "-c", tests / "pytest.ini", *rest, *paths]

@@ -6,6 +6,7 @@ between `<!-- inputs -->`, `<!-- outputs -->` and their ends belong to this prog
 files are written by hand and only put in order.
 """
 
+import argparse
 import json
 import re
 from dataclasses import dataclass
@@ -284,6 +285,13 @@ def untranslated(infos: list[dict]) -> list[str]:
     return found
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dev.py docs")
+    for option, what in (("--pictures", "help pages"), ("--thumbnails", "examples")):
+        parser.add_argument(option, nargs="*", metavar="NAME", help=f"draw those of the {what}, all or those named")
+    return parser
+
+
 def main(arguments: list[str]) -> int:
     """`python dev.py docs`: write what is generated, list what is not translated, then what is wrong.
 
@@ -294,14 +302,15 @@ def main(arguments: list[str]) -> int:
     args.cpu = True
     from ..nodes import NODES
 
-    if "--pictures" in arguments:
+    asked = _parser().parse_args(arguments)
+    if asked.pictures is not None:
         from .help_pictures import draw_pictures
 
-        draw_pictures([argument for argument in arguments if not argument.startswith("-")])
-    if "--thumbnails" in arguments:
+        draw_pictures(asked.pictures)
+    if asked.thumbnails is not None:
         from .thumbnails import draw_thumbnails
 
-        draw_thumbnails([argument for argument in arguments if not argument.startswith("-")])
+        draw_thumbnails(asked.thumbnails)
     infos = [node.GET_NODE_INFO_V1() for node in NODES]
     before, now = paths(read_texts("en")), paths({info["name"]: english(info) for info in infos})
     for path, text in now.items():

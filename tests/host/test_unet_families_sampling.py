@@ -153,7 +153,7 @@ WHY = {
 
 # Flow models without a UNet, and the nodes that take them, see test_flow_families.py.
 FLOWS = ("SD3", "Flux", "AuraFlow", "WAN21_T2V")
-ANY_FLOW = ("inversion", "reference", "sampler")
+ANY_FLOW = ("inversion", "reference", "sampler", "plug and play", "prompt to prompt")
 
 
 def without_weights(name):
