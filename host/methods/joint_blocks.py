@@ -38,7 +38,7 @@ def scored_sites(
     if few or known_blocks(dit) is not None or len(positive) != 1 or positive[0].get("cross_attn") is None:
         return holding_sites(dit)
     level = (inversion.steps + 1) // 2
-    x = inversion.trajectory[level].to(guider.model_patcher.load_device)
+    x = inversion.latent(level).to(guider.model_patcher.load_device)
     timestep = x.new_full((len(x),), float(inversion.sigmas[level]))
     reading, maps = reading_calls(dit), []
     rows = rows_read(positive[0]["cross_attn"], positive[0])

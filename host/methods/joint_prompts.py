@@ -10,13 +10,13 @@ from comfy.sd import CLIP
 from ...attention_patches.joint import JointSite, joint_sites, patch_side, reading_calls, reading_sites
 from ...attention_patches.joint_prompts import JointEdit, SourceRows
 from ...editing.token_alignment import Prompt, TokenMap, Word, positions, word_pairs
-from ...editing.word_masks import WordMask, soft_mask
+from ...editing.word_masks import WordMask
 from ..sampling.checks import estimates, framed, unframed
 from ..sampling.source import check_size
 from ..text.caption_rows import T5_IDS, caption_words, rows_read
 from ..unet.jobs import add_job, only_job
 from .joint_blocks import scored_sites
-from .prompt_edit import KeptEstimate, PromptEdit
+from .prompt_edit import KeptEstimate, PromptEdit, check_attended
 
 
 def encoded_words(clip: CLIP, text: str, socket: str) -> Prompt:
@@ -85,7 +85,7 @@ class JointSampling:
             len(self.edit.token_map.own),
         )
         denoised = executor(x, timestep, add_job(model_options, edit), seed)
-        blend = self._blend_mask(unframed(x), sigma)
+        blend = self.edit.blend_mask(self.masks, unframed(x), sigma)
         restored = self.kept.restore(unframed(denoised), unframed(x), sigma, blend)
         return framed(restored, self.guider.inner_model)
 
@@ -106,17 +106,8 @@ class JointSampling:
         job = SourceRows(taken, watched, last, rows_read(self.source[0]["cross_attn"], self.source[0]))
         latent = self.edit.inversion.latent_at(float(timestep[0])).to(x)
         estimates(self.guider.inner_model, [self.source], latent, timestep, only_job(model_options, job))
-        if len(job.kept) != len(taken):
-            raise ValueError(
-                "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
-            )
+        complete = len(job.kept) == len(taken) and len(job.maps) == len(watched)
+        check_attended(complete, self.source, latent, timestep)
         for maps in job.maps.values():
             words.add(maps.unsqueeze(1))
         return job.kept
-
-    def _blend_mask(self, x: torch.Tensor, sigma: float) -> torch.Tensor | None:
-        """[B, 1, H, W], 1 where the edited words are drawn; None where no local blend limits the edit."""
-        if not self.edit.blend or sigma >= self.edit.blend_start:
-            return None
-        areas = [words.area(self.edit.blend) for words in self.masks if words.total is not None]
-        return soft_mask(areas, x.shape[-2:]).to(x) if areas else None

@@ -8,7 +8,10 @@ from comfy.samplers import Sampler
 
 from ...editing.token_alignment import TokenMap
 from ...editing.trajectory import Inversion
+from ...editing.word_masks import WordMask, soft_mask
 from ..sampling.source import NoiseMask
+from ..text.conditionings import says_something
+from ..unet.jobs import LEFT_OUT
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,24 @@ class PromptEdit:
     blend: float
     blend_start: float
     blend_tokens: tuple[list[int], list[int]]
+
+    def blend_mask(self, words: list[WordMask], x: torch.Tensor, sigma: float) -> torch.Tensor | None:
+        """[B, 1, H, W] for latents `x`, 1 where the edited words are drawn; None where no local blend limits the edit."""
+        if not self.blend or sigma >= self.blend_start:
+            return None
+        areas = [each.area(self.blend) for each in words if each.total is not None]
+        return soft_mask(areas, x.shape[-2:]).to(x) if areas else None
+
+
+def check_attended(complete: bool, source: list[dict], latent: torch.Tensor, timestep: torch.Tensor) -> None:
+    """Raise ValueError with the reason if an evaluation of the processed `source` has not shown all of its attention."""
+    if complete:
+        return
+    if says_something(source, latent, timestep):
+        raise ValueError(LEFT_OUT)
+    raise ValueError(
+        "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
+    )
 
 
 def takes_ddim_steps(sampler: Sampler) -> bool | None:

@@ -21,18 +21,18 @@ from ...attention_patches.joint import joint_sites
 from ...attention_patches.prompt_to_prompt import AttentionEdit, SourceAttention
 from ...editing.token_alignment import Prompt, column_factors, map_tokens
 from ...editing.trajectory import Inversion
-from ...editing.word_masks import WordMask, soft_mask
+from ...editing.word_masks import WordMask
 from .. import running
 from ..messages import OTHER_SOURCE
 from ..sampling.checks import check_inversion, unframed
 from ..sampling.source import NoiseMask, check_size, load_with_source, processed_source, start_of
 from ..text.caption_rows import phrase_words, rows_read
-from ..text.conditionings import TEXT_LENGTHS, says_something
+from ..text.conditionings import TEXT_LENGTHS
 from ..text.prompt_words import blend_tokens, find_words, is_text_of, read_factors, tokenize, words_of
 from ..text.text_encoding import require_clip
-from ..unet.jobs import LEFT_OUT, add_job, is_for_own_sampler, only_job, with_jobs
+from ..unet.jobs import add_job, is_for_own_sampler, only_job, with_jobs
 from .joint_prompts import JointSampling, changed_words, check_factors, encoded_words
-from .prompt_edit import KeptEstimate, PromptEdit, takes_ddim_steps
+from .prompt_edit import KeptEstimate, PromptEdit, check_attended, takes_ddim_steps
 
 KEY = "pix2pix_zero_prompt_to_prompt"
 BLEND_FROM = 0.2
@@ -246,7 +246,7 @@ class Sampling:
             for mask, part in zip(self.masks, maps):
                 if mask.tokens:
                     mask.add(part)
-        return self.kept.restore(denoised, x, sigma, self._blend_mask(x, sigma))
+        return self.kept.restore(denoised, x, sigma, self.edit.blend_mask(self.masks, x, sigma))
 
     def _attend_to_source(
         self, attention: SourceAttention, x: torch.Tensor, timestep: torch.Tensor, model_options: dict
@@ -254,16 +254,4 @@ class Sampling:
         options = only_job(model_options, attention)
         latent = self.edit.inversion.latent_at(float(timestep[0])).to(x)
         samplers.calc_cond_batch(self.guider.inner_model, [self.source], latent, timestep, options)
-        if len(attention.kept) != len(attention.sites):
-            if says_something(self.source, latent, timestep):
-                raise ValueError(LEFT_OUT)
-            raise ValueError(
-                "inversion: its caption is limited to a part of the sampling. Invert the picture with a plain text."
-            )
-
-    def _blend_mask(self, x: torch.Tensor, sigma: float) -> torch.Tensor | None:
-        """[B, 1, H, W], 1 where the edited words are drawn; None where no local blend limits the edit."""
-        if not self.edit.blend or sigma >= self.edit.blend_start:
-            return None
-        areas = [words.area(self.edit.blend) for words in self.masks if words.total is not None]
-        return soft_mask(areas, x.shape[-2:]).to(x) if areas else None
+        check_attended(len(attention.kept) == len(attention.sites), self.source, latent, timestep)

@@ -190,3 +190,10 @@ def test_a_sampler_that_changes_the_size_is_refused(sd3):
     noise = torch.zeros_like(sd3.clean)
     with pytest.raises(ValueError, match="^sampler: it draws at another size"):
         guider.sample(noise, sd3.clean, KSAMPLER(enlarge), sd3.inversion.sigmas.flip(0), disable_pbar=True)
+
+
+def test_a_node_that_answers_in_place_of_the_model_is_named(sd3):
+    lazy = sd3.model.clone()
+    lazy.set_model_unet_function_wrapper(lambda apply, args: torch.zeros_like(args["input"]))
+    with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"):
+        sd3.draw(model=lazy)
