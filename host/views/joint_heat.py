@@ -14,7 +14,7 @@ from ...editing.trajectory import Inversion
 from ..running import Run
 from ..sampling.checks import estimates
 from ..text.caption_rows import T5_IDS, caption_words, rows_read
-from ..unet.jobs import only_job
+from ..unet.jobs import LEFT_OUT, only_job
 
 
 def joint_words(clip: CLIP, text: str, inversion: Inversion) -> Prompt:
@@ -37,9 +37,21 @@ def joint_shapes(model: ModelPatcher, inversion: Inversion, resolution: str) -> 
 def record_joint(
     run: Run, inversion: Inversion, level: int, sites: list[JointSite], keep: Callable[[torch.Tensor], None]
 ) -> None:
-    """Hand the maps [B, 1, picture's rows, text's rows] of each site to `keep`, at a stored latent of some level."""
+    """Hand the maps [B, 1, picture's rows, text's rows] of each site to `keep`, at a stored latent of some level.
+
+    Raises ValueError where another pack's wrapper has answered in place of the model.
+    """
     x = inversion.trajectory[level].to(run.x)
     timestep = x.new_full((len(x),), float(inversion.sigmas[level]))
-    job = ReadTextMaps(sites, rows_read(*inversion.source[0]), lambda maps: keep(maps.unsqueeze(1)))
+    read = 0
+
+    def hand_on(maps: torch.Tensor) -> None:
+        nonlocal read
+        read += 1
+        keep(maps.unsqueeze(1))
+
+    job = ReadTextMaps(sites, rows_read(*inversion.source[0]), hand_on)
     entries = run.guider.conds["positive"]
     estimates(run.guider.inner_model, [entries], x, timestep, only_job(run.model_options, job))
+    if read < len(sites):
+        raise ValueError(LEFT_OUT)

@@ -85,3 +85,6 @@ def test_the_node_draws_a_picture_for_each_word():
         attention_heatmaps(model, inversion, clip, caption, HeatmapSettings(resolution="1/4"))
     with pytest.raises(ValueError, match="^clip: how its rows belong to words is not known"):
         attention_heatmaps(model, inversion, small_encoder("Qwen-Image"), caption, HeatmapSettings())
+    model.set_model_unet_function_wrapper(lambda apply, args: torch.zeros_like(args["input"]))
+    with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"):
+        attention_heatmaps(model, inversion, clip, caption, HeatmapSettings())
