@@ -21,6 +21,7 @@ from pix2pix_zero.devtools.hosts import ROOT
 from pix2pix_zero.devtools.process import DevError, clean_environment, one_thread
 
 PATIENCE = 300.0
+LOOK = 0.25  # a look at all processes of a machine costs it some hundredths of a second
 BELOW = ("7", "2", "9", "10", "12", "13", "15", "16")  # the steps of the first example's edit
 
 
@@ -108,10 +109,10 @@ class Program:
         """What `happened` returns, once that is something."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.process.poll() is None:
-            self.processes()
             if found := happened():
+                self.processes()
                 return found
-            time.sleep(0.05)
+            time.sleep(LOOK)
         pytest.fail(f"{what}: it did not come to that: {self.end() if self.process.poll() is not None else ''}")
 
     def end(self) -> str:
@@ -119,7 +120,7 @@ class Program:
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
             self.processes()
-            time.sleep(0.1)
+            time.sleep(LOOK)
         return self.process.communicate(timeout=10)[0]
 
     def nothing_is_left(self, but: tuple[str, ...] = ()) -> bool:

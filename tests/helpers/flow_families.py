@@ -269,7 +269,9 @@ FAMILIES = {
     "HiDream": Family("HiDream", hidream, text=4096, pooled=2048, small=SMALL_HIDREAM, extra=llama),
     "Hunyuan-Image": Family("HunyuanImage21", hunyuan_image, text=3584, extra=byt5),
     "Wan 2.1": Family("WAN21_T2V", wan, text=4096),
-    "Anima": Family("Anima", anima, text=1024, small={"model_channels": 128, "num_heads": 1}, extra=t5_tokens),
+    "Anima": Family(
+        "Anima", anima, text=1024, small={"model_channels": 128, "num_heads": 1, "num_blocks": 6}, extra=t5_tokens
+    ),
 }
 
 
@@ -282,6 +284,8 @@ def small_family(name: str):
     config.unet_config |= family.small
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device="cpu")
+    if hasattr(base.diffusion_model, "llm_adapter"):
+        del base.diffusion_model.llm_adapter.blocks[1:]  # built in one size only, it reads 400 MB in every call
     draw_weights(base.diffusion_model, family.gain)
     model = comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
     comfy.model_management.load_models_gpu([model])

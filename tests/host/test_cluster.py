@@ -84,32 +84,25 @@ def is_complete(out: Path, expected: dict[str, bytes]) -> bool:
     return pixels(out) == expected and sum(name.endswith(".txt") for name in files) == SCENES
 
 
-def test_no_pair_is_lost_when_the_actors_are_killed(python, work, command, expected):
-    out = work / "actor"
+def test_no_pair_is_lost_when_the_actors_are_killed_and_then_the_servers(python, work, command, expected):
+    out = work / "killed"
     with Program(python, command(out), work) as program:
         program.wait_for(lambda: made(out) >= 2, "two pairs")
-        killed = program.servers()
-        assert len(killed) == 2
-        for server in killed:
+        orphans = program.servers()
+        assert len(orphans) == 2
+        for server in orphans:
             actor = server.parent()
             assert "ray" in actor.name().lower()
             actor.kill()
-        told = program.end()
-        assert program.process.returncode == 0, told
-        assert is_complete(out, expected)
-        assert not any(server.is_running() for server in killed) and program.nothing_is_left()
-
-
-def test_no_pair_is_lost_when_the_servers_are_killed(python, work, command, expected):
-    out = work / "server"
-    with Program(python, command(out), work) as program:
-        program.wait_for(lambda: made(out) >= 2, "two pairs")
+        before = made(out)
+        program.wait_for(lambda: made(out) > before, "a pair of the new actors")
+        assert made(out) < SCENES
         for server in program.servers():
             server.kill()
         told = program.end()
         assert program.process.returncode == 0, told
         assert is_complete(out, expected)
-        assert program.nothing_is_left()
+        assert not any(server.is_running() for server in orphans) and program.nothing_is_left()
 
 
 def test_the_next_run_goes_on_when_the_driver_is_killed(python, work, command, expected):
