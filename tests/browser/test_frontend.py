@@ -92,6 +92,10 @@ def test_the_blueprint_is_in_the_node_library_and_edits_a_picture(frontend):
     page.wait_for_function("() => app.graph.nodes.length === 1")
     frontend.command("Workspace.ToggleSidebarTab.node-library")
     assert page.evaluate("() => app.graph.nodes[0].title") == BLUEPRINT
+    saved = frontend.serialize()
+    inside = {str(node["id"]): node["type"] for node in saved["definitions"]["subgraphs"][0]["nodes"]}
+    shown = saved["nodes"][0]["properties"]["previewExposures"]  # where a node of Vue shows its preview
+    assert [inside[each["sourceNodeId"]] for each in shown] == [NODE]
     page.evaluate(WIRE)
     before = set(frontend.pictures())  # an earlier workflow's, whose nodes had the same ids
     seen = frontend.run()
