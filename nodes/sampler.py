@@ -41,8 +41,9 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the edit is drawn. Raise it, to 7.5, if the edit does not show; lower it if colours "
-                    "burn or the background changes. 5 suits Stable Diffusion checkpoints, 1.5 the demo model.",
+                    tooltip="How strongly the edit is drawn. Raise it, to 7.5, if the edit does not show or traces of the old "
+                    "shape are left; lower it if colours burn or the background changes. 5 suits Stable Diffusion "
+                    "checkpoints, 1.5 the demo model.",
                 ),
                 io.Float.Input(
                     "guidance_strength",

@@ -18,6 +18,7 @@ from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_SEED = 400_000  # none of the benchmark's
 SCENES, STEPS = 4, 12
+VISIBLE = 0.15  # of 1: a difference that is seen
 DEFAULTS = EditSettings(
     1.5,  # the demo model's
     node_default(Pix2PixZeroKSampler, "guidance_strength"),
@@ -114,8 +115,16 @@ class Scenes:
             "seen": float(seen.mean()),
             "moved": float(moved.mean()),
             "burnt": float(burnt.float().mean()),
+            "left": self.left(pictures),
             "area": float(area.mean()),
         }
+
+    def left(self, pictures) -> float:
+        """The part of the source that shines through where the ground truth differs from it: 1 is the source, 0 the truth."""
+        change = self.bench.source - self.bench.truth
+        change *= (change.abs().amax(-1, keepdim=True) > VISIBLE).float()
+        shares = ((pictures - self.bench.truth) * change).sum((1, 2, 3)) / change.square().sum((1, 2, 3))
+        return float(shares.mean())
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +166,13 @@ def test_features_guidance_and_a_lower_cfg_hold_the_layout(scenes):
 @proves("The new thing keeps the shape of the old one")
 def test_fewer_steps_with_the_sources_features_free_the_shape(scenes):
     assert falls([scenes("cat2dog").figures(feature_until=until)["moved"] for until in (0.0, 0.3, 0.8)], 0.05)
+
+
+@proves("Traces of the old thing are left (a cat's ears behind the dog)")
+def test_a_higher_cfg_and_then_fewer_features_take_the_old_thing_away(scenes):
+    by_cfg = [scenes("cat2dog").figures(cfg=cfg)["left"] for cfg in (1.0, 1.5, 2.0)]
+    assert falls(by_cfg, 0.3) and by_cfg[-1] < 0.1
+    assert falls([scenes("cat2dog").figures(feature_until=until)["left"] for until in (0.5, 0.3)], 0.2)
 
 
 @proves("The background changes")
