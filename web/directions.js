@@ -9,7 +9,9 @@ let directions = null;
 
 function offer(node) {
   const widget = node.widgets?.find((one) => one.name === "direction_name");
-  if (widget && directions) widget.options.values = directions;
+  if (!widget || !directions) return;
+  widget.options.values = directions;
+  widget.value ??= directions[0]; // where there was nothing to choose before
 }
 
 function everyNode(graph, act) {

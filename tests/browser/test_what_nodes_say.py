@@ -97,6 +97,9 @@ def test_a_saved_direction_is_offered_at_once(frontend):
     offered = """file => app.graph.nodes.filter(node => node.type === 'Pix2PixZeroLoadDirection')
       .every(node => node.widgets.find(one => one.name === 'direction_name').options.values.includes(file))"""
     page.wait_for_function(offered, arg=file, timeout=10_000)
+    assert page.evaluate(
+        "() => app.graph.nodes.every(node => node.type !== 'Pix2PixZeroLoadDirection' || node.widgets[0].value)"
+    ), "one that had nothing to choose takes the first"
     page.evaluate("() => { app.graph.add(LiteGraph.createNode('Pix2PixZeroLoadDirection')); }")
     assert page.evaluate(offered, file), "a new node offers it too"
     assert frontend.complaints() == []
