@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..editing.inputs import interruptible
 from .adversary import BEGINS, Adversary
 from .checkpoints import read_checkpoint, write_checkpoint
-from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights
+from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights, slope_loss
 from .optimizer import make_optimizers
 from .pairs import Pairs
 from .processes import average_gradients, place, share
@@ -151,6 +151,8 @@ class Training:
             output = self.student(source)
         output = output.float()
         loss = pixel_loss(output, target, counted)
+        if self.settings.weights.slopes:
+            loss = loss + self.settings.weights.slopes * slope_loss(output, target, counted)
         if self.features is not None and self.settings.weights.features:
             loss = loss + self.settings.weights.features * feature_loss(self.features, output, target)
         opposed = self.adversary is not None and self.progress >= BEGINS

@@ -29,6 +29,7 @@ class Variant:
 
     name: str
     pairs: int = 1000
+    slopes: float = LossWeights.slopes
     features: float = 0.0
     sharpness: float = 0.0
     mirror: bool = False
@@ -38,6 +39,7 @@ VARIANTS = (
     Variant("1000 pairs"),
     Variant("300 pairs", pairs=300),
     Variant("100 pairs", pairs=100),
+    Variant("without the slope loss", slopes=0.0),
     Variant("with the feature loss", features=LossWeights.features),
     Variant("sharpness 0.2", sharpness=0.2),
     Variant("sharpness 0.5", sharpness=0.5),
@@ -65,7 +67,7 @@ class Budget:
 def train(variant: Variant, folder: Path, budget: Budget, seed: int = 0) -> torch.nn.Module:
     """The student of a variant. `folder`: pairs of `dev.py train distilled`."""
     pairs = PairFolder(folder)
-    weights = LossWeights(features=variant.features)
+    weights = LossWeights(slopes=variant.slopes, features=variant.features)
     chosen = {"steps": budget.steps, "batch": BATCH, "half": budget.half}
     chosen |= {"sharpness": variant.sharpness, "mirror": variant.mirror}
     settings = Settings(**chosen, seed=seed, weights=weights)

@@ -229,6 +229,22 @@ class TestSizes:
             loaded = load_student(tmp_path / "student.safetensors")(pictures)
         torch.testing.assert_close(loaded, own.clamp(0, 1), atol=2e-2, rtol=0)  # the file is in half precision
 
+    def test_the_last_blocks_of_a_small_student_see_the_picture_at_the_beginning(self):
+        network, pictures = make_student().network, torch.rand(1, 3, 24, 40)
+        up, carried = network.m_up1[0], 12
+        with torch.no_grad():
+            up.weight[carried:] = 0
+            half_size = network.m_down1(
+                network.m_head(torch.nn.functional.pad(pictures, (0, 0, 0, 0, 0, 1), value=15 / 255))
+            )
+            assert half_size.shape == (1, 32, 12, 20)
+            returned = network.m_up2(torch.rand(1, 40, 6, 10))
+            assert (
+                returned.abs().amax((0, 2, 3))[:carried].eq(0).all()
+                and returned.abs().amax((0, 2, 3))[carried:].gt(0).all()
+            )
+            torch.testing.assert_close(up(half_size)[:, 3:6], pictures, atol=0, rtol=0)
+
     def test_large_learns(self):
         pair, student = (picture(0), swapped(picture(0))), make_student("large")
         settings = Settings(steps=4, batch=2, learning_rate=1e-3)

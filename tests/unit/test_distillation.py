@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from pix2pix_zero.distillation.learning import Settings, Training, TrainingError
-from pix2pix_zero.distillation.losses import LossWeights, feature_loss, pixel_loss, pixel_weights
+from pix2pix_zero.distillation.losses import LossWeights, feature_loss, pixel_loss, pixel_weights, slope_loss
 from pix2pix_zero.distillation.optimizer import orthogonalize
 from pix2pix_zero.distillation.pairs import Pairs
 from torch import nn
@@ -134,6 +134,29 @@ def test_pixels_that_must_change_count_more():
 def test_the_pixel_loss_of_an_even_error_is_three_times_that_error():
     target = torch.rand(2, 3, 32, 32)
     assert pixel_loss(target + 0.1, target, torch.ones(2, 1, 32, 32)).item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_the_slope_loss_is_the_weighted_mean_of_differences_between_neighbours_and_none_of_an_even_error():
+    generator = torch.Generator().manual_seed(0)
+    target, output, counted = (torch.rand(2, 3, 5, 7, generator=generator, dtype=torch.float64) for _ in range(3))
+    counted, error = counted[:, :1], output - target
+    across = [counted[..., x] * (error[..., x] - error[..., x - 1]).abs() for x in range(1, 7)]
+    down = [counted[..., y, :] * (error[..., y, :] - error[..., y - 1, :]).abs() for y in range(1, 5)]
+    expected = torch.stack(across).mean() + torch.stack(down).mean()
+    torch.testing.assert_close(slope_loss(output, target, counted), expected)
+    assert slope_loss(target + 0.1, target, counted).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_slopes_of_which_the_weight_is_none_are_not_learnt():
+    def weights(slopes: float) -> list[torch.Tensor]:
+        chosen = LossWeights(slopes=slopes, features=0)
+        run = Training(student(), pairs(), dataclasses.replace(SETTINGS, steps=3, weights=chosen))
+        return list(run.run().parameters())
+
+    def alike(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return all(map(torch.equal, one, other))
+
+    assert alike(weights(0.0), weights(0.0)) and not alike(weights(0.0), weights(1.0))
 
 
 def test_the_feature_loss_is_relative_and_averaged_over_the_maps():
