@@ -24,7 +24,7 @@ from pix2pix_zero.demo_model.loader import WEIGHTS, load_demo_model  # noqa: E40
 from pix2pix_zero.demo_model.scene import Scene, sample_scene  # noqa: E402
 from pix2pix_zero.demo_model.scene_captions import caption  # noqa: E402
 from pix2pix_zero.demo_model.scene_renders import render  # noqa: E402
-from pix2pix_zero.demo_model.training.transformer import load_transformer  # noqa: E402
+from pix2pix_zero.demo_model.transformer import TRANSFORMER_WEIGHTS, load_transformer  # noqa: E402
 from pix2pix_zero.editing.metrics import peak_signal_to_noise  # noqa: E402
 from pix2pix_zero.editing.regularization import NoiseRegularization  # noqa: E402
 from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit  # noqa: E402
@@ -114,7 +114,14 @@ def main() -> None:
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--scheduler", default="normal")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--dit", type=Path, help="what `dev.py train dit` wrote, in the place of the UNet")
+    parser.add_argument(
+        "--dit",
+        type=Path,
+        nargs="?",
+        const=TRANSFORMER_WEIGHTS,
+        metavar="FILE",
+        help="the transformer in the place of the UNet: that of the pack, or what `dev.py train dit` wrote",
+    )
     options = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)

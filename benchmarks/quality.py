@@ -22,12 +22,13 @@ host_options.cpu = not torch.cuda.is_available()  # before anything of ComfyUI t
 
 from pix2pix_zero.benchmarks.judge import load_judge  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.drawing import contact_sheet, trade_off  # noqa: E402
-from pix2pix_zero.benchmarks.quality_parts.methods import DIFFUSING, METHODS, SETTINGS  # noqa: E402
+from pix2pix_zero.benchmarks.quality_parts.methods import DIFFUSING, METHODS, NEEDING_A_UNET, SETTINGS  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.report import pasted_table, table  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.tuning import compare, unedited  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench  # noqa: E402
 from pix2pix_zero.host.sampling.checks import AUTO, SCHEDULERS  # noqa: E402
+from pix2pix_zero.nodes.demo import OBJECTIVES  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output"
 
@@ -55,7 +56,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="2 scenes, 1 to tune on, 4 steps, one knob value: to try the benchmark"
     )
-    parser.add_argument("--flow", action="store_true", help="with the demo model as a flow model")
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--flow", action="store_true", help="with the demo model as a flow model")
+    network.add_argument("--dit", action="store_true", help="with the demo's diffusion transformer")
     parser.add_argument(
         "--scheduler",
         choices=SCHEDULERS,
@@ -92,10 +95,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    left_out = DIFFUSING if options.flow else ()
+    left_out = (*DIFFUSING, *NEEDING_A_UNET) if options.dit else DIFFUSING if options.flow else ()
     chosen = [method for method in METHODS if method.name in options.methods and method.name not in left_out]
     methods = [method.with_values(options.values) for method in chosen]
-    models, judge = DemoModels.load(options.flow, options.scheduler), load_judge()
+    objective = OBJECTIVES[2 if options.dit else int(options.flow)]
+    models, judge = DemoModels.load(objective, options.scheduler), load_judge()
     results = {}
     for name in options.edits:
         edit = EDITS[name]

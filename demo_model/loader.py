@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -93,23 +94,30 @@ def check_keys(state: dict[str, Tensor], network: nn.Module, part: str) -> None:
         raise ValueError(f"The demo model's weights do not fit its {part}: {told}. Reinstall the pix2pix-zero pack.")
 
 
-def _load_patcher(
-    weights: dict[str, Tensor], path: str | Path, disable_dynamic: bool
+def load_diffusion(
+    weights: dict[str, Tensor], config: comfy.supported_models_base.BASE, part: str, disable_dynamic: bool
 ) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of the weights of a checkpoint. ValueError, which calls it `part`, if any is missing, left over or misshaped."""
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     state = _part(weights, UNET_PREFIX)
-    config = DemoModelConfig(dict(UNET_SETTINGS))
     supported = list(config.supported_inference_dtypes)
     size = sum(v.numel() for v in state.values())
     dtype = comfy.model_management.unet_dtype(model_params=size, supported_dtypes=supported)
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, load_device, supported))
     model = config.get_model({}, "", device=offload_device)
-    check_keys(state, model.diffusion_model, "UNet")
+    check_keys(state, model.diffusion_model, part)
     model.latent_format.scale_factor = weights[SCALE_FACTOR].item()
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights({UNET_PREFIX + k: v for k, v in state.items()}, UNET_PREFIX, assign=patcher.is_dynamic())
+    return patcher
+
+
+def _load_patcher(
+    weights: dict[str, Tensor], path: str | Path, disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    patcher = load_diffusion(weights, DemoModelConfig(dict(UNET_SETTINGS)), "UNet", disable_dynamic)
     patcher.cached_patcher_init = (load_model_patcher, (str(path),))
     return patcher
 

@@ -11,7 +11,7 @@ from .sockets import CATEGORY, seed_input
 
 RANDOM = "random"
 MOST_PIXELS = 4096 * SIZE**2
-OBJECTIVES = ("diffusion", "flow")
+OBJECTIVES = ("diffusion", "flow", "flow transformer")
 
 
 class Pix2PixZeroDemoModel(io.ComfyNode):
@@ -32,11 +32,12 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="diffusion: as Stable Diffusion is trained. flow: the same network as a rectified flow, to try "
-                    "edits of flow models. It draws the same pictures.",
+                    "edits of flow models. It draws the same pictures. flow transformer: another network, SD 3's in small, "
+                    "to try what diffusion transformers do.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The UNet, as from any checkpoint."),
+                io.Model.Output(display_name="model", tooltip="The UNet or transformer, as from any checkpoint."),
                 io.Clip.Output(display_name="clip", tooltip="The text encoder, for captions and directions."),
                 io.Vae.Output(display_name="vae", tooltip="Takes pictures to latents and back."),
             ],
@@ -46,9 +47,14 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
     def execute(cls, objective=OBJECTIVES[0]) -> io.NodeOutput:
         from ..demo_model.flow_view import as_flow
         from ..demo_model.loader import load_demo_model
+        from ..demo_model.transformer import load_transformer
 
         model, clip, vae = load_demo_model()
-        return io.NodeOutput(as_flow(model) if objective == OBJECTIVES[1] else model, clip, vae)
+        if objective == OBJECTIVES[1]:
+            model = as_flow(model)
+        elif objective == OBJECTIVES[2]:
+            model = load_transformer()
+        return io.NodeOutput(model, clip, vae)
 
 
 class Pix2PixZeroDemoScene(io.ComfyNode):

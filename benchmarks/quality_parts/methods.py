@@ -148,6 +148,8 @@ def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float)
 
 
 DIFFUSING = ("official", "diffusers")  # what is defined only for models that diffuse
+# What has no meaning for a transformer: there features and guidance of KSampler do nothing.
+NEEDING_A_UNET = ("shapes kept", "guided", "paper")
 METHODS = [
     Method("default", "cfg", CFG, this_pack),
     Method("fast", "cfg", CFG, fast),

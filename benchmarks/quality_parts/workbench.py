@@ -9,14 +9,14 @@ from torch import Tensor
 
 import nodes as host_nodes
 
-from ...demo_model.flow_view import as_flow
-from ...demo_model.loader import WEIGHTS, load_demo_model
+from ...demo_model.loader import WEIGHTS
 from ...editing.regularization import NoiseRegularization
 from ...editing.trajectory import Inversion
 from ...host.networks.captioner import load_demo_captioner
 from ...host.sampling.checks import AUTO
 from ...host.sampling.invert import InversionSettings, invert_latent
 from ...host.text.conditionings import stack_conditionings
+from ...nodes.demo import OBJECTIVES, Pix2PixZeroDemoModel
 from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
 from ...nodes.inversion import Pix2PixZeroInversion
 from .scenes import QualityEdit, Scenes
@@ -38,10 +38,10 @@ class DemoModels:
     scheduler: str = AUTO
 
     @classmethod
-    def load(cls, flow: bool = False, scheduler: str = AUTO) -> "DemoModels":
-        """`flow`: the demo model as one that flows."""
-        model, clip, vae = load_demo_model()
-        return cls(as_flow(model) if flow else model, clip, vae, load_demo_captioner(WEIGHTS), scheduler)
+    def load(cls, objective: str = OBJECTIVES[0], scheduler: str = AUTO) -> "DemoModels":
+        """`objective`: of *Load Demo Model*."""
+        model, clip, vae = Pix2PixZeroDemoModel.execute(objective).result
+        return cls(model, clip, vae, load_demo_captioner(WEIGHTS), scheduler)
 
 
 class Workbench:

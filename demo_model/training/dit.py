@@ -24,10 +24,10 @@ from ..loader import SCALE_FACTOR, TEXT_PREFIX, UNET_PREFIX
 from ..networks import CONTEXT_LENGTH, DemoClipModel
 from ..scene import Scene
 from ..scene_renders import render
+from ..transformer import build_transformer, packed
 from .captions import CaptionSampler, Vocabulary
 from .decoder import load_autoencoder
 from .renders import to_pixels, training_scene
-from .transformer import build_transformer
 
 log = logging.getLogger("pix2pix_zero.dit")
 CHUNK = 500  # pictures between two writes of the latents
@@ -277,7 +277,7 @@ class Training:
 
 
 def write_transformer(network: nn.Module, weights: Path, output: Path) -> None:
-    """The weights in half precision under the names of a checkpoint, and the latents' factor of the shipped file."""
-    tensors = {UNET_PREFIX + k: v.half().contiguous() for k, v in network.state_dict().items()}
+    """The packed weights under the names of a checkpoint, and the latents' factor of the shipped file."""
+    tensors = packed({UNET_PREFIX + name: value for name, value in network.state_dict().items()})
     tensors[SCALE_FACTOR] = load_file(weights)[SCALE_FACTOR]
     write_whole(output, save(tensors))

@@ -6,13 +6,23 @@ import comfy.model_detection
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from pix2pix_zero.benchmarks.judge import load_judge
 from pix2pix_zero.benchmarks.model import Model, Sampling
 from pix2pix_zero.demo_model import train_dit
 from pix2pix_zero.demo_model.loader import UNET_PREFIX, WEIGHTS, load_demo_model
+from pix2pix_zero.demo_model.scene import Scene
 from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.demo_model.training import dit
-from pix2pix_zero.demo_model.training.transformer import TRANSFORMER_SETTINGS, load_transformer
-from safetensors.torch import load_file
+from pix2pix_zero.demo_model.transformer import (
+    TRANSFORMER_SETTINGS,
+    TRANSFORMER_WEIGHTS,
+    load_transformer,
+    load_transformer_patcher,
+    packed,
+    unpacked,
+)
+from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
+from safetensors.torch import load_file, save_file
 
 import nodes as host_nodes
 
@@ -125,7 +135,7 @@ def test_comfyui_detects_the_network_from_its_weights(written):
 
 
 def test_the_weights_take_at_most_six_megabytes(written):
-    assert written.stat().st_size <= 6_000_000
+    assert TRANSFORMER_WEIGHTS.stat().st_size == written.stat().st_size <= 6_000_000
 
 
 def test_the_written_model_predicts_what_the_trained_one_does(data, finished, written):
@@ -137,6 +147,48 @@ def test_the_written_model_predicts_what_the_trained_one_does(data, finished, wr
         clean = model.apply_model(batch.noisy, batch.levels, c_crossattn=batch.context, y=batch.pooled)
     expected = batch.noisy - batch.levels.view(-1, 1, 1, 1) * velocity
     torch.testing.assert_close(clean, expected, rtol=0, atol=1e-3)  # half precision in the file
+
+
+def test_packed_weights_come_back_within_half_a_step_of_their_row():
+    shapes = {"x.adaLN_modulation.1.weight": (6, 40), "x.adaLN_modulation.1.bias": (6,), "x.mlp.fc1.weight": (5, 7)}
+    state = {name: torch.randn(shape) * 10.0**-index for index, (name, shape) in enumerate(shapes.items())}
+    state["x.adaLN_modulation.1.weight"][2] = 0  # as of a block that does nothing
+    found = unpacked(packed(state))
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        steps = value.abs().amax(-1, keepdim=True) / (254 if value.shape == (6, 40) else 1024)
+        assert ((found[name].float() - value).abs() <= 1.001 * steps).all(), name
+
+
+def test_damaged_weights_are_named(written, tmp_path):
+    state = load_file(written)
+    del state[UNET_PREFIX + "context_embedder.weight"]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="fit its transformer: missing .*context_embedder.weight.*Reinstall"):
+        load_transformer(tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="missing: .*none.safetensors"):
+        load_transformer(tmp_path / "none.safetensors")
+
+
+def test_the_node_loads_the_shipped_transformer(run_node):
+    model, clip, vae = run_node(Pix2PixZeroDemoModel, objective="flow transformer")
+    dit = model.get_model_object("diffusion_model")
+    assert type(dit).__name__ == "OpenAISignatureMMDITWrapper" and len(dit.joint_blocks) == 5
+    assert clip is not None and vae is not None
+    assert all(value.isfinite().all() for value in dit.state_dict().values())
+    again = load_transformer_patcher(*model.cached_patcher_init[1], disable_dynamic=True)
+    found = again.model.diffusion_model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in dit.state_dict().items())
+
+
+def test_the_shipped_transformer_draws_what_is_asked_for():
+    drawing, judge = Model(WEIGHTS, TRANSFORMER_WEIGHTS), load_judge()
+    for scene in (Scene("dog", "gray"), Scene("cat", "white", glasses=True, night=True), Scene("zebra", winter=True)):
+        with torch.inference_mode():
+            drawn = drawing.draw(caption(scene), 4, 0, Sampling(6, 3.0, "euler", "normal"))
+        answers = judge.answers(drawn)
+        for name in ("subject", "glasses", "night", "winter", "style"):
+            assert answers[name] == [getattr(scene, name)] * 4, (scene, name)
 
 
 def test_the_ksampler_draws_a_picture_with_it(written):

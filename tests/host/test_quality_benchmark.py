@@ -83,6 +83,14 @@ def test_another_setting_of_the_sampler_can_be_tried(results, tmp_path):
     assert found[-1]["test"] == results["without blend"]["test"] != results["default"]["test"]
 
 
+def test_the_transformer_is_measured_where_the_method_does_something(tmp_path):
+    methods = ["guided", "FlowEdit", "diffusers"]
+    main(["--quick", "--dit", "--edits", "cat2dog", "--methods", *methods, "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "bench_quality.json").read_text(encoding="utf-8"))
+    assert found["settings"]["dit"]
+    assert [result["method"] for result in found["results"]["cat2dog"]] == [*tuning.UNEDITED, "FlowEdit"]
+
+
 def test_a_setting_the_sampler_does_not_have_is_refused():
     with pytest.raises(SystemExit):
         main(["--quick", "--set", "loca_blend=0"])

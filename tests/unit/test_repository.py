@@ -138,6 +138,12 @@ def test_the_packages_icon_and_banner_are_what_the_registry_takes():
     assert sum(path.stat().st_size for path in tracked("assets/*")) < 100_000
 
 
+def test_all_weights_together_have_at_most_twenty_megabytes():
+    weights = tracked("*.safetensors")
+    assert len(weights) > 3
+    assert sum(path.stat().st_size for path in weights) <= 20_000_000
+
+
 def workflow(name: str) -> dict:
     import yaml  # the host requires it
 

@@ -1,4 +1,4 @@
-"""A demo DiT: SD 3's transformer in small, on the latents and texts of the demo model, trained as a rectified flow.
+"""The demo DiT: SD 3's transformer in small, on the latents and texts of the demo model, trained as a rectified flow.
 
 Width 128 (two heads of 64), five joint blocks, patches of two latent pixels: 64 tokens for a picture of 128 pixels.
 """
@@ -6,14 +6,15 @@ Width 128 (two heads of 64), five joint blocks, patches of two latent pixels: 64
 from pathlib import Path
 
 import comfy.model_base
-import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
 import torch
+from torch import Tensor
 
-from ..loader import SCALE_FACTOR, UNET_PREFIX, check_keys, read_weights
-from ..networks import TEXT_WIDTH, DemoLatentFormat
+from .loader import load_diffusion, read_weights
+from .networks import TEXT_WIDTH, DemoLatentFormat
 
+TRANSFORMER_WEIGHTS = Path(__file__).parent / "transformer.safetensors"
 WIDTH = 128
 TRANSFORMER_SETTINGS = {
     "in_channels": 4,
@@ -31,6 +32,7 @@ TRANSFORMER_SETTINGS = {
     "pos_embed_scaling_factor": None,
     "x_block_self_attn_layers": [],
 }
+ROW_SCALES = ".row_scales"
 
 
 class DemoTransformerConfig(comfy.supported_models_base.BASE):
@@ -55,21 +57,38 @@ def build_transformer(dtype: torch.dtype = torch.float32, device: torch.device |
     return config.get_model({}, "", device=device)
 
 
-def load_transformer(path: str | Path) -> comfy.model_patcher.ModelPatcher:
+def packed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in half precision; those that modulate the blocks, a third of all, in 8 bits with a scale for each row."""
+    tensors = {}
+    for name, value in state.items():
+        if "adaLN" in name and value.ndim == 2:
+            scales = value.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            tensors[name], tensors[name + ROW_SCALES] = (value / scales).round().to(torch.int8), scales
+        else:
+            tensors[name] = value.half().contiguous()
+    return tensors
+
+
+def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `packed` was given, in half precision, or in fp32 where there are scales."""
+    return {
+        name: value * tensors[name + ROW_SCALES] if name + ROW_SCALES in tensors else value
+        for name, value in tensors.items()
+        if not name.endswith(ROW_SCALES)
+    }
+
+
+def load_transformer(path: str | Path = TRANSFORMER_WEIGHTS) -> comfy.model_patcher.ModelPatcher:
     """A MODEL that flows, of the weights that `dev.py train dit` writes; it goes with the demo's CLIP and VAE.
 
     ValueError if the file is missing or holds another network.
     """
-    weights = read_weights(path)
-    state = {k.removeprefix(UNET_PREFIX): v for k, v in weights.items() if k.startswith(UNET_PREFIX)}
+    return load_transformer_patcher(str(path))
+
+
+def load_transformer_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The same; ComfyUI calls this when it needs an independent copy of the weights."""
     config = DemoTransformerConfig(dict(TRANSFORMER_SETTINGS))
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "", device=comfy.model_management.unet_offload_device())
-    check_keys(state, model.diffusion_model, "transformer")
-    model.load_model_weights(dict(weights), UNET_PREFIX)
-    model.latent_format.scale_factor = weights[SCALE_FACTOR].item()
-    return comfy.model_patcher.ModelPatcher(
-        model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    patcher = load_diffusion(unpacked(read_weights(path)), config, "transformer", disable_dynamic)
+    patcher.cached_patcher_init = (load_transformer_patcher, (path,))
+    return patcher
