@@ -44,16 +44,19 @@ def _load_pack() -> None:
 
 # Begun first, so that no process is left alone with one of them in the end.
 LONGEST = (
-    "server",
     "browser",
-    "test_quality_benchmark.py",
     "test_cluster.py",
-    "test_composition.py",
-    "test_demo_training.py",
+    "server",
+    "test_soak.py",
+    "test_which_knob.py",
+    "test_distill_nodes.py",
+    "test_host_nodes.py",
+    "test_host_flags.py",
+    "test_unet_families.py",
+    "test_quality_benchmark.py",
+    "test_flow_methods.py",
+    "test_interrupts.py",
     "test_demo_edit.py",
-    "test_sampling.py",
-    "test_cost_benchmark.py",
-    "test_package.py",
 )
 COMFYUI = _find_comfyui()
 _put_on_path(COMFYUI)
