@@ -1,7 +1,9 @@
 """Which blocks of a diffusion transformer hold the layout, where no paper says so: scored at the beginning of each edit.
 
-A block counts as much as its map, of where the picture reads the edited text, agrees with where the predictions for both texts
-differ. It costs two evaluations. Blocks are chosen for one edit and not kept, or what was edited before would change the next.
+A block is scored by how well its map, of where the picture reads the edited text, agrees with where the predictions for both
+texts differ. Those that agree draw the edit. The layout is held by those that agree least: so it is with ground truth, on the
+demo's transformer (README). It costs two evaluations. Blocks are chosen for one edit and not kept, or what was edited before
+would change the next.
 """
 
 import torch
@@ -25,12 +27,18 @@ from ..unet.jobs import only_job
 
 
 def scored_sites(
-    guider: CFGGuider, inversion: Inversion, source: list[dict], model_options: dict, words: list[int] | None = None
+    guider: CFGGuider,
+    inversion: Inversion,
+    source: list[dict],
+    model_options: dict,
+    words: list[int] | None = None,
+    least: bool = False,
 ) -> list[JointSite]:
-    """The blocks whose attention holds the layout in an edit by a running guider, in the order of the forward pass.
+    """The blocks that agree best with an edit by a running guider, or with `least` those that hold the layout against it.
 
-    `source`: the processed conditioning of the source's text. `words`: rows of the edited text that tell the edit, None for
-    all. Those that are known of a model are taken as they are; where both texts predict the same, some are spread evenly.
+    In the order of the forward pass. `source`: the processed conditioning of the source's text. `words`: rows of the edited text
+    that tell the edit, None for all. Those that are known of a model to hold the layout are taken as they are; where both texts
+    predict the same, some are spread evenly.
     """
     dit = guider.model_patcher.model.diffusion_model
     positive = guider.conds["positive"]
@@ -52,6 +60,6 @@ def scored_sites(
     difference = (predicted[1] - predicted[0]).abs().mean(1, keepdim=True)
     difference = torch.nn.functional.avg_pool2d(difference, patch_side(dit), ceil_mode=True).flatten(1)
     columns = slice(None) if words is None else words
-    scores = [agreement(each[..., columns].sum(-1), difference) for each in maps]
-    chosen = best(scores, CHOSEN)
+    sign = -1 if least else 1
+    chosen = best([sign * agreement(each[..., columns].sum(-1), difference) for each in maps], CHOSEN)
     return [site for i, site in enumerate(joint_sites(dit)) if i in chosen] or holding_sites(dit)

@@ -90,11 +90,11 @@ class JointSampling:
         return framed(restored, self.guider.inner_model)
 
     def _holding(self, model_options: dict) -> list[JointSite]:
-        """The blocks that take the source's rows, by where the added words are read."""
+        """The blocks that take the source's rows: where the added words are read least as the edit acts."""
         if min(self.edit.cross_end, self.edit.self_end) == math.inf:
             return []
         words = positions(self.edit.token_map.added) or None
-        return scored_sites(self.guider, self.edit.inversion, self.source, model_options, words)
+        return scored_sites(self.guider, self.edit.inversion, self.source, model_options, words, least=True)
 
     def _attend_to_source(self, taken: list, x: torch.Tensor, timestep: torch.Tensor, model_options: dict) -> dict:
         """The source's queries and keys at the sites `taken`; its maps are added to the mask of the words that went."""

@@ -108,7 +108,7 @@ class _LockstepSampling:
         if not isinstance(attention[-1], JointSite) or min(until, end) == math.inf:
             return self.sites
         dit = guider.model_patcher.model.diffusion_model
-        chosen = joint_source_sites(dit, scored_sites(guider, self.inversion, source, options))
+        chosen = joint_source_sites(dit, scored_sites(guider, self.inversion, source, options, least=True))
         return dict(zip(map(tuple, chosen), (until, end)))
 
     def _options(self, model_options: dict, features: "SourceFeatures") -> dict:

@@ -21,6 +21,8 @@ from pix2pix_zero.demo_model.transformer import (
     packed,
     unpacked,
 )
+from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
+from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
 from safetensors.torch import load_file, save_file
 
@@ -228,3 +230,12 @@ def test_encoding_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(dit, "render", whole)
     dit.encode_scenes(WEIGHTS, other, 6)
     assert path.read_bytes() == other.read_bytes()
+
+
+@torch.inference_mode()
+def test_feature_pca_refuses_it_in_words(run_node):
+    model, _, _ = run_node(Pix2PixZeroDemoModel, objective="flow transformer")
+    text = [[torch.zeros(1, 77, 64), {"pooled_output": torch.zeros(1, 64)}]]
+    inversion = invert_latent(model, text, {"samples": torch.zeros(1, 4, 16, 16)}, InversionSettings(2))
+    with pytest.raises(ValueError, match="^model: this one is a flow model without a UNet"):
+        feature_pictures(model, inversion, "queries", 0.5)

@@ -10,7 +10,7 @@ from flow_families import FAMILIES, TOKENS, picture, small_family, texts
 from joint_runs import FIRST_ROW, PATCH, Seen, evaluate
 from pix2pix_zero.attention_patches import joint
 from pix2pix_zero.attention_patches.joint import JointSite, holding_sites, joint_sites, with_joint_attention
-from pix2pix_zero.host.methods import joint_blocks
+from pix2pix_zero.host.methods import joint_blocks, plug_and_play
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
@@ -249,9 +249,23 @@ def test_weights_and_options_stay_as_they_were(sd3):
     assert all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
 
 
+def noted(monkeypatch, module, name):
+    """What a function returns from now on."""
+    function, results = getattr(module, name), []
+
+    def noting(*args, **options):
+        results.append(function(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(module, name, noting)
+    return results
+
+
 @torch.inference_mode()
 def test_with_blocks_chosen_for_the_edit_the_sources_own_text_draws_the_source(sd3, monkeypatch):
     monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
+    scores = noted(monkeypatch, joint_blocks, "agreement")
+    chosen = noted(monkeypatch, plug_and_play, "scored_sites")
     name, model = sd3
     source, drawn = reference(sd3)
     own, other = texts(name, 1), texts(name, 3)
@@ -263,3 +277,5 @@ def test_with_blocks_chosen_for_the_edit_the_sources_own_text_draws_the_source(s
     read = [call for call in seen.calls if call[0].shape[1] == TOKENS + 24]
     # Both texts are evaluated to choose a block, in two blocks each; then a step has those of the source up to it, and two.
     assert len(read) in (4 + 2 * source.steps, 4 + 3 * source.steps)
+    last = scores[-2:]
+    assert [site.number for site in chosen[-1]] == [last.index(min(last))]  # the block that agrees least

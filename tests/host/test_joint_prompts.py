@@ -156,13 +156,13 @@ def test_another_caption_and_another_encoder_are_told(sd3):
 
 @torch.inference_mode()
 def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
-    """With one block to choose it is the one of the highest score."""
+    """With one block to choose it is the one that agrees least."""
     monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
     chosen, scores = [], []
     score, rate = joint_blocks.scored_sites, joint_blocks.agreement
 
-    def noting(*args):
-        chosen.append(score(*args))
+    def noting(*args, **options):
+        chosen.append(score(*args, **options))
         return chosen[-1]
 
     def rating(maps, difference):
@@ -172,7 +172,7 @@ def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
     monkeypatch.setattr(joint_prompts, "scored_sites", noting)
     monkeypatch.setattr(joint_blocks, "agreement", rating)
     sd3.draw()
-    assert [site.number for site in chosen[0]] == [scores.index(max(scores))] and len(scores) == 2
+    assert [site.number for site in chosen[0]] == [scores.index(min(scores))] and len(scores) == 2
     sd3.draw(SOURCE)
     assert chosen[1] == holding_sites(sd3.model.model.diffusion_model)  # no difference, nothing to choose by
 
