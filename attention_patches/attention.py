@@ -4,6 +4,7 @@ It works beside whatever other packs have patched into the attention. What is in
 options, not on the model: nothing stays behind.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -106,6 +107,20 @@ def map_shapes(unet: torch.nn.Module, size: tuple[int, int]) -> dict[AttentionSi
     """(height, width) of the maps at each cross-attention site for a latent of a size (height, width)."""
     halvings = site_halvings(unet)
     return {site: size_after(halvings[site], size) for site in cross_attention_sites(unet)}
+
+
+@contextlib.contextmanager
+def own_attribute(module: torch.nn.Module, name: str, value) -> Iterator[None]:
+    """While active, `module` itself has this attribute; afterwards what it had, be it its own or its class's."""
+    had, before = name in module.__dict__, module.__dict__.get(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            module.__dict__[name] = before
+        else:
+            del module.__dict__[name]
 
 
 class LastSiteReached(Exception):  # noqa: N818 - a signal, not an error

@@ -2,7 +2,7 @@
 
 Most let the picture and the text attend together: one table says where their blocks are and which rows are the picture's.
 Attention is reached by the host's override, the only place where every family shows q, k and v, and the block that it is
-called from by hooks on the blocks, which are gone after the call.
+called from by the forwards of the blocks, which are afterwards what they were.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+
+from .attention import own_attribute
 
 OVERRIDE = "optimized_attention_override"
 CHOSEN = 5
@@ -45,9 +47,9 @@ class JointFamily:
 
     `blocks`: its lists of blocks, in the order of the forward pass. The rows of the picture come last, or first with
     `picture_first`; `references`: whether the tokens of reference latents come after them. `before_text`: rows ahead of the
-    text's. `padding`: the attribute that says of what number the rows of the picture are a multiple. `reads_apart`:
-    the text is read by a second attention of the block, and the first is the picture's own. `known`: by the numbers of
-    blocks in a model, what is known of them.
+    text's. `padding`: the attribute that says of what number the rows of the picture are a multiple. `ahead`: lists of
+    blocks that the picture alone passes first. `reads_apart`: the text is read by a second attention of the block, and the
+    first is the picture's own. `known`: by the numbers of blocks in a model, what is known of them.
     """
 
     blocks: tuple[str, ...]
@@ -55,6 +57,7 @@ class JointFamily:
     references: bool = False
     before_text: int = 0
     padding: str = ""
+    ahead: tuple[str, ...] = ()
     reads_apart: bool = False
     known: dict[tuple[int, ...], Known] = field(default_factory=dict)
 
@@ -78,13 +81,14 @@ FAMILIES = {
     "comfy.ldm.flux.model.Flux": FLUX,
     "comfy.ldm.chroma.model.Chroma": FLUX,
     "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": JointFamily(("transformer_blocks",), references=True),
-    "comfy.ldm.lumina.model.NextDiT": JointFamily(("layers",), padding="pad_tokens_multiple"),
+    "comfy.ldm.lumina.model.NextDiT": JointFamily(("layers",), padding="pad_tokens_multiple", ahead=("noise_refiner",)),
     "comfy.ldm.aura.mmdit.MMDiT": JointFamily(("double_layers", "single_layers"), before_text=8),
     "comfy.ldm.hidream.model.HiDreamImageTransformer2DModel": JointFamily(
         ("double_stream_blocks", "single_stream_blocks"), picture_first=True
     ),
     "comfy.ldm.hunyuan_video.model.HunyuanVideo": JointFamily(STREAMS),
     "comfy.ldm.wan.model.WanModel": JointFamily(("blocks",), reads_apart=True),
+    "comfy.ldm.kandinsky5.model.Kandinsky5": JointFamily(("visual_transformer_blocks",), reads_apart=True),
     "comfy.ldm.anima.model.Anima": JointFamily(("blocks",), reads_apart=True),
     "comfy.ldm.cosmos.predict2.MiniTrainDIT": JointFamily(("blocks",), reads_apart=True),
 }
@@ -141,6 +145,13 @@ def early_sites(dit: torch.nn.Module, holding: list[JointSite]) -> list[JointSit
     sites = joint_sites(dit)
     early = set(sites[: math.ceil(len(sites) / 3)])
     return [site for site in holding if site in early] or sites[:1]
+
+
+def blocks_before(dit: torch.nn.Module, site: JointSite) -> list[torch.nn.Module]:
+    """The blocks ahead of that of a site which the picture passes, in the order of the forward pass."""
+    blocks = [each[:2] for each in joint_sites(dit)]
+    ahead = [block for name in joint_family(dit).ahead for block in getattr(dit, name)]
+    return ahead + [getattr(dit, name)[number] for name, number in blocks[: blocks.index(site[:2])]]
 
 
 def patch_side(dit: torch.nn.Module) -> int:
@@ -240,8 +251,8 @@ def with_joint_attention(
     with contextlib.ExitStack() as hooks:
         for name, number in {site[:2] for site in sites}:
             block = getattr(dit, name)[number]
-            hooks.enter_context(block.register_forward_pre_hook(partial(here.enter, name, number)))
-            hooks.enter_context(block.register_forward_hook(here.leave, always_call=True))
+            # No hooks: a forward that is computed again in the backward pass does not call them.
+            hooks.enter_context(own_attribute(block, "forward", here.within(name, number, block.forward)))
         yield {**transformer_options, OVERRIDE: override}
 
 
@@ -252,11 +263,17 @@ class _Here:
         self.block: tuple[str, int] | None = None
         self.calls = 0
 
-    def enter(self, name: str, number: int, *_: Any) -> None:
-        self.block, self.calls = (name, number), 0
+    def within(self, name: str, number: int, forward: Callable) -> Callable:
+        """The forward of a block, which tells that it runs."""
 
-    def leave(self, *_: Any) -> None:
-        self.block = None
+        def told(*args, **kwargs):
+            self.block, self.calls = (name, number), 0
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.block = None
+
+        return told
 
     def next(self) -> JointSite | None:
         if self.block is None:

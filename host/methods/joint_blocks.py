@@ -17,6 +17,7 @@ from ...attention_patches.joint import (
     known_blocks,
     patch_side,
     reading_calls,
+    reading_sites,
 )
 from ...attention_patches.joint_prompts import JointEdit
 from ...editing.block_scores import agreement, best
@@ -24,6 +25,18 @@ from ...editing.trajectory import Inversion
 from ..sampling.checks import estimates
 from ..text.caption_rows import rows_read
 from ..unet.jobs import only_job
+
+
+def matched_sites(guider: CFGGuider, inversion: Inversion, source: list[dict], model_options: dict) -> list[JointSite]:
+    """The attentions whose maps an edit by a running guider is guided by: few, where the picture reads what the edit is about.
+
+    Those that are known to tell things apart, or else those of the `scored_sites`.
+    """
+    dit = guider.model_patcher.model.diffusion_model
+    if known_blocks(dit) is not None:
+        return reading_sites(dit)
+    chosen = {site[:2] for site in scored_sites(guider, inversion, source, model_options)}
+    return [site for site in reading_calls(dit) if site[:2] in chosen]
 
 
 def scored_sites(

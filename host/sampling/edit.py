@@ -6,11 +6,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...attention_patches.attention import cross_attention_sites, is_unet, map_shapes
+from ...attention_patches.joint import joint_family, patches
 from ...editing.guidance import GuidanceSchedule, KeptSource, LocalBlend, sample_guided
 from ...editing.official import sample_official
 from ...editing.trajectory import Inversion, MapStore
 from .. import running
 from ..messages import GUIDED, LEFT_OUT, NO_UNET, NOT_GUIDED, SAMPLING, STEP_DISTILLED
+from ..methods.joint_blocks import matched_sites
 from ..methods.plug_and_play import SourceFeatures, sites_until
 from ..running import Run, sample
 from ..text.conditionings import (
@@ -23,7 +25,7 @@ from ..text.conditionings import (
     unlike_the_source,
 )
 from ..unet.jobs import attention_state, for_own_sampler, prepare_with
-from ..unet.map_jobs import Checkpointing
+from ..unet.map_jobs import Checkpointing, Site
 from ..unet.memory import MODES, affordable_mode, affordable_rows, announce_memory, guided_pass_memory
 from .checks import base_of_distilled, check_inversion, check_numbers, framed
 from .passes import UNetPasses, negative_is_source
@@ -107,10 +109,6 @@ class EditSettings:
         return bool(self.guidance_strength or PRESETS[self.preset].paper_step)
 
 
-# What is drawn with a UNet's attention, and how it stands on the node.
-NEED_MAPS = {"guidance_strength": 0.0, "feature_until": FEATURE_UNTIL}
-
-
 def sample_edit(
     model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,9 +124,9 @@ def sample_edit(
         running.warn(advice)
     left_out = settings.left_out()
     settings = settings.for_preset()
-    unread = not is_unet(model.model.diffusion_model) and any(getattr(settings, name) for name in NEED_MAPS)
+    unread = not is_unet(model.model.diffusion_model) and bool(settings.feature_until)
     if not is_unet(model.model.diffusion_model):
-        settings = without_maps(settings)
+        settings = without_features(settings, model)
     texts = {
         "positive": beside_the_source(positive, inversion.source, "positive"),
         "negative": beside_the_source(negative, inversion.source, "negative"),
@@ -150,20 +148,25 @@ def sample_edit(
     return samples, edited_area(model, edit.inversion.latent(0), edit.inversion.noise_mask, blend_mask)
 
 
-def without_maps(settings: EditSettings) -> EditSettings:
-    """Settings of an edit by a model whose attention is not read: without those that need it.
+def without_features(settings: EditSettings, model: ModelPatcher) -> EditSettings:
+    """Settings of an edit by a MODEL that has no decoder whose features could be taken.
 
-    Raises ValueError where one of them is set otherwise than it stands on the node.
+    Raises ValueError where they are asked for otherwise than they stand on the node, and for guidance where the model's
+    attention is not known.
     """
-    asked = [name for name, default in NEED_MAPS.items() if getattr(settings, name) not in (0.0, default)]
-    if PRESETS[settings.preset].paper_step is not None:
-        asked.append("preset")
-    if asked:
+    if settings.feature_until not in (0.0, FEATURE_UNTIL):
         raise ValueError(
-            f"{asked[0]}: {getattr(settings, asked[0])} needs the cross-attention of a UNet (SD 1.x, SD 2.x, SDXL), which this "
-            f"model does not have. Set it to {'default' if asked[0] == 'preset' else 0}; local_blend and mask hold the picture."
+            f"feature_until: {settings.feature_until} needs the decoder of a UNet (SD 1.x, SD 2.x, SDXL), which this model does "
+            "not have. Set it to 0, and use Plug-and-Play for the source's keys, values and features."
         )
-    return replace(settings, **dict.fromkeys(NEED_MAPS, 0.0))
+    if settings.guides and joint_family(model.model.diffusion_model) is None:
+        knob = "guidance_strength" if settings.guidance_strength else "preset"
+        raise ValueError(
+            f"{knob}: where {type(model.model.diffusion_model).__name__} reads the text is not known here, so that its attention "
+            f"cannot be matched. Set it to {0 if settings.guidance_strength else 'default'}; local_blend and mask hold the "
+            "picture."
+        )
+    return replace(settings, feature_until=0.0)
 
 
 def _check(model: ModelPatcher, inversion: Inversion, positive: list, negative: list, settings: EditSettings) -> None:
@@ -228,14 +231,13 @@ class _Edit:
         inversion, unet = self.inversion, self.model.model.diffusion_model
         x = inversion.latent(-1).to(run.x)
         arguments = {**run.extra_args, "model_options": self._with_source_features(run)}
-        sites = cross_attention_sites(unet) if is_unet(unet) else []
+        sites = self._sites(run)
         passes = UNetPasses(run.model_k, arguments, sites, self._checkpointing(run))
         blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
         noise_mask = NoiseMask(inversion.noise_mask, run.guider, run.model_options, run.sigmas)
         # The stock sampler masks with a step's noise level before the step and after it.
         kept = KeptSource(inversion, lambda level: noise_mask.at(float(inversion.sigmas[max(level, 1)]), x), blend)
-        shapes = map_shapes(unet, inversion.trajectory.shape[-2:]) if sites else {}
-        attending = self.entries["positive"] * sum(height * width for height, width in shapes.values())
+        attending = self.entries["positive"] * _pixels(unet, sites, inversion.latent(0))
 
         def on_step(step: int, denoised: torch.Tensor, x: torch.Tensor, distance: torch.Tensor | None) -> None:
             if distance is None:
@@ -249,6 +251,15 @@ class _Edit:
         if self.settings.guides and not kept.lets_guide:
             running.warn(NOT_GUIDED)
         return edited, None if blend is None else blend.mask
+
+    def _sites(self, run: Run) -> list[Site]:
+        """The attentions whose maps are matched."""
+        unet = self.model.model.diffusion_model
+        if is_unet(unet):
+            return cross_attention_sites(unet)
+        if not self.settings.guides:
+            return []
+        return matched_sites(run.guider, self.inversion, run.guider.conds["source"], run.model_options)
 
     def _with_source_features(self, run: Run) -> dict:
         """Model options of the edit's evaluations."""
@@ -270,12 +281,20 @@ class _Edit:
         return replace(schedule, first=first, last=last, final_sigma=float(sampling.sigmas[0]))
 
     def _checkpointing(self, run: Run) -> Checkpointing | None:
-        if not is_unet(self.model.model.diffusion_model):
+        if not is_unet(self.model.model.diffusion_model) and not self.settings.guides:
             return None
         mode = affordable_mode(self.model, run.x, self.preset.checkpointing, **self.needs)
         return Checkpointing(
             mode, affordable_rows(self.model, run.x, mode, entries=sum(self.entries.values()), **self.needs)
         )
+
+
+def _pixels(unet: torch.nn.Module, sites: list[Site], latent: torch.Tensor) -> int:
+    """How many rows of maps a latent [B, C, H, W] has at all sites together."""
+    if not is_unet(unet):
+        return len(sites) * patches(unet, latent)
+    shapes = map_shapes(unet, latent.shape[-2:]) if sites else {}
+    return sum(height * width for height, width in shapes.values())
 
 
 def _needs(texts: list, maps: MapStore | None, steps: int) -> dict:

@@ -8,16 +8,17 @@ from functools import partial
 import torch
 from comfy import samplers
 
-from ...attention_patches.attention import AttentionSite
+from ...attention_patches.joint import JointSite
 from ...editing.guidance import Maps
 from ...editing.trajectory import NoisePath
 from .. import running
 from ..messages import NOT_AT_ONCE, ONE_BY_ONE
+from ..text.compared_words import with_compared_words
 from ..text.conditionings import Entry, compared_with, entries_of, same_values, says_something
 from ..unet.jobs import LEFT_OUT, add_job
-from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps
+from ..unet.map_jobs import Checkpointing, MatchMaps, RecordMaps, Site
 from ..unet.memory import MODES
-from .checks import estimates, noise_path, unframed
+from .checks import estimates, framed, noise_path, unframed
 
 
 class _BranchEstimates:
@@ -50,7 +51,7 @@ class UNetPasses:
         self,
         model_k: Callable,
         extra_args: dict,
-        sites: list[AttentionSite],
+        sites: list[Site],
         checkpointing: Checkpointing | None = None,
     ):
         self.model_k = model_k
@@ -61,6 +62,7 @@ class UNetPasses:
         self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
         self.sites = sites
         self.checkpointing = checkpointing or Checkpointing(MODES[0], sys.maxsize)
+        self.by_words = bool(sites) and isinstance(sites[0], JointSite)
         patches = options.get("transformer_options", {}).get("patches", {})
         self.told = False
         self.patched = any(patches[name] for name in patches if name.startswith("attn"))
@@ -169,7 +171,7 @@ class UNetPasses:
         job = self._match(branch, x, sigma, reference, stops=True)
         self._evaluate(branch, x, sigma, job)
         self._check_made(job, branch, x, sigma)
-        return job.gradient, job.distance
+        return unframed(job.gradient), job.distance
 
     def denoise_and_match(
         self, x: torch.Tensor, sigma: float, reference: Maps, hold_negative: bool = False
@@ -179,16 +181,17 @@ class UNetPasses:
         denoised = self.model_k(x, _timestep(x, sigma), **self._evaluated_by(evaluate))
         self.estimates.sigma = sigma
         self._check_made(job, "positive", x, sigma)
-        return denoised, job.gradient, job.distance
+        return denoised, unframed(job.gradient), job.distance
 
     def _match(self, branch: str, x: torch.Tensor, sigma: float, reference: Maps, stops: bool) -> MatchMaps:
         entries = self._entries(branch, x, sigma)
         if branch == "positive":
-            entries = compared_with(entries, self.guider.conds[branch], self.guider.conds["source"])
+            if not self.by_words:
+                entries = compared_with(entries, self.guider.conds[branch], self.guider.conds["source"])
             # They may be evaluated in the same call: what they give to the maps there is differentiated too.
             others = self._entries("negative", x, sigma) if self.patched else []
             entries = entries + [replace(entry, share=None, compared=False) for entry in others]
-        return MatchMaps(self.sites, entries, reference, x, self.checkpointing, stops)
+        return MatchMaps(self.sites, entries, reference, framed(x, self.guider.inner_model), self.checkpointing, stops)
 
     def _check_made(self, job: RecordMaps | MatchMaps, branch: str, x: torch.Tensor, sigma: float) -> None:
         """Raise ValueError where another pack's wrapper has answered in place of the UNet, whose attention is needed."""
@@ -196,7 +199,11 @@ class UNetPasses:
             raise ValueError(LEFT_OUT)
 
     def _entries(self, branch: str, x: torch.Tensor, sigma: float) -> list[Entry]:
-        return entries_of(self.guider.conds[branch], x, _timestep(x, sigma))
+        conds = self.guider.conds
+        entries = entries_of(conds[branch], framed(x, self.guider.inner_model), _timestep(x, sigma))
+        if self.by_words and branch != "negative":
+            return with_compared_words(entries, conds["source"], conds["positive"], branch == "source")
+        return entries
 
     def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, job=None) -> torch.Tensor:
         options = self.extra_args["model_options"]

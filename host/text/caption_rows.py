@@ -12,8 +12,8 @@ from comfy.sd import CLIP
 
 from ...editing.inputs import check_text
 from ...editing.token_alignment import Prompt, Word
-from .exchange import CLIPS
 from .prompt_words import LONGEST_TEXT, MOST_WORDS
+from .text_encoding import CLIPS
 
 T5_IDS = "t5xxl_ids"  # of Anima, whose model reads these tokens' rows in place of the text's own
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")

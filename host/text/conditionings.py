@@ -23,6 +23,8 @@ from ..sampling.checks import check_finite
 from ..sampling.source import check_masks
 
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
+WORDS = "pix2pix_zero_words"
+"""In a conditioning's options: ((row of the source's text, row of this one), ..) of the words of the caption."""
 # Of inpainting and pix2pix models: the further channels of the UNet's input.
 FURTHER_CHANNELS = ("concat_latent_image", "concat_mask")
 # Of edit models, such as Flux Kontext and Qwen-Image-Edit: pictures that stand beside the text.
@@ -63,6 +65,8 @@ def _stack_entries(entries: tuple, socket: str) -> list:
 
 def _common_options(options: list[dict], socket: str) -> dict:
     """The options that all entries have, with the pooled texts and the like as rows."""
+    if any(each.get(WORDS) != options[0].get(WORDS) for each in options):
+        options = [{name: value for name, value in each.items() if name != WORDS} for each in options]
     others = [{name: value for name, value in each.items() if name not in BESIDE_TEXT} for each in options]
     beside = {name: [each.get(name) for each in options] for name in BESIDE_TEXT}
     shapes = [{None if value is None else value.shape for value in values} for values in beside.values()]
@@ -286,7 +290,8 @@ class Entry:
 
     `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
     `shared_tokens`: where it and the text that it is compared with are not of one length, how many tokens both have, for
-    all pictures or for each. `compared`: False for a text that is only evaluated in the same calls.
+    all pictures or for each. `compared`: False for a text that is only evaluated in the same calls. `words`: rows of its
+    text that are compared with a source's in turn, where text and picture attend together; None on a UNet.
     """
 
     uuid: object
@@ -295,6 +300,7 @@ class Entry:
     share: torch.Tensor | None = None
     shared_tokens: tuple[int, ...] | None = None
     compared: bool = True
+    words: tuple[int, ...] | None = None
 
 
 def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:

@@ -10,10 +10,10 @@ from ...editing.directions import EditDirection
 from ...editing.word_exchange import between, counterparts, exchange_words
 from .. import running
 from ..messages import TOKEN_NUMBERS
-from .text_encoding import check_conditioning
+from .compared_words import WORDS, word_rows
+from .text_encoding import CLIPS, check_conditioning, chunk_length
 
-# By the names that the host's tokenizers have: those of CLIP, and those whose texts stand in an option of their own.
-CLIPS = ("l", "g")
+# By the names that the host's tokenizers have: those whose texts stand in an option of their own.
 OF_ENCODER = {"conditioning_llama3": "llama", "conditioning_byt5small": "byt5"}
 TOLERANCE = 0.1  # a LoRA on the CLIP may move a text a little
 Encoded = tuple[torch.Tensor, dict[str, Any]]  # an entry of a CONDITIONING
@@ -45,15 +45,18 @@ def exchange_conditioning(
             "caption: the conditioning is not this text, encoded by this CLIP. Connect the text and the CLIP of the CLIP Text "
             "Encode that made it."
         )
-    rows = _Rows(clip, caption, edited) if strength != 1 else None
+    rows = _Rows(clip, caption, edited)
+    words = word_rows(clip, edited, (before, had), (after, has), rows.of) if chunk_length(clip) is None else None
+    rows = rows if strength != 1 else None
     text = _moved(before, after, rows, strength)
     named = {name: _moved(had.get(name), value, rows, strength, OF_ENCODER.get(name)) for name, value in has.items()}
     if strength != 1 and any(_differ(had.get(name), value) for name, value in has.items() if not _can_mix(value)):
         running.warn(TOKEN_NUMBERS)
+    words_of = {} if words is None else {WORDS: words}
     return [
         [
             text.expand(len(own), -1, -1),
-            {**{name: value for name, value in options.items() if name not in had}, **named},
+            {**{name: value for name, value in options.items() if name not in had}, **named, **words_of},
         ]
         for own, options in conditioning
     ]

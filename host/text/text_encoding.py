@@ -29,6 +29,8 @@ from ..running import show
 from .conditionings import remember_base
 from .prompt_words import tokenize
 
+# By the names that the host's tokenizers have: those of CLIP.
+CLIPS = ("l", "g")
 ROWS_PER_BATCH = 32
 Tokens = dict[str, list]
 Numbered = tuple[int, Tokens]  # the sentence's place in its list

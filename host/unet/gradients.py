@@ -7,6 +7,7 @@ the input's gradient. No resident weight is copied, and every module is afterwar
 
 import contextlib
 import contextvars
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import CrossAttention, attention_pytorch
+
+from ...attention_patches.attention import is_unet, own_attribute
+from .transformer_gradients import differentiable_blocks, is_augmented
 
 FOREIGN_ATTENTION = (
     "model: the attention that another node put into it has no derivative, so the picture cannot be guided through it. "
@@ -28,13 +32,21 @@ def input_gradients(model: torch.nn.Module) -> Iterator[None]:
     """Record a graph through `model` with respect to its inputs only; its parameters are constants.
 
     Tensors that enter the graph must be cloned first, see `clone_inference`, and compiled modules be `uncompiled`.
-    Quantized layers multiply in the precision of their input meanwhile.
+    Quantized layers multiply in the precision of their input meanwhile, rotary embeddings are computed by PyTorch, and blocks
+    of a diffusion transformer add to new tensors.
 
     Raises ValueError: also while it is active, in the user's words: a layer of the model has no derivative.
     """
     modules = list(model.modules())
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    with _frozen(parameters), _dequantized(modules), _recording(_ConstantWeights(parameters)), _layers_checked():
+    transformer = not any(map(is_unet, modules))
+    with (
+        _frozen(parameters),
+        _dequantized(modules),
+        differentiable_blocks(modules) if transformer else contextlib.nullcontext(),
+        _recording(_ConstantWeights(parameters, adds_anew=transformer)),
+        _layers_checked(),
+    ):
         yield
 
 
@@ -179,20 +191,6 @@ def _protected(patch: Callable):
 
 
 @contextlib.contextmanager
-def own_attribute(module: torch.nn.Module, name: str, value) -> Iterator[None]:
-    """While active, `module` itself has this attribute; afterwards what it had, be it its own or its class's."""
-    had, before = name in module.__dict__, module.__dict__.get(name)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            module.__dict__[name] = before
-        else:
-            del module.__dict__[name]
-
-
-@contextlib.contextmanager
 def _frozen(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     # Up to ComfyUI 0.27 a UNet's parameters ask for gradients.
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -249,6 +247,7 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
 
     The model's own parameters stay put until the backward pass. Any other weight comes out of a cast buffer that the
     next layer reuses, so it is cloned; without that the gradient would be silently wrong.
+    `adds_anew`: what is added in place to a tensor of the graph makes a new one, since autograd may have saved the old.
     """
 
     CONVOLUTIONS = {F.conv2d, torch.conv2d}
@@ -264,13 +263,17 @@ class _ConstantWeights(torch.overrides.TorchFunctionMode):
     }
     LAYERS = {F.linear} | CONVOLUTIONS | OTHERS
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
+    def __init__(self, parameters: list[torch.nn.Parameter], adds_anew: bool = False):
         super().__init__()
+        self.adds_anew = adds_anew
         # The parameters themselves, so that none of these ids can pass to another tensor.
         self.resident = {id(parameter): parameter for parameter in parameters}
 
     def __torch_function__(self, func: Callable, types, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
+        if func is torch.Tensor.add_ and self.adds_anew and _any_requires_grad(args):
+            # Only where what comes back takes the place of the old, as in `a += b`.
+            func = torch.add if is_augmented(sys._getframe(1)) else func
         if not torch.is_grad_enabled() or func not in self.LAYERS:
             return _call(func, args, kwargs)
         x, *weights = args if args else (kwargs["input"],)

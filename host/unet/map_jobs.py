@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.model_management
 import torch
@@ -13,16 +13,29 @@ from ...attention_patches.attention import (
     LastSiteReached,
     MatchedAttention,
     attention_maps,
+    is_unet,
     maps_of_first,
     with_attention,
 )
+from ...attention_patches.joint import JointSite
 from ...editing.guidance import Maps
 from .. import messages, running
 from ..out_of_memory import is_out_of_memory, out_of_memory
 from ..text.conditionings import Entry, narrowed, own_tokens
-from .gradients import clone_inference, clone_skips, differentiable_attention, input_gradients, protect_from_patches
+from .gradients import (
+    clone_inference,
+    clone_skips,
+    differentiable_attention,
+    input_gradients,
+    protect_from_patches,
+)
 from .jobs import LEFT_OUT, UNetCall
 from .memory import MODES, checkpointed
+from .text_attention import COLUMNS, with_text_attention
+
+Site = AttentionSite | JointSite
+Columns = slice | list[int]
+"""Keys of a text: the first few of a UNet's, or some of all keys of a transformer."""
 
 SCALES = 4  # that are tried of a gradient in fp16, see `GradientScale`
 OVERFLOW = (
@@ -64,7 +77,7 @@ class RecordMaps:
     a call.
     """
 
-    def __init__(self, sites: list[AttentionSite], entries: list[Entry], keep: Callable, stops: bool):
+    def __init__(self, sites: list[Site], entries: list[Entry], keep: Callable, stops: bool):
         self.sites = sites
         self.entries = entries
         self.keep = keep
@@ -79,22 +92,23 @@ class RecordMaps:
 
         def attend(site, attention, q, k, v, options):
             seen.add(site)
-            lengths = own_tokens(k.shape[1], entries)
-            rows = zip(numbers, lengths, q.chunk(len(numbers)), k.chunk(len(numbers)))
-            for number, tokens, part_q, part_k in rows:
+            columns = _columns(k, entries, options)
+            rows = zip(numbers, columns, q.chunk(len(numbers)), k.chunk(len(numbers)))
+            for number, own, part_q, part_k in rows:
                 if number is not None:
-                    self.keep((number, site), attention_maps(part_q, part_k[:, :tokens], options["n_heads"]))
+                    self.keep((number, site), attention_maps(part_q, part_k[:, own], options["n_heads"]))
             if self.stops and site == self.sites[-1]:
                 raise LastSiteReached
             return attention(q, k, v, options)
 
-        yield with_attention(transformer_options, "attn2", self.sites, attend)
+        with _tapped(call, self.sites, entries, attend, transformer_options) as options:
+            yield options
         if len(seen) < len(self.sites):
             raise ValueError(LEFT_OUT)
 
 
 class MatchMaps:
-    """Job: the attention distance to `reference`, `distance` [B], and its `gradient` [B, C, H, W] afterwards.
+    """Job: the attention distance to `reference`, `distance` [B], and its `gradient`, of the shape of `x`, afterwards.
 
     Where several entries draw, each counts as much as its share of the estimate; one without a reference is not guided.
     Texts of unequal length are compared over the tokens that both have, as if the longer one ended there: what the words
@@ -106,7 +120,7 @@ class MatchMaps:
 
     def __init__(
         self,
-        sites: list[AttentionSite],
+        sites: list[Site],
         entries: list[Entry],
         reference: Maps,
         x: torch.Tensor,
@@ -155,9 +169,13 @@ class MatchMaps:
             return torch.zeros_like(call.x) if self.stops else call(call.x, call.transformer_options)
         unet, mode = call.model.diffusion_model, self.checkpointing.mode
         try:
-            with input_gradients(call.model), checkpointed(unet, mode, self.sites[-1]):
+            with (
+                input_gradients(call.model),
+                matching.installed(call.transformer_options) as options,
+                checkpointed(unet, mode, self.sites[-1]),
+            ):
                 x = call.x.clone().requires_grad_(True)
-                output = call(x, matching.installed(call.transformer_options), clone_inference).detach()
+                output = call(x, options, clone_inference).detach()
                 gradient, distances = matching.gradient(x)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -182,7 +200,7 @@ class MatchMaps:
         if entry.share is not None:
             share = entry.share[pictures]
             gradient = gradient * share
-            distance = distance * share.sum((1, 2, 3)) / self.gradient[0, 0].numel()
+            distance = distance * share.flatten(1).sum(1) / self.gradient[0, 0].numel()
         narrowed(self.gradient, entry.area)[pictures].add_(gradient)
         self.distance[pictures] += distance
 
@@ -206,30 +224,29 @@ class _Matching:
     def has_reference(self) -> bool:
         return any(self._is_compared(i, self.job.sites[0]) for i in range(len(self.numbers)))
 
-    def _is_compared(self, i: int, site: AttentionSite) -> bool:
+    def _is_compared(self, i: int, site: Site) -> bool:
         return self.entries[i].compared and (self.numbers[i], site) in self.job.reference
 
-    def installed(self, options: dict) -> dict:
-        """Transformer options under which a call can be differentiated and comes by here at each site."""
+    def installed(self, options: dict) -> contextlib.AbstractContextManager[dict]:
+        """While active, calls with these transformer options can be differentiated and come by here at each site."""
         options = protect_from_patches(differentiable_attention(options))
         if self.call.arguments["control"] is not None:
             options = clone_skips(options)
-        return with_attention(options, "attn2", self.job.sites, self.attend)
+        return _tapped(self.call, self.job.sites, self.entries, self.attend, options)
 
-    def attend(self, site: AttentionSite, attention: Callable, q, k, v, options: dict) -> torch.Tensor:
+    def attend(self, site: Site, attention: Callable, q, k, v, options: dict) -> torch.Tensor:
         """The attention's output at a site; a backward pass through it adds the gradient of the distance there."""
-        lengths = own_tokens(k.shape[1], self.entries)
+        columns = _columns(k, self.entries, options)
         queries, keys = (list(tensor.chunk(len(self.numbers))) for tensor in (q, k))
-        for i, tokens in enumerate(lengths):
+        for i, own in enumerate(columns):
             if not self._is_compared(i, site):
                 continue
             rows = []
-            for n, *row in self._compared(i, site, queries[i], keys[i], tokens):
-                _check_maps(*row, n, options["n_heads"])
-                part_q, part_k, reference = row
-                matched = MatchedAttention.apply(part_q, part_k[:, :n], reference, options["n_heads"], self.scale)
-                # Repetitions of the text by the host are equal to it.
-                rows.append((matched[0], _joined([matched[1], part_k[:, n:]], 1), matched[2]))
+            for columns, part_q, part_k, reference in self._compared(i, site, queries[i], keys[i], own):
+                compared = part_k[:, columns]
+                _check_maps(part_q, compared, reference, options["n_heads"])
+                matched = MatchedAttention.apply(part_q, compared, reference, options["n_heads"], self.scale)
+                rows.append((matched[0], _with_columns(part_k, columns, matched[1]), matched[2]))
             queries[i], keys[i], self.distances[i][site] = (_joined(parts) for parts in zip(*rows))
         q, k = _joined(queries), _joined(keys)
         if site == self.job.sites[-1]:
@@ -239,16 +256,16 @@ class _Matching:
             torch.set_grad_enabled(False)  # until `input_gradients` ends
         return attention(q, k, v, options)
 
-    def _compared(self, i: int, site: AttentionSite, q, k, tokens: int) -> list[tuple]:
-        """(number of tokens, q, k, reference) of an entry's pictures, in as few parts as share a number of tokens."""
+    def _compared(self, i: int, site: Site, q, k, own: Columns) -> list[tuple]:
+        """(columns, q, k, reference) of an entry's pictures, in as few parts as share a number of tokens."""
         reference = self.job.reference[self.numbers[i], site][self.pictures]
         shared = self.entries[i].shared_tokens
         if shared is None:
-            return [(tokens, q, k, reference)]
+            return [(own, q, k, reference)]
         if len(set(shared)) == 1:
-            return [(shared[0], q, k, maps_of_first(reference, shared[0]))]
+            return [(slice(shared[0]), q, k, maps_of_first(reference, shared[0]))]
         rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
-        return [(n, *row, maps_of_first(maps, n)) for n, *row, maps in rows]
+        return [(slice(n), *row, maps_of_first(maps, n)) for n, *row, maps in rows]
 
     def gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the backward pass: (the gradient with respect to x, each entry's distance)."""
@@ -261,9 +278,30 @@ class _Matching:
         return gradient / self.scale.value, distances
 
 
-def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    parts = [part for part in parts if part.shape[dim]]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _tapped(
+    call: UNetCall, sites: list[Site], entries: list[Entry], attend: Callable, options: dict
+) -> contextlib.AbstractContextManager[dict]:
+    """While active, `attend` gives the output at `sites` of calls with these transformer options, see `with_attention`."""
+    if is_unet(call.model.diffusion_model):
+        return contextlib.nullcontext(with_attention(options, "attn2", sites, attend))
+    return with_text_attention(call, sites, entries, attend, options)
+
+
+def _columns(k: torch.Tensor, entries: list[Entry], options: dict) -> list[Columns]:
+    """The keys of each entry's text that are compared: a UNet's are all its own, without repetitions by the host."""
+    return options.get(COLUMNS) or [slice(tokens) for tokens in own_tokens(k.shape[1], entries)]
+
+
+def _with_columns(k: torch.Tensor, columns: Columns, theirs: torch.Tensor) -> torch.Tensor:
+    """`k` [B, keys, heads*d] with other `columns`."""
+    if isinstance(columns, list):
+        return k.index_copy(1, torch.tensor(columns, device=k.device), theirs)
+    rest = k[:, theirs.shape[1] :]  # repetitions of the text by the host are equal to it
+    return torch.cat([theirs, rest], 1) if rest.shape[1] else theirs
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[int | None]]:
@@ -273,8 +311,8 @@ def _in_call(call: UNetCall, entries: list[Entry]) -> tuple[list[Entry], list[in
     return [Entry(uuid) if i is None else entries[i] for i, uuid in zip(numbers, call.uuids)], numbers
 
 
-def _check_maps(q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, tokens: int, heads: int) -> None:
-    if reference.shape != (len(q), heads, q.shape[1], min(tokens, k.shape[1])):
+def _check_maps(q: torch.Tensor, k: torch.Tensor, reference: torch.Tensor, heads: int) -> None:
+    if reference.shape != (len(q), heads, q.shape[1], k.shape[1]):
         raise ValueError(
             "model: another node gives the edit's attention another shape than that of the inverted picture, so that the "
             "two cannot be matched. Take out that node, or set guidance_strength to 0."

@@ -18,8 +18,18 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch.utils.checkpoint import checkpoint
 
-from ...attention_patches.attention import AttentionSite, Layer, cross_attention_sites, layers, size_after
-from .gradients import has_constant_weights, own_attribute, recording_again, weights_stay_put
+from ...attention_patches.attention import (
+    AttentionSite,
+    Layer,
+    cross_attention_sites,
+    is_unet,
+    layers,
+    own_attribute,
+    size_after,
+)
+from ...attention_patches.joint import JointSite, blocks_before
+from .gradients import has_constant_weights, recording_again, weights_stay_put
+from .transformer_memory import pass_memory
 
 MODES = ("none", "feed-forward", "blocks")
 # Elements of a feed-forward layer's input that are worked on at once at "blocks"; the layer widens them 24 times.
@@ -31,13 +41,16 @@ MAP_ITEM = 4  # maps, and the gradients of their distance, are fp32 in every pre
 
 
 @contextlib.contextmanager
-def checkpointed(unet: torch.nn.Module, mode: str, last_site: AttentionSite | None = None) -> Iterator[None]:
+def checkpointed(
+    unet: torch.nn.Module, mode: str, last_site: AttentionSite | JointSite | None = None
+) -> Iterator[None]:
     """While active, a graph through ComfyUI's UNetModel keeps only the inputs of some modules.
 
     Take the gradient before leaving, for the modules run again then. Calls that record no graph go straight through.
 
     `mode`: "none"; "feed-forward", the feed-forward layers of the transformers and, of residual blocks, all but the
-    convolutions; "blocks", every residual block and transformer, and within them the same once more.
+    convolutions; "blocks", every residual block and transformer, and within them the same once more. Of a diffusion
+    transformer both are the blocks ahead of that of `last_site`.
     `last_site`: recording ends inside the transformer block of this cross-attention, so it keeps what it needs at
     "blocks"; its backward is the first to run.
 
@@ -51,13 +64,15 @@ def checkpointed(unet: torch.nn.Module, mode: str, last_site: AttentionSite | No
 
 
 def recomputed_modules(
-    unet: torch.nn.Module, mode: str, last_site: AttentionSite | None = None
+    unet: torch.nn.Module, mode: str, last_site: AttentionSite | JointSite | None = None
 ) -> list[torch.nn.Module]:
     """The modules whose forward is computed again at this mode, see `checkpointed`."""
     if mode not in MODES:
         raise ValueError(f"checkpointing: {mode!r} is none of {', '.join(MODES)}.")
     if mode == "none":
         return []
+    if not is_unet(unet):
+        return blocks_before(unet, last_site)
     # Within a block, too: its repetition ends before its feed-forward layer, so that this costs nothing more.
     cheap = list(_cheap_modules(unet))
     return cheap if mode == "feed-forward" else [*cheap, *_blocks(unet, last_site)]
@@ -340,6 +355,8 @@ def guided_pass_memory(
     base = model.model
     constant = has_constant_weights(base, model.load_device)
     dtype = base.get_dtype_inference()
+    if not is_unet(base.diffusion_model):
+        return pass_memory(base.diffusion_model, latent_shape, (mode, dtype.itemsize, tokens), constant, records)
     graph = graph_memory(base.diffusion_model, latent_shape, mode, dtype, constant_weights=constant, tokens=tokens)
     return graph + (map_memory(base.diffusion_model, latent_shape, tokens) if records else 0)
 

@@ -198,6 +198,20 @@ def wan() -> dict:
     )
 
 
+def kandinsky() -> dict:
+    return shapes(
+        "kandinsky5.model",
+        "Kandinsky5",
+        model_dim=2560,
+        ff_dim=256,
+        time_dim=64,
+        visual_embed_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(32, 48, 48),
+    )
+
+
 def anima() -> dict:
     return shapes(
         "anima.model",
@@ -268,6 +282,7 @@ FAMILIES = {
     ),
     "HiDream": Family("HiDream", hidream, text=4096, pooled=2048, small=SMALL_HIDREAM, extra=llama),
     "Hunyuan-Image": Family("HunyuanImage21", hunyuan_image, text=3584, extra=byt5),
+    "Kandinsky 5": Family("Kandinsky5Image", kandinsky, text=3584, pooled=768, small={"model_dim": 128}),
     "Wan 2.1": Family("WAN21_T2V", wan, text=4096),
     "Anima": Family(
         "Anima", anima, text=1024, small={"model_channels": 128, "num_heads": 1, "num_blocks": 6}, extra=t5_tokens
@@ -292,7 +307,13 @@ def small_family(name: str):
     return model
 
 
-LAST_LAYERS = ("final_layer.linear.weight", "final_linear.weight", "proj_out.weight", "head.head.weight")
+LAST_LAYERS = (
+    "final_layer.linear.weight",
+    "final_linear.weight",
+    "proj_out.weight",
+    "head.head.weight",
+    "out_layer.out_layer.weight",
+)
 
 
 def draw_weights(network: torch.nn.Module, gain: float) -> None:

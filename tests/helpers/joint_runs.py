@@ -36,6 +36,7 @@ FIRST_ROW = {name: TOKENS for name in FAMILIES} | {
     "Z-Image": 32,
     "HiDream": 0,
     "Hunyuan-Image": TOKENS + 4,  # the text of byt5 has four
+    "Kandinsky 5": 0,
     "Wan 2.1": 0,
     "Anima": 0,
 }
@@ -47,6 +48,11 @@ PATCH = {name: 2 for name in FAMILIES} | {"Flux 2": 1, "Hunyuan-Image": 1}
 @torch.inference_mode()
 def evaluate(model, name, latent, options, text=None, sigma=0.5):
     """One evaluation of a MODEL at latents [B, C, H, W], as samplers make it, under some model options."""
+    return evaluate_in_graph(model, name, latent, options, text, sigma)
+
+
+def evaluate_in_graph(model, name, latent, options, text=None, sigma=0.5):
+    """The same outside inference mode, to be differentiated."""
     x = framed(latent, model)
     text = texts(name, 1) if text is None else text
     conds = {"positive": convert_cond(text)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from flow_encoders import ENCODERS, small_encoder
 from pix2pix_zero.editing.directions import combine
+from pix2pix_zero.host.text.conditionings import WORDS
 from pix2pix_zero.host.text.direction_files import save_direction
 from pix2pix_zero.host.text.text_encoding import chunk_length, find_direction
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
@@ -75,6 +76,28 @@ def test_half_way_each_row_is_the_mean_of_both_captions(clip):
             rows = 5 if name == "conditioning_llama3" else None  # there a dog has more tokens than a cat
             mean = (start[name] + end[name]) / 2
             torch.testing.assert_close(tensor[..., :rows, :], mean[..., :rows, :])
+
+
+def test_the_rows_of_the_captions_words_are_told_and_those_of_template_and_padding_are_not():
+    clip = small_encoder("Flux")
+    ((_, options),) = applied(clip, 1.0, "fluffy orange cat")
+    sides = [
+        [clip.tokenizer.t5xxl.untokenize([token])[0][1] for token in clip.tokenize(text)["t5xxl"][0]]
+        for text in (CAPTION, LONGER)
+    ]
+    pairs = [tuple(side[row] for side, row in zip(sides, pair)) for pair in options[WORDS]]
+    assert all(one == other for one, other in pairs)
+    spelled = "".join(one for one, _ in pairs).replace("\u2581", "")
+    assert spelled == "".join(letter for letter in CAPTION if letter.isalpha())
+
+
+def test_every_encoder_tells_words_and_no_more(clip):
+    ((text, options),) = applied(clip, 1.0)
+    pairs = options.get(WORDS)
+    if pairs is not None:
+        assert 15 <= len(pairs) <= 40 and len({row for row, _ in pairs}) == len(pairs)
+    ((_, unmoved),) = applied(clip, 0.0)
+    assert WORDS not in unmoved
 
 
 @torch.inference_mode()

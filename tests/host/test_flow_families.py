@@ -6,6 +6,7 @@ import comfy.sample
 import pytest
 import torch
 from flow_families import FAMILIES, picture, small_family, texts
+from pix2pix_zero.attention_patches import joint
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host import running
 from pix2pix_zero.host.messages import NO_UNET
@@ -141,7 +142,7 @@ def test_batches_equal_single_runs(sd3):
 
 
 @torch.inference_mode()
-def test_what_needs_a_unet_is_said_as_a_default_and_refused_as_a_wish(sd3, monkeypatch):
+def test_features_of_a_unet_are_said_as_a_default_and_refused_as_a_wish(sd3, monkeypatch):
     name, model = sd3
     said = []
     monkeypatch.setattr(running, "show", said.append)
@@ -151,8 +152,17 @@ def test_what_needs_a_unet_is_said_as_a_default_and_refused_as_a_wish(sd3, monke
     assert said[-1] == NO_UNET
     assert torch.equal(edited, sample_edit(model, inversion, texts(name, 2), source, PLAIN)[0])
     assert said[-1] != NO_UNET
-    for knob, value in (("guidance_strength", 0.3), ("feature_until", 0.8), ("preset", "paper")):
-        with pytest.raises(ValueError, match=f"^{knob}: {value} needs the cross-attention of a UNet"):
+    with pytest.raises(ValueError, match="^feature_until: 0.8 needs the decoder of a UNet"):
+        sample_edit(model, inversion, source, source, replace(PLAIN, feature_until=0.8))
+
+
+@torch.inference_mode()
+def test_guidance_is_refused_where_a_models_attention_is_not_known(sd3, monkeypatch):
+    model, source = sd3[1], texts("SD 3", 1)
+    inversion = inverted(sd3)
+    monkeypatch.delitem(joint.FAMILIES, "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper")
+    for knob, value in (("guidance_strength", 0.3), ("preset", "paper")):
+        with pytest.raises(ValueError, match=f"^{knob}: where OpenAISignatureMMDITWrapper reads the text is not known"):
             sample_edit(model, inversion, source, source, replace(PLAIN, **{knob: value}))
 
 

@@ -12,7 +12,7 @@ from pix2pix_zero.host.text.caption_rows import caption_words
 from pix2pix_zero.host.views.attention_heat import HeatmapSettings, attention_heatmaps, mean_attention
 
 NAMES = [name for name, family in FAMILIES.items() if family.known]
-APART = ("Wan 2.1", "Anima")
+APART = ("Wan 2.1", "Anima", "Kandinsky 5")
 
 
 @torch.inference_mode()
