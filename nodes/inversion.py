@@ -126,7 +126,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     advanced=True,
                     tooltip="MB of RAM for the picture's attention maps, so that edits need not compute them again. "
                     "50 steps at 512x512 fill 1700 MB; what does not fit is computed for each edit. Lower it if RAM is "
-                    "short; 0 keeps none.",
+                    "short; 0 keeps none. Diffusion transformers (SD 3.5, Flux) keep none.",
                 ),
                 scheduler_input(),
                 io.Int.Input(
