@@ -4,10 +4,13 @@ import importlib
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import comfy.sd
 import comfy.supported_models_base
 import torch
+from comfy.text_encoders import flux
+from small_vocabularies import mistral_tokenizer, sentencepiece_model
 
 T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2}
 LLAMA = {
@@ -30,6 +33,8 @@ SMALL = {
     "clip_l_model_config": CLIP,
     "clip_g_model_config": CLIP,
     "pile_t5xl_model_config": T5,
+    "umt5xxl_model_config": {**T5, "vocab_size": 512},
+    "gemma2_2b_model_config": {**LLAMA, "vocab_size": 512},
     **{f"{name}_model_config": LLAMA for name in ("qwen25_7b", "qwen3_4b", "qwen3_06b")},
 }
 
@@ -37,6 +42,13 @@ SMALL = {
 WANTED = {
     "SD3Tokenizer": {"t5xxl_model_config": {**T5, "d_model": 4096}},
     "KleinTokenizer": {"qwen3_4b_model_config": {**LLAMA, "num_hidden_layers": 28}},
+    "Flux2Tokenizer": {"mistral3_24b_model_config": {**LLAMA, "num_hidden_layers": 31, "vocab_size": 1024}},
+}
+
+# What a checkpoint brings beside its weights: the vocabularies that the host does not ship.
+VOCABULARIES = {
+    "LuminaTokenizer": lambda: {"spiece_model": sentencepiece_model(pad_id=0, eos_id=1, bos_id=2, unk_id=3)},
+    "WanT5Tokenizer": lambda: {"spiece_model": sentencepiece_model(pad_id=0, eos_id=1, bos_id=-1, unk_id=2)},
 }
 
 
@@ -49,7 +61,10 @@ def _build(module: str, tokenizer: str, make: Callable) -> comfy.sd.CLIP:
     source = importlib.import_module(f"comfy.text_encoders.{module}")
     target = comfy.supported_models_base.ClipTarget(getattr(source, tokenizer), make(source))
     target.params["model_options"] = {}
-    return comfy.sd.CLIP(target, model_options={**small, "initial_device": torch.device("cpu")})
+    brought = VOCABULARIES.get(tokenizer, dict)()
+    options = {**small, "initial_device": torch.device("cpu")}
+    with patch.object(flux, "load_mistral_tokenizer", mistral_tokenizer):
+        return comfy.sd.CLIP(target, tokenizer_data=brought, model_options=options)
 
 
 ENCODERS = {
@@ -65,6 +80,9 @@ ENCODERS = {
         lambda module: module.hidream_clip(dtype_t5=torch.float32, dtype_llama=torch.float32),
     ),
     "Hunyuan-Image": _of("hunyuan_image", "HunyuanImageTokenizer", lambda module: module.te()),
+    "Flux 2": _of("flux", "Flux2Tokenizer", lambda module: module.flux2_te(dtype_llama=torch.float32)),
+    "Lumina 2": _of("lumina2", "LuminaTokenizer", lambda module: module.te(dtype_llama=torch.float32)),
+    "Wan 2.1": _of("wan", "WanT5Tokenizer", lambda module: module.te(dtype_t5=torch.float32)),
     "Flux 2 Klein": _of("flux", "KleinTokenizer", lambda module: module.klein_te(model_type="qwen3_4b")),
     "Anima": _of("anima", "AnimaTokenizer", lambda module: module.te()),
 }
