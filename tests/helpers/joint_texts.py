@@ -10,10 +10,7 @@ ENCODER = {name: name for name in ENCODERS} | {
     "SD 3.5 Medium": "SD 3",
     "Flux dev": "Flux",
     "Flux schnell": "Flux",
-    "Flux 2": "Flux 2 Klein",
-    "Lumina 2": "Z-Image",  # has Gemma, whose vocabulary the host does not ship
     "Kandinsky 5": "Flux",  # has a pooled text too
-    "Wan 2.1": "AuraFlow",  # has T5 of another vocabulary
 }
 
 
