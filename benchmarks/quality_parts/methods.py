@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nodes as host_nodes
 
+from ...editing.trajectory import Inversion
 from ...host.sampling.checks import AUTO, fitting_scheduler
 from ...host.sampling.edit import EditSettings, sample_edit
 from ...host.sampling.flow_edit import WHOLE, FlowEditing, flow_edit_latent
@@ -42,7 +43,9 @@ class Method:
         return replace(self, values=self.values[skipped : skipped + count])
 
 
-def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes) -> Tensor:
+def this_pack(
+    bench: Workbench, cfg: float, steps: int | None = None, inversion: Inversion | None = None, **changes
+) -> Tensor:
     """The guided sampler's node with its defaults, but for the bench's settings and `changes`."""
     values = {name: node_default(Pix2PixZeroKSampler, name) for name in SETTINGS} | bench.settings | changes
     settings = EditSettings(
@@ -53,7 +56,13 @@ def this_pack(bench: Workbench, cfg: float, steps: int | None = None, **changes)
         values["local_blend"],
         values["feature_until"],
     )
-    return bench.keep_area(sample_edit(bench.model, bench.inversion(steps), bench.moved, bench.described, settings))
+    inversion = inversion or bench.inversion(steps)
+    return bench.keep_area(sample_edit(bench.model, inversion, bench.moved, bench.described, settings))
+
+
+def aligned(bench: Workbench, cfg: float) -> Tensor:
+    """On an inversion beside whose own steps the edit is evaluated."""
+    return this_pack(bench, cfg, inversion=bench.inversion(method="aligned"))
 
 
 def fast(bench: Workbench, cfg: float) -> Tensor:
@@ -148,10 +157,10 @@ def _stock_sampler(model, inversion, positive: list, negative: list, cfg: float)
 
 
 DIFFUSING = ("official", "diffusers")  # what is defined only for models that diffuse
-# What has no meaning for a transformer: there features and guidance of KSampler do nothing.
-NEEDING_A_UNET = ("shapes kept", "guided", "paper")
+NEEDING_A_UNET = ("shapes kept",)  # on a transformer, features of KSampler do nothing
 METHODS = [
     Method("default", "cfg", CFG, this_pack),
+    Method("aligned", "cfg", CFG, aligned),
     Method("fast", "cfg", CFG, fast),
     Method("shapes kept", "cfg", CFG, shapes_kept),
     Method("without blend", "cfg", CFG, without_blend),

@@ -81,15 +81,15 @@ class Workbench:
         encoded = [host_nodes.CLIPTextEncode().encode(self.clip, text)[0] for text in texts]
         return stack_conditionings(encoded, "captions")
 
-    def inversion(self, steps: int | None = None) -> Inversion:
-        """The scenes, inverted as the node does when nothing on it is changed but the steps."""
+    def inversion(self, steps: int | None = None, method: str | None = None) -> Inversion:
+        """The scenes, inverted as the node does when nothing on it is changed but the steps and the method."""
         steps = steps or self.steps
-        return self.once(steps, lambda: self._invert(steps))
+        method = method or node_default(Pix2PixZeroInversion, "method")
+        return self.once((steps, method), lambda: self._invert(steps, method))
 
-    def _invert(self, steps: int) -> Inversion:
+    def _invert(self, steps: int, method: str) -> Inversion:
         names = ("autocorrelation_weight", "kl_weight", "regularization_steps", "autocorrelation_rolls")
         regularization = NoiseRegularization(*(node_default(Pix2PixZeroInversion, name) for name in names))
-        method = node_default(Pix2PixZeroInversion, "method")
         latent = {"samples": self.latent}
         settings = InversionSettings(steps, 0, regularization, method, scheduler=self.scheduler)
         return invert_latent(self.model, self.described, latent, settings)

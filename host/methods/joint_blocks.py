@@ -1,9 +1,9 @@
 """Which blocks of a diffusion transformer hold the layout, where no paper says so: scored at the beginning of each edit.
 
 A block is scored by how well its map, of where the picture reads the edited text, agrees with where the predictions for both
-texts differ. Those that agree draw the edit. The layout is held by those that agree least: so it is with ground truth, on the
-demo's transformer (README). It costs two evaluations. Blocks are chosen for one edit and not kept, or what was edited before
-would change the next.
+texts differ. Those that agree draw the edit. The layout is held better by those that agree least: in three of four cases with
+ground truth, on the demo's transformer (README). It costs two evaluations. Blocks are chosen for one edit and not kept, or what
+was edited before would change the next.
 """
 
 import torch

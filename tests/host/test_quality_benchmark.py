@@ -84,7 +84,7 @@ def test_another_setting_of_the_sampler_can_be_tried(results, tmp_path):
 
 
 def test_the_transformer_is_measured_where_the_method_does_something(tmp_path):
-    methods = ["guided", "FlowEdit", "diffusers"]
+    methods = ["shapes kept", "FlowEdit", "diffusers"]
     main(["--quick", "--dit", "--edits", "cat2dog", "--methods", *methods, "--output", str(tmp_path)])
     found = json.loads((tmp_path / "bench_quality.json").read_text(encoding="utf-8"))
     assert found["settings"]["dit"]
