@@ -73,7 +73,9 @@ LARGE = (
 )
 HALF_PRECISION = "Memory is short: the inversion is kept in half precision."
 FEW_MAPS = "Memory is short: {size} are left for attention maps. Those that do not fit are computed for each edit."
-NO_UNET = "This model is no UNet, so that feature_until does nothing here: local_blend and mask hold the picture."
+NO_UNET = (
+    "This model is no UNet. feature_until does nothing here; local_blend, guidance_strength and mask hold the picture."
+)
 STEP_DISTILLED = (
     "This model is made to draw in few steps, where inversion and edits lose much. Use its base model: {base}."
 )
