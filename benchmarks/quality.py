@@ -28,7 +28,7 @@ from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNIN
 from pix2pix_zero.benchmarks.quality_parts.tuning import compare, unedited  # noqa: E402
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench  # noqa: E402
 from pix2pix_zero.host.sampling.checks import AUTO, SCHEDULERS  # noqa: E402
-from pix2pix_zero.nodes.demo import OBJECTIVES  # noqa: E402
+from pix2pix_zero.nodes.demo import DIFFUSION, FLOW, TRANSFORMER  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parent.parent / "demo_output"
 
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     left_out = (*DIFFUSING, *NEEDING_A_UNET) if options.dit else DIFFUSING if options.flow else ()
     chosen = [method for method in METHODS if method.name in options.methods and method.name not in left_out]
     methods = [method.with_values(options.values) for method in chosen]
-    objective = OBJECTIVES[2 if options.dit else int(options.flow)]
+    objective = TRANSFORMER if options.dit else FLOW if options.flow else DIFFUSION
     models, judge = DemoModels.load(objective, options.scheduler), load_judge()
     results = {}
     for name in options.edits:

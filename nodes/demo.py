@@ -11,7 +11,7 @@ from .sockets import CATEGORY, seed_input
 
 RANDOM = "random"
 MOST_PIXELS = 4096 * SIZE**2
-OBJECTIVES = ("diffusion", "flow", "flow transformer")
+OBJECTIVES = DIFFUSION, FLOW, TRANSFORMER = ("diffusion", "flow", "flow transformer")
 
 
 class Pix2PixZeroDemoModel(io.ComfyNode):
@@ -28,7 +28,7 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
                 io.Combo.Input(
                     "objective",
                     options=list(OBJECTIVES),
-                    default=OBJECTIVES[0],
+                    default=DIFFUSION,
                     optional=True,
                     advanced=True,
                     tooltip="diffusion: as Stable Diffusion is trained. flow: the same network as a rectified flow, to try "
@@ -44,15 +44,15 @@ class Pix2PixZeroDemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, objective=OBJECTIVES[0]) -> io.NodeOutput:
+    def execute(cls, objective=DIFFUSION) -> io.NodeOutput:
         from ..demo_model.flow_view import as_flow
         from ..demo_model.loader import load_demo_model
         from ..demo_model.transformer import load_transformer
 
         model, clip, vae = load_demo_model()
-        if objective == OBJECTIVES[1]:
+        if objective == FLOW:
             model = as_flow(model)
-        elif objective == OBJECTIVES[2]:
+        elif objective == TRANSFORMER:
             model = load_transformer()
         return io.NodeOutput(model, clip, vae)
 

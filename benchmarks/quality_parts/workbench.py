@@ -16,7 +16,7 @@ from ...host.networks.captioner import load_demo_captioner
 from ...host.sampling.checks import AUTO
 from ...host.sampling.invert import InversionSettings, invert_latent
 from ...host.text.conditionings import stack_conditionings
-from ...nodes.demo import OBJECTIVES, Pix2PixZeroDemoModel
+from ...nodes.demo import DIFFUSION, Pix2PixZeroDemoModel
 from ...nodes.directions import Pix2PixZeroApplyDirection, Pix2PixZeroEditDirection
 from ...nodes.inversion import Pix2PixZeroInversion
 from .scenes import QualityEdit, Scenes
@@ -38,7 +38,7 @@ class DemoModels:
     scheduler: str = AUTO
 
     @classmethod
-    def load(cls, objective: str = OBJECTIVES[0], scheduler: str = AUTO) -> "DemoModels":
+    def load(cls, objective: str = DIFFUSION, scheduler: str = AUTO) -> "DemoModels":
         """`objective`: of *Load Demo Model*."""
         model, clip, vae = Pix2PixZeroDemoModel.execute(objective).result
         return cls(model, clip, vae, load_demo_captioner(WEIGHTS), scheduler)

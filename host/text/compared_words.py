@@ -15,8 +15,6 @@ from .caption_rows import T5_IDS, caption_words, rows_read
 from .conditionings import WORDS, Entry
 
 MASK = "attention_mask"  # of the host: [B, rows], 0 for what is not read
-
-
 Encoded = tuple[torch.Tensor, dict[str, Any]]  # an entry of a CONDITIONING
 
 

@@ -10,13 +10,13 @@ from ...editing.directions import EditDirection
 from ...editing.word_exchange import between, counterparts, exchange_words
 from .. import running
 from ..messages import TOKEN_NUMBERS
-from .compared_words import WORDS, word_rows
+from .compared_words import Encoded, word_rows
+from .conditionings import WORDS
 from .text_encoding import CLIPS, check_conditioning, chunk_length
 
 # By the names that the host's tokenizers have: those whose texts stand in an option of their own.
 OF_ENCODER = {"conditioning_llama3": "llama", "conditioning_byt5small": "byt5"}
 TOLERANCE = 0.1  # a LoRA on the CLIP may move a text a little
-Encoded = tuple[torch.Tensor, dict[str, Any]]  # an entry of a CONDITIONING
 
 
 def exchange_conditioning(
