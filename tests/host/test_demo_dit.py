@@ -1,6 +1,7 @@
 """The recipe of the demo DiT, in a few steps on a few scenes."""
 
 import random
+from functools import partial
 
 import comfy.model_detection
 import pytest
@@ -8,6 +9,9 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from pix2pix_zero.benchmarks.judge import load_judge
 from pix2pix_zero.benchmarks.model import Model, Sampling
+from pix2pix_zero.benchmarks.quality_parts.methods import this_pack
+from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TUNING_SEED, draw_scenes
+from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
 from pix2pix_zero.demo_model import train_dit
 from pix2pix_zero.demo_model.loader import UNET_PREFIX, WEIGHTS, load_demo_model
 from pix2pix_zero.demo_model.scene import Scene
@@ -23,7 +27,7 @@ from pix2pix_zero.demo_model.transformer import (
 )
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.views.feature_pictures import feature_pictures
-from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
+from pix2pix_zero.nodes.demo import TRANSFORMER, Pix2PixZeroDemoModel
 from safetensors.torch import load_file, save_file
 
 import nodes as host_nodes
@@ -173,7 +177,7 @@ def test_damaged_weights_are_named(written, tmp_path):
 
 
 def test_the_node_loads_the_shipped_transformer(run_node):
-    model, clip, vae = run_node(Pix2PixZeroDemoModel, objective="flow transformer")
+    model, clip, vae = run_node(Pix2PixZeroDemoModel, objective=TRANSFORMER)
     dit = model.get_model_object("diffusion_model")
     assert type(dit).__name__ == "OpenAISignatureMMDITWrapper" and len(dit.joint_blocks) == 5
     assert clip is not None and vae is not None
@@ -191,6 +195,19 @@ def test_the_shipped_transformer_draws_what_is_asked_for():
         answers = judge.answers(drawn)
         for name in ("subject", "glasses", "night", "winter", "style"):
             assert answers[name] == [getattr(scene, name)] * 4, (scene, name)
+
+
+def test_guidance_holds_the_shape_of_the_source_more_the_stronger_it_is():
+    """Cats become dogs, and with all that guidance can they stay where the cat's shape was."""
+    with torch.inference_mode():
+        scenes = draw_scenes(EDITS["cat2dog"], 3, TUNING_SEED)
+        bench = Workbench(DemoModels.load(TRANSFORMER), EDITS["cat2dog"], scenes, 8, {})
+        unguided, mildly, fully = (
+            bench.timed(partial(this_pack, guidance_strength=strength), 1.5)[0] for strength in (0.0, 0.1, 1.0)
+        )
+        assert load_judge().answers(unguided)["subject"] == ["dog"] * 3
+    moved = [(edited - bench.source).abs().mean().item() for edited in (unguided, mildly, fully)]
+    assert moved[1] < 0.9 * moved[0] and moved[2] < 0.75 * moved[0]
 
 
 def test_the_ksampler_draws_a_picture_with_it(written):
@@ -234,7 +251,7 @@ def test_encoding_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 @torch.inference_mode()
 def test_feature_pca_refuses_it_in_words(run_node):
-    model, _, _ = run_node(Pix2PixZeroDemoModel, objective="flow transformer")
+    model, _, _ = run_node(Pix2PixZeroDemoModel, objective=TRANSFORMER)
     text = [[torch.zeros(1, 77, 64), {"pooled_output": torch.zeros(1, 64)}]]
     inversion = invert_latent(model, text, {"samples": torch.zeros(1, 4, 16, 16)}, InversionSettings(2))
     with pytest.raises(ValueError, match="^model: this one is a flow model without a UNet"):

@@ -64,7 +64,7 @@ def edit(name, model, inversion, strength=0.0, text=2, **settings):
 
 
 @torch.inference_mode()
-def test_guidance_holds_the_layout_and_an_unedited_picture_comes_back(family, monkeypatch):
+def test_guidance_acts_in_every_step_and_an_unedited_picture_comes_back(family, monkeypatch):
     name, model = family
     said = []
     monkeypatch.setattr(running, "show", said.append)
