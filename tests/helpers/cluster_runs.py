@@ -112,7 +112,7 @@ class Program:
             if found := happened():
                 self.processes()
                 return found
-            time.sleep(LOOK)
+            time.sleep(0.05)
         pytest.fail(f"{what}: it did not come to that: {self.end() if self.process.poll() is not None else ''}")
 
     def end(self) -> str:
