@@ -84,10 +84,12 @@ def opened_frontend(frontend_server) -> Iterator[Frontend]:
     server.post("/api/settings/Comfy.TutorialCompleted", True)  # else the templates open at every start
     with playwright.sync_playwright() as driver:
         # a container's user may not make sandboxes
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        browser = driver.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"],
+        )
         page = browser.new_page(viewport={"width": 2560, "height": 1300})
         page.set_default_timeout(120_000)  # on a busy machine
-        page.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
         frontend = Frontend(page, server.url, folder)
         frontend.start()
         frontend.set("Comfy.Minimap.Visible", False)  # it hides a corner of the screenshots
