@@ -134,7 +134,7 @@ def test_comfyui_path_must_be_a_comfyui_and_is_marked_as_the_persons_own(tmp_pat
 def test_the_tests_of_a_file_run_in_one_process():
     tests = ROOT / "tests"
     options = ["-v", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadgroup", "-c", tests / "pytest.ini"]
-    command = [sys.executable, "-m", "pytest", *options, tests / "unit" / "test_progress.py"]
+    command = [sys.executable, "-m", "pytest", *options, tests / "unit" / "test_family_table.py"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     processes = re.findall(r"^\[(gw\d)\].*PASSED", told, re.MULTILINE)
     assert len(processes) > 2 and len(set(processes)) == 1, told
