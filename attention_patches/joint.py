@@ -7,7 +7,7 @@ called from by the forwards of the blocks, which are afterwards what they were.
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -138,6 +138,12 @@ def known_blocks(dit: torch.nn.Module) -> Known | None:
     """What is known of a model's blocks."""
     family = joint_family(dit)
     return family.known.get(tuple(len(getattr(dit, name)) for name in family.blocks))
+
+
+def united(dit: torch.nn.Module, chosen: Sequence[Collection[JointSite]]) -> list[JointSite]:
+    """The attentions that are in any of some choices, in the order of the forward pass."""
+    blocks = [site[:2] for site in joint_sites(dit)]
+    return sorted({site for sites in chosen for site in sites}, key=lambda site: (blocks.index(site[:2]), site.call))
 
 
 def early_sites(dit: torch.nn.Module, holding: list[JointSite]) -> list[JointSite]:

@@ -5,7 +5,7 @@ replaced but what the picture's rows ask and answer with, so that its own words 
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,7 +52,8 @@ class JointEdit:
 
     `kept`: by site, the source's q and k of the picture. `keys`: whether its keys are taken too, beside the queries.
     `factors`: [words] of the text's rows, or None; at `reading`, where the text is read. `watch(maps)`: of the text at
-    `watched`. `words`: rows of the edited text.
+    `watched`. `words`: rows of the edited text. `taken`: at which sites a picture takes from the source, one choice for all
+    pictures or one for each; all of `kept` where there is none.
     """
 
     entries: set
@@ -63,6 +64,7 @@ class JointEdit:
     watched: Collection[JointSite]
     watch: Watch
     words: int
+    taken: Sequence[Collection[JointSite]] = ()
     stops: ClassVar[bool] = False
 
     def tapped(self, call, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
@@ -86,10 +88,12 @@ class JointEdit:
         source_q, source_k = self.kept[site]
         q = q.clone()
         k = k.clone() if self.keys else k
+        own = [i for i in range(len(source_q)) if not self.taken or site in self.taken[i % len(self.taken)]]
         for part in rows:
-            q[part, :, attention.picture] = source_q
+            here = [part.start + i for i in own]
+            q[here, :, attention.picture] = source_q[own]
             if self.keys:
-                k[part, :, attention.picture] = source_k
+                k[here, :, attention.picture] = source_k[own]
         return q, k
 
     def _read(self, site: JointSite, attention: Attention, qkv: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:

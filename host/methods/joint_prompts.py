@@ -7,7 +7,7 @@ import torch
 from comfy.samplers import CFGGuider
 from comfy.sd import CLIP
 
-from ...attention_patches.joint import JointSite, joint_sites, patch_side, reading_calls, reading_sites
+from ...attention_patches.joint import joint_sites, patch_side, reading_calls, reading_sites, united
 from ...attention_patches.joint_prompts import JointEdit, SourceRows
 from ...editing.token_alignment import Prompt, TokenMap, Word, positions, word_pairs
 from ...editing.word_masks import WordMask
@@ -15,7 +15,7 @@ from ..sampling.checks import estimates, framed, unframed
 from ..sampling.source import check_size
 from ..text.caption_rows import T5_IDS, caption_words, rows_read
 from ..unet.jobs import add_job, only_job
-from .joint_blocks import scored_sites
+from .joint_blocks import Chosen, scored_sites
 from .prompt_edit import KeptEstimate, PromptEdit, check_attended
 
 
@@ -56,8 +56,9 @@ class JointSampling:
         self.source = source
         self.kept = kept
         dit = guider.model_patcher.model.diffusion_model
+        self.dit = dit
         self.order = {site[:2]: i for i, site in enumerate(joint_sites(dit))}
-        self.holding: list[JointSite] | None = None
+        self.holding: Chosen | None = None
         self.reading = reading_calls(dit)
         self.watched = reading_sites(dit) if edit.blend else []
         size = [math.ceil(side / patch_side(dit)) for side in edit.inversion.trajectory.shape[-2:]]
@@ -71,7 +72,7 @@ class JointSampling:
         if self.holding is None:
             self.holding = self._holding(model_options)
         keys = sigma >= self.edit.self_end
-        taken = self.holding if keys or sigma >= self.edit.cross_end else []
+        taken = united(self.dit, self.holding) if keys or sigma >= self.edit.cross_end else []
         added = self.masks[1]
         kept = self._attend_to_source(taken, unframed(x), timestep, model_options)
         edit = JointEdit(
@@ -83,14 +84,15 @@ class JointSampling:
             self.watched if added.tokens else [],
             lambda maps: added.add(maps.unsqueeze(1)),
             len(self.edit.token_map.own),
+            self.holding,
         )
         denoised = executor(x, timestep, add_job(model_options, edit), seed)
         blend = self.edit.blend_mask(self.masks, unframed(x), sigma)
         restored = self.kept.restore(unframed(denoised), unframed(x), sigma, blend)
         return framed(restored, self.guider.inner_model)
 
-    def _holding(self, model_options: dict) -> list[JointSite]:
-        """The blocks that take the source's rows: where the added words are read least as the edit acts."""
+    def _holding(self, model_options: dict) -> Chosen:
+        """The blocks where a picture takes the source's rows: where the added words are read least as the edit acts."""
         if min(self.edit.cross_end, self.edit.self_end) == math.inf:
             return []
         words = positions(self.edit.token_map.added) or None

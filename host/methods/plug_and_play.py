@@ -6,7 +6,7 @@ the present noise level, lives in that sampling's own model options and goes wit
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -22,8 +22,8 @@ from comfy.samplers import CFGGuider
 from einops import rearrange
 
 from ...attention_patches.attention import LastSiteReached
-from ...attention_patches.joint import JointSite
-from ...attention_patches.plug_and_play import Site, joint_source_sites, source_sites, tapped
+from ...attention_patches.joint import JointSite, united
+from ...attention_patches.plug_and_play import OutputSite, Site, joint_source_sites, source_sites, tapped
 from ...editing.trajectory import Inversion
 from .. import running
 from ..sampling.checks import check_inversion, framed, unframed
@@ -98,18 +98,24 @@ class _LockstepSampling:
         with processed_source(guider, self.inversion) as source:
             options = extra_args["model_options"]
             mask = NoiseMask(self.inversion.noise_mask, guider, options, sigmas)
-            features = SourceFeatures(self.inversion, source, self._sites(guider, source, options), mask)
+            ends, chosen = self._sites(guider, source, options)
+            features = SourceFeatures(self.inversion, source, ends, mask, chosen=chosen)
             extra_args = {**extra_args, "model_options": self._options(options, features)}
             return running.finite(executor(guider, sigmas, extra_args, callback, *start, *passed_on, **kwargs))
 
-    def _sites(self, guider: CFGGuider, source: list[dict], options: dict) -> dict[tuple[Site, ...], float]:
-        """The sites, of a diffusion transformer by what the edit is."""
+    def _sites(
+        self, guider: CFGGuider, source: list[dict], options: dict
+    ) -> tuple[dict[tuple[Site, ...], float], list[set[Site]]]:
+        """(the sites, of a diffusion transformer by what the edit is, those of each picture), see `SourceFeatures`."""
         (features, until), (attention, end) = self.sites.items()
         if not isinstance(attention[-1], JointSite) or min(until, end) == math.inf:
-            return self.sites
+            return self.sites, []
         dit = guider.model_patcher.model.diffusion_model
-        chosen = joint_source_sites(dit, scored_sites(guider, self.inversion, source, options, least=True))
-        return dict(zip(map(tuple, chosen), (until, end)))
+        scored = scored_sites(guider, self.inversion, source, options, least=True)
+        pairs = [joint_source_sites(dit, holding) for holding in scored]
+        early = united(dit, [[site.attention for site in features] for features, _ in pairs])
+        ends = {tuple(map(OutputSite, early)): until, tuple(united(dit, scored)): end}
+        return ends, [{*features, *attention} for features, attention in pairs]
 
     def _options(self, model_options: dict, features: "SourceFeatures") -> dict:
         source, mask = features.source, features.mask
@@ -232,7 +238,8 @@ class SourceFeatures:
     `source`: the processed conditioning. `ends`: groups of sites with the noise level down to which they are replaced.
     `negative`: entries of another text than the source's, which get the features that this text has at the source, so that
     what is not edited is led away from the same as the source was; left out, all entries get those of the source's text.
-    `mask`: where keys and values of a diffusion transformer stay the edit's own, if anywhere.
+    `mask`: where keys and values of a diffusion transformer stay the edit's own, if anywhere. `chosen`: the sites at which a
+    picture's are replaced, one choice for all pictures or one for each; all of them where there is none.
     """
 
     inversion: Inversion
@@ -240,6 +247,7 @@ class SourceFeatures:
     ends: dict[tuple[Site, ...], float]
     mask: NoiseMask | None = None
     negative: list[dict] = field(default_factory=list)
+    chosen: Sequence[Collection[Site]] = ()
     _sigma: float | None = None
     _features: dict = field(default_factory=dict)  # by text and conditioning area
     _places: dict = field(default_factory=dict)  # text and area, by entry of the conditioning
@@ -274,7 +282,7 @@ class SourceFeatures:
             self._features[place] = {site: tensors[:2] for site, tensors in features.items()}
         own = None if self.mask is None else self.mask.at(sigma, unframed(x_in))
         own = None if own is None else own[:, :1]
-        return add_job(model_options, InjectFeatures(sites, self._features, self._places, own))
+        return add_job(model_options, InjectFeatures(sites, self._features, self._places, own, self.chosen))
 
     def _entries(self, negative: bool, area: tuple | None) -> list[dict]:
         """The parts of a text's conditioning that speak for an area, or all if none does, each for that area."""
@@ -287,7 +295,7 @@ class SourceFeatures:
 
 @dataclass
 class InjectFeatures:
-    """Job: replace the features at `sites` by the source's, in every row of the batch.
+    """Job: replace the features at `sites` by the source's, in every row of the batch that `chosen` has the site for.
 
     `features`: by place, a text and an area of it, and site. `places`: of each entry of the conditioning. `own`: [pictures, 1,
     H, W], 1 where the keys and values of a diffusion transformer are the edit's own (KV-Edit, Zhu et al., ICCV 2025), or None.
@@ -297,6 +305,7 @@ class InjectFeatures:
     features: dict
     places: dict
     own: torch.Tensor | None = None
+    chosen: Sequence[Collection[Site]] = ()
     stops: ClassVar[bool] = False
 
     def tapped(self, call: UNetCall, transformer_options: dict) -> contextlib.AbstractContextManager[dict]:
@@ -313,9 +322,16 @@ class InjectFeatures:
             if self.own is not None and isinstance(site, JointSite):
                 here = _resized(_rows_of_call(self.own, len(own[0]), call), own[0])
                 taken = [torch.where(here == 1, mine, torch.lerp(t, mine, here)) for t, mine in zip(taken, own)]
+            rows = [self._takes(site, call.first + i) for i in range(call.pictures)] * len(features)
+            if not all(rows):
+                rows = torch.tensor(rows, device=own[0].device)[:, None, None]
+                taken = [torch.where(rows, t, mine) for t, mine in zip(taken, own)]
             return (*taken, *tensors[len(own) :])
 
         return tapped(call, self.sites, visit, transformer_options)
+
+    def _takes(self, site: Site, picture: int) -> bool:
+        return not self.chosen or site in self.chosen[picture % len(self.chosen)]
 
 
 def _stack(parts: list[torch.Tensor], like: torch.Tensor, call: UNetCall) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """Redraw an inverted picture along an edit (pix2pix-zero section 3.3, Algorithm 1), by ComfyUI's guider."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...attention_patches.attention import cross_attention_sites, is_unet, map_shapes
-from ...attention_patches.joint import joint_family, patches
+from ...attention_patches.joint import joint_family, patches, united
 from ...editing.guidance import GuidanceSchedule, KeptSource, LocalBlend, sample_guided
 from ...editing.official import sample_official
 from ...editing.trajectory import Inversion, MapStore
@@ -231,19 +232,19 @@ class _Edit:
         inversion, unet = self.inversion, self.model.model.diffusion_model
         x = inversion.latent(-1).to(run.x)
         arguments = {**run.extra_args, "model_options": self._with_source_features(run)}
-        sites = self._sites(run)
-        passes = UNetPasses(run.model_k, arguments, sites, self._checkpointing(run))
+        sites, own_sites = self._sites(run)
+        passes = UNetPasses(run.model_k, arguments, sites, self._checkpointing(run), own_sites)
         blend = LocalBlend(self.settings.local_blend) if self.settings.local_blend else None
         noise_mask = NoiseMask(inversion.noise_mask, run.guider, run.model_options, run.sigmas)
         # The stock sampler masks with a step's noise level before the step and after it.
         kept = KeptSource(inversion, lambda level: noise_mask.at(float(inversion.sigmas[max(level, 1)]), x), blend)
-        attending = self.entries["positive"] * _pixels(unet, sites, inversion.latent(0))
+        attending = self.entries["positive"] * _pixels(unet, own_sites or [sites], inversion.latent(0)).to(x)
 
         def on_step(step: int, denoised: torch.Tensor, x: torch.Tensor, distance: torch.Tensor | None) -> None:
             if distance is None:
                 run.report(SAMPLING, step, denoised, x)
             else:
-                off = float(distance.mean()) / attending
+                off = float((distance / attending).mean())
                 run.report(GUIDED, step, denoised, x, distance=f"{off:.3f}")
 
         loop = sample_official if self.preset.authors_update else sample_guided
@@ -252,14 +253,15 @@ class _Edit:
             running.warn(NOT_GUIDED)
         return edited, None if blend is None else blend.mask
 
-    def _sites(self, run: Run) -> list[Site]:
-        """The attentions whose maps are matched."""
+    def _sites(self, run: Run) -> tuple[list[Site], list[list[Site]] | None]:
+        """(the attentions whose maps are matched, those of each picture where they are not all), see `UNetPasses`."""
         unet = self.model.model.diffusion_model
         if is_unet(unet):
-            return cross_attention_sites(unet)
+            return cross_attention_sites(unet), None
         if not self.settings.guides:
-            return []
-        return matched_sites(run.guider, self.inversion, run.guider.conds["source"], run.model_options)
+            return [], None
+        chosen = matched_sites(run.guider, self.inversion, run.guider.conds["source"], run.model_options)
+        return united(unet, chosen), chosen if len(chosen) > 1 else None
 
     def _with_source_features(self, run: Run) -> dict:
         """Model options of the edit's evaluations."""
@@ -289,12 +291,11 @@ class _Edit:
         )
 
 
-def _pixels(unet: torch.nn.Module, sites: list[Site], latent: torch.Tensor) -> int:
-    """How many rows of maps a latent [B, C, H, W] has at all sites together."""
+def _pixels(unet: torch.nn.Module, chosen: list[list[Site]], latent: torch.Tensor) -> torch.Tensor:
+    """How many rows of maps a latent [B, C, H, W] has at all its sites together: [1 or B], as `chosen` for all or for each."""
     if not is_unet(unet):
-        return len(sites) * patches(unet, latent)
-    shapes = map_shapes(unet, latent.shape[-2:]) if sites else {}
-    return sum(height * width for height, width in shapes.values())
+        return patches(unet, latent) * torch.tensor([len(sites) for sites in chosen])
+    return torch.tensor([sum(math.prod(shape) for shape in map_shapes(unet, latent.shape[-2:]).values())])
 
 
 def _needs(texts: list, maps: MapStore | None, steps: int) -> dict:

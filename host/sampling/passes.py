@@ -1,7 +1,7 @@
 """The evaluations of the guided samplers, carried out by a running ComfyUI guider."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -44,7 +44,8 @@ class UNetPasses:
     """The evaluations of `editing.guidance.DenoisingPasses`, carried out by a running guider.
 
     `model_k`: what a KSAMPLER's function is given; its `inner_model` is the guider. The guider's conditionings
-    "source", "positive" and "negative" are the branches.
+    "source", "positive" and "negative" are the branches. `own_sites`: those of the `sites` that a picture is matched at, for all
+    pictures or for each; None for all of them.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class UNetPasses:
         extra_args: dict,
         sites: list[Site],
         checkpointing: Checkpointing | None = None,
+        own_sites: Sequence[Collection[Site]] | None = None,
     ):
         self.model_k = model_k
         self.guider = model_k.inner_model
@@ -61,6 +63,7 @@ class UNetPasses:
         hooks = [*options.get("sampler_post_cfg_function", []), self.estimates]
         self.extra_args = {**extra_args, "model_options": {**options, "sampler_post_cfg_function": hooks}}
         self.sites = sites
+        self.own_sites = own_sites
         self.checkpointing = checkpointing or Checkpointing(MODES[0], sys.maxsize)
         self.by_words = bool(sites) and isinstance(sites[0], JointSite)
         patches = options.get("transformer_options", {}).get("patches", {})
@@ -202,7 +205,8 @@ class UNetPasses:
         conds = self.guider.conds
         entries = entries_of(conds[branch], framed(x, self.guider.inner_model), _timestep(x, sigma))
         if self.by_words and branch != "negative":
-            return with_compared_words(entries, conds["source"], conds["positive"], branch == "source")
+            entries = with_compared_words(entries, conds["source"], conds["positive"], branch == "source")
+            return [replace(entry, sites=self.own_sites) for entry in entries]
         return entries
 
     def _evaluate(self, branch: str, x: torch.Tensor, sigma: float, job=None) -> torch.Tensor:

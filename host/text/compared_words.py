@@ -4,6 +4,7 @@ Texts of T5 and language models have a template, an end and padding, which draw 
 picture. Which rows are words is known of a caption that *Apply Direction* has exchanged words in.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -39,24 +40,34 @@ def word_rows(
     return tuple(pairs.items()) or None
 
 
-def compared_words(source: dict, edited: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+Rows = tuple[int, ...]
+
+
+def compared_words(source: dict, edited: dict) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
     """(rows of the source's text, those of the edited one that they are compared with), of two processed entries.
 
-    All that both have and that is read, where which of them are words is not known.
+    Both for all pictures or for each. All that both have and that is read, where which of them are words is not known.
     """
     lengths = [rows_read(entry["cross_attn"], entry) for entry in (source, edited)]
-    pairs = edited.get(WORDS) or ((row, row) for row in range(min(lengths)))
+    every = tuple((row, row) for row in range(min(lengths)))
+    told = [pairs or every for pairs in edited.get(WORDS, (None,))]
     read = [_read(entry, rows) for entry, rows in zip((source, edited), lengths)]
-    kept = [pair for pair in pairs if all(row in rows for row, rows in zip(pair, read))]
-    one, other = zip(*kept) if kept else ((), ())
+    compared = []
+    for i in range(math.lcm(len(told), *map(len, read))):
+        own = [rows[i % len(rows)] for rows in read]
+        compared.append([pair for pair in told[i % len(told)] if all(row in rows for row, rows in zip(pair, own))])
+    if all(pairs == compared[0] for pairs in compared):
+        compared = compared[:1]
+    one, other = (tuple(tuple(pair[side] for pair in pairs) for pairs in compared) for side in (0, 1))
     return one, other
 
 
-def _read(entry: dict, rows: int) -> set[int]:
+def _read(entry: dict, rows: int) -> list[set[int]]:
+    """Of each text of an entry, or of all, the rows that are read."""
     mask = entry.get(MASK)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] != rows:
-        return set(range(rows))
-    return {row for row, read in enumerate(mask.bool().all(0).tolist()) if read}
+        return [set(range(rows))]
+    return [{row for row, read in enumerate(of_text) if read} for of_text in mask.bool().tolist()]
 
 
 def with_compared_words(entries: list[Entry], source: list[dict], edited: list[dict], of_source: bool) -> list[Entry]:
@@ -65,5 +76,5 @@ def with_compared_words(entries: list[Entry], source: list[dict], edited: list[d
     for entry, *pair in zip(entries, source, edited):
         words = compared_words(*pair)[0 if of_source else 1]
         own = pair[0 if of_source else 1]
-        told.append(replace(entry, words=words or None, tokens=rows_read(own["cross_attn"], own)))
+        told.append(replace(entry, words=words, tokens=rows_read(own["cross_attn"], own)))
     return told

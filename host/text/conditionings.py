@@ -5,7 +5,7 @@ What the host has processed for a guider is a list of dicts, one for each entry;
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from ..sampling.source import check_masks
 
 TEXT_LENGTHS = "pix2pix_zero_text_lengths"  # in a conditioning's options: of each row, before it was repeated
 WORDS = "pix2pix_zero_words"
-"""In a conditioning's options: ((row of the source's text, row of this one), ..) of the words of the caption."""
+"""In a conditioning's options: ((row of the source's text, row of this one), ..) of the words of the caption, None where they
+are not known; in a tuple with those of all texts, or of each."""
 # Of inpainting and pix2pix models: the further channels of the UNet's input.
 FURTHER_CHANNELS = ("concat_latent_image", "concat_mask")
 # Of edit models, such as Flux Kontext and Qwen-Image-Edit: pictures that stand beside the text.
@@ -57,16 +58,27 @@ def _stack_entries(entries: tuple, socket: str) -> list:
         raise ValueError(f"{socket}: the texts of one batch come from different text encoders. Use one CLIP.")
     lengths = tuple(text.shape[1] for text in texts)
     tokens = math.lcm(*lengths)
-    extras = _common_options([options for _, options in entries], socket)
+    others = [{name: value for name, value in options.items() if name != WORDS} for _, options in entries]
+    extras = _common_options(others, socket)
+    words = _words_of_each(entries)
+    if any(words):
+        extras[WORDS] = words
     if len(set(lengths)) > 1:
         extras[TEXT_LENGTHS] = lengths
     return [torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text in texts]), extras]
 
 
+def _words_of_each(entries: tuple) -> tuple:
+    """The `WORDS` of stacked texts: one for all where they are the same."""
+    words = []
+    for text, options in entries:
+        own = options.get(WORDS, (None,))
+        words += own * (len(text) // len(own))
+    return tuple(words[:1] if len(set(words)) == 1 else words)
+
+
 def _common_options(options: list[dict], socket: str) -> dict:
     """The options that all entries have, with the pooled texts and the like as rows."""
-    if any(each.get(WORDS) != options[0].get(WORDS) for each in options):
-        options = [{name: value for name, value in each.items() if name != WORDS} for each in options]
     others = [{name: value for name, value in each.items() if name not in BESIDE_TEXT} for each in options]
     beside = {name: [each.get(name) for each in options] for name in BESIDE_TEXT}
     shapes = [{None if value is None else value.shape for value in values} for values in beside.values()]
@@ -291,7 +303,8 @@ class Entry:
     `share`: [B, 1, h, w] over its area, how much of the estimate there is drawn from it, or None for all of it.
     `shared_tokens`: where it and the text that it is compared with are not of one length, how many tokens both have, for
     all pictures or for each. `compared`: False for a text that is only evaluated in the same calls. `words`: rows of its
-    text that are compared with a source's in turn, where text and picture attend together; None on a UNet.
+    text that are compared with a source's in turn, where text and picture attend together, for all pictures or for each;
+    None on a UNet. `sites`: the attentions where a picture is compared, for all pictures or for each; None for all of them.
     """
 
     uuid: object
@@ -300,7 +313,12 @@ class Entry:
     share: torch.Tensor | None = None
     shared_tokens: tuple[int, ...] | None = None
     compared: bool = True
-    words: tuple[int, ...] | None = None
+    words: tuple[tuple[int, ...], ...] | None = None
+    sites: Sequence[Collection] | None = None
+
+    def compared_at(self, site: object, picture: int) -> bool:
+        """Whether a picture, by its number in the batch, is compared at an attention."""
+        return self.sites is None or site in self.sites[picture % len(self.sites)]
 
 
 def entries_of(conditioning: list[dict], x: torch.Tensor, timestep: torch.Tensor) -> list[Entry]:

@@ -52,7 +52,7 @@ def exchange_conditioning(
     named = {name: _moved(had.get(name), value, rows, strength, OF_ENCODER.get(name)) for name, value in has.items()}
     if strength != 1 and any(_differ(had.get(name), value) for name, value in has.items() if not _can_mix(value)):
         running.warn(TOKEN_NUMBERS)
-    words_of = {} if words is None else {WORDS: words}
+    words_of = {} if words is None else {WORDS: (words,)}
     return [
         [
             text.expand(len(own), -1, -1),

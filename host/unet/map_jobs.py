@@ -34,8 +34,10 @@ from .memory import MODES, checkpointed
 from .text_attention import COLUMNS, with_text_attention
 
 Site = AttentionSite | JointSite
-Columns = slice | list[int]
-"""Keys of a text: the first few of a UNet's, or some of all keys of a transformer."""
+Columns = int | tuple[int, ...]
+"""Keys of a text: so many of a UNet's, the first ones, or some of all keys of a transformer."""
+Group = tuple[list[int], Columns]
+"""Rows of a call that are compared, and the keys over which."""
 
 SCALES = 4  # that are tried of a gradient in fp16, see `GradientScale`
 OVERFLOW = (
@@ -73,6 +75,7 @@ class Checkpointing:
 class RecordMaps:
     """Job: hand the maps to `keep((number of the entry, site), maps)`, fp32 [B, heads, H*W, tokens].
 
+    Of the pictures that are compared at a site alone. Where they are compared over unequal numbers of tokens, zeros follow.
     `stops`: skip the rest of the UNet. Without it, the output is that of a call without the job. `made`: whether there was
     a call.
     """
@@ -92,11 +95,11 @@ class RecordMaps:
 
         def attend(site, attention, q, k, v, options):
             seen.add(site)
-            columns = _columns(k, entries, options)
-            rows = zip(numbers, columns, q.chunk(len(numbers)), k.chunk(len(numbers)))
-            for number, own, part_q, part_k in rows:
-                if number is not None:
-                    self.keep((number, site), attention_maps(part_q, part_k[:, own], options["n_heads"]))
+            of_entries = zip(entries, _columns(k, entries, options), q.chunk(len(numbers)), k.chunk(len(numbers)))
+            for number, (entry, columns, *qk) in zip(numbers, of_entries):
+                groups = [] if number is None else _groups(entry, columns, site, _pictures(call))
+                if groups:
+                    self.keep((number, site), _maps(groups, *qk, options["n_heads"]))
             if self.stops and site == self.sites[-1]:
                 raise LastSiteReached
             return attention(q, k, v, options)
@@ -165,14 +168,14 @@ class MatchMaps:
         """
         self.made = True
         matching = _Matching(self, call)
-        if not matching.has_reference:
+        if not matching.sites:
             return torch.zeros_like(call.x) if self.stops else call(call.x, call.transformer_options)
         unet, mode = call.model.diffusion_model, self.checkpointing.mode
         try:
             with (
                 input_gradients(call.model),
                 matching.installed(call.transformer_options) as options,
-                checkpointed(unet, mode, self.sites[-1]),
+                checkpointed(unet, mode, matching.sites[-1]),
             ):
                 x = call.x.clone().requires_grad_(True)
                 output = call(x, options, clone_inference).detach()
@@ -208,7 +211,8 @@ class MatchMaps:
 class _Matching:
     """What one differentiated call does at each site.
 
-    `distances`: of each entry in it, by site. `last_q`: what the backward pass starts from.
+    `sites`: those where any of its pictures is compared. `distances`: of each entry in it, by site. `last_q`: what the backward
+    pass starts from.
     """
 
     def __init__(self, job: MatchMaps, call: UNetCall):
@@ -216,56 +220,64 @@ class _Matching:
         self.call = call
         self.pictures = slice(call.first, call.first + call.pictures)
         self.entries, self.numbers = _in_call(call, job.entries)
+        self.sites = [site for site in job.sites if any(self._is_compared(i, site) for i in range(len(self.numbers)))]
         self.scale = GradientScale(job.overflows)
         self.distances = [{} for _ in self.numbers]
         self.last_q = None
 
-    @property
-    def has_reference(self) -> bool:
-        return any(self._is_compared(i, self.job.sites[0]) for i in range(len(self.numbers)))
-
     def _is_compared(self, i: int, site: Site) -> bool:
-        return self.entries[i].compared and (self.numbers[i], site) in self.job.reference
+        known = self.entries[i].compared and (self.numbers[i], site) in self.job.reference
+        return known and any(self.entries[i].compared_at(site, picture) for picture in _pictures(self.call))
 
     def installed(self, options: dict) -> contextlib.AbstractContextManager[dict]:
         """While active, calls with these transformer options can be differentiated and come by here at each site."""
         options = protect_from_patches(differentiable_attention(options))
         if self.call.arguments["control"] is not None:
             options = clone_skips(options)
-        return _tapped(self.call, self.job.sites, self.entries, self.attend, options)
+        return _tapped(self.call, self.sites, self.entries, self.attend, options)
 
     def attend(self, site: Site, attention: Callable, q, k, v, options: dict) -> torch.Tensor:
         """The attention's output at a site; a backward pass through it adds the gradient of the distance there."""
         columns = _columns(k, self.entries, options)
         queries, keys = (list(tensor.chunk(len(self.numbers))) for tensor in (q, k))
         for i, own in enumerate(columns):
-            if not self._is_compared(i, site):
+            groups = self._compared(i, site, queries[i], keys[i], own) if self._is_compared(i, site) else []
+            if not groups:
                 continue
-            rows = []
-            for columns, part_q, part_k, reference in self._compared(i, site, queries[i], keys[i], own):
-                compared = part_k[:, columns]
+            matched, zeros = [], q.new_zeros(len(queries[i]), dtype=torch.float32)
+            for rows, part_q, part_k, own_keys, reference in groups:
+                compared = _keys(part_k, own_keys)
                 _check_maps(part_q, compared, reference, options["n_heads"])
-                matched = MatchedAttention.apply(part_q, compared, reference, options["n_heads"], self.scale)
-                rows.append((matched[0], _with_columns(part_k, columns, matched[1]), matched[2]))
-            queries[i], keys[i], self.distances[i][site] = (_joined(parts) for parts in zip(*rows))
+                part = MatchedAttention.apply(part_q, compared, reference, options["n_heads"], self.scale)
+                matched.append((rows, part[0], _with_columns(part_k, own_keys, part[1]), part[2]))
+            rows, *parts = zip(*matched)
+            queries[i], keys[i], self.distances[i][site] = (
+                _placed(rows, *tensors) for tensors in zip(parts, (queries[i], keys[i], zeros))
+            )
         q, k = _joined(queries), _joined(keys)
-        if site == self.job.sites[-1]:
+        if site == self.sites[-1]:
             self.last_q = q
             if self.job.stops:
                 raise LastSiteReached
             torch.set_grad_enabled(False)  # until `input_gradients` ends
         return attention(q, k, v, options)
 
-    def _compared(self, i: int, site: Site, q, k, own: Columns) -> list[tuple]:
-        """(columns, q, k, reference) of an entry's pictures, in as few parts as share a number of tokens."""
-        reference = self.job.reference[self.numbers[i], site][self.pictures]
-        shared = self.entries[i].shared_tokens
-        if shared is None:
-            return [(own, q, k, reference)]
-        if len(set(shared)) == 1:
-            return [(slice(shared[0]), q, k, maps_of_first(reference, shared[0]))]
-        rows = zip(shared[self.pictures], q.split(1), k.split(1), reference.split(1))
-        return [(slice(n), *row, maps_of_first(maps, n)) for n, *row, maps in rows]
+    def _compared(self, i: int, site: Site, q, k, columns: Sequence[Columns]) -> list[tuple]:
+        """(rows, q, k, keys, reference) of an entry's pictures, in as few groups as are compared over the same keys."""
+        entry, pictures = self.entries[i], _pictures(self.call)
+        groups = _groups(entry, entry.shared_tokens or columns, site, pictures)
+        before = len(_rows(_groups(entry, columns, site, range(pictures.start))))
+        users = sorted(_rows(groups))
+        reference = self.job.reference[self.numbers[i], site][before : before + len(users)]
+        compared = []
+        for rows, keys in groups:
+            maps = _picked(reference, [users.index(row) for row in rows])
+            if entry.shared_tokens is not None:
+                maps = maps_of_first(maps, keys)
+            elif isinstance(keys, tuple):
+                maps = maps[..., : len(keys)]
+            compared.append((rows, _picked(q, rows), _picked(k, rows), keys, maps))
+        return compared
 
     def gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the backward pass: (the gradient with respect to x, each entry's distance)."""
@@ -287,14 +299,65 @@ def _tapped(
     return with_text_attention(call, sites, entries, attend, options)
 
 
-def _columns(k: torch.Tensor, entries: list[Entry], options: dict) -> list[Columns]:
-    """The keys of each entry's text that are compared: a UNet's are all its own, without repetitions by the host."""
-    return options.get(COLUMNS) or [slice(tokens) for tokens in own_tokens(k.shape[1], entries)]
+def _columns(k: torch.Tensor, entries: list[Entry], options: dict) -> list[list[Columns]]:
+    """The keys of each entry's text that are compared, of all pictures or of each.
+
+    A UNet's are all its own, without repetitions by the host.
+    """
+    return options.get(COLUMNS) or [[tokens] for tokens in own_tokens(k.shape[1], entries)]
+
+
+def _pictures(call: UNetCall) -> range:
+    """The numbers of a call's pictures in the batch."""
+    return range(call.first, call.first + call.pictures)
+
+
+def _groups(entry: Entry, columns: Sequence[Columns], site: Site, pictures: range) -> list[Group]:
+    """The rows of some pictures that are compared at a site, in as few groups as are compared over the same keys."""
+    groups: dict[Columns, list[int]] = {}
+    for row, picture in enumerate(pictures):
+        own = columns[picture % len(columns)]
+        if own != () and entry.compared_at(site, picture):
+            groups.setdefault(own, []).append(row)
+    return [(rows, own) for own, rows in groups.items()]
+
+
+def _rows(groups: list[Group]) -> list[int]:
+    return [row for rows, _ in groups for row in rows]
+
+
+def _maps(groups: list[Group], q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
+    """The maps of the rows that are compared, in their order."""
+    parts = [attention_maps(_picked(q, rows), _keys(_picked(k, rows), keys), heads) for rows, keys in groups]
+    longest = max(part.shape[-1] for part in parts)
+    padded = [torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in parts]
+    return _in_order(_joined(padded), _rows(groups))
+
+
+def _picked(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+
+
+def _placed(rows_of: Sequence[list[int]], parts: Sequence[torch.Tensor], whole: torch.Tensor) -> torch.Tensor:
+    """`whole` with other rows in their places."""
+    rows = [row for rows in rows_of for row in rows]
+    rest = [row for row in range(len(whole)) if row not in rows]
+    return _in_order(_joined([*parts, _picked(whole, rest)] if rest else parts), rows + rest)
+
+
+def _in_order(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """A tensor whose rows are of such numbers, by number."""
+    places = sorted(range(len(rows)), key=rows.__getitem__)
+    return tensor if places == list(range(len(rows))) else tensor[places]
+
+
+def _keys(k: torch.Tensor, columns: Columns) -> torch.Tensor:
+    return k[:, :columns] if isinstance(columns, int) else k[:, list(columns)]
 
 
 def _with_columns(k: torch.Tensor, columns: Columns, theirs: torch.Tensor) -> torch.Tensor:
     """`k` [B, keys, heads*d] with other `columns`."""
-    if isinstance(columns, list):
+    if isinstance(columns, tuple):
         return k.index_copy(1, torch.tensor(columns, device=k.device), theirs)
     rest = k[:, theirs.shape[1] :]  # repetitions of the text by the host are equal to it
     return torch.cat([theirs, rest], 1) if rest.shape[1] else theirs

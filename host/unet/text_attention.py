@@ -12,7 +12,7 @@ from .jobs import UNetCall
 from .transformer_gradients import plain_operations
 
 COLUMNS = "pix2pix_zero_columns"
-"""In the options that a tap is called with: of each entry in the call, which keys are compared."""
+"""In the options that a tap is called with: of each entry in the call, which keys are compared, of all pictures or of each."""
 
 
 @contextlib.contextmanager
@@ -40,12 +40,12 @@ def with_text_attention(
         yield options
 
 
-def _columns(attention: Attention, entry: Entry) -> list[int]:
+def _columns(attention: Attention, entry: Entry) -> list[tuple[int, ...]]:
     """The keys of an entry's words; none of an entry that is not compared."""
     if entry.words is None:
-        return []
+        return [()]
     start = attention.text(entry.tokens).start
-    return [start + word for word in entry.words]
+    return [tuple(start + word for word in words) for words in entry.words]
 
 
 def _by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:

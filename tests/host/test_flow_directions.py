@@ -85,7 +85,7 @@ def test_the_rows_of_the_captions_words_are_told_and_those_of_template_and_paddi
         [clip.tokenizer.t5xxl.untokenize([token])[0][1] for token in clip.tokenize(text)["t5xxl"][0]]
         for text in (CAPTION, LONGER)
     ]
-    pairs = [tuple(side[row] for side, row in zip(sides, pair)) for pair in options[WORDS]]
+    pairs = [tuple(side[row] for side, row in zip(sides, pair)) for pair in options[WORDS][0]]
     assert all(one == other for one, other in pairs)
     spelled = "".join(one for one, _ in pairs).replace("\u2581", "")
     assert spelled == "".join(letter for letter in CAPTION if letter.isalpha())
@@ -93,8 +93,8 @@ def test_the_rows_of_the_captions_words_are_told_and_those_of_template_and_paddi
 
 def test_every_encoder_tells_words_and_no_more(clip):
     ((text, options),) = applied(clip, 1.0)
-    pairs = options.get(WORDS)
-    if pairs is not None:
+    if WORDS in options:
+        (pairs,) = options[WORDS]
         assert 15 <= len(pairs) <= 40 and len({row for row, _ in pairs}) == len(pairs)
     ((_, unmoved),) = applied(clip, 0.0)
     assert WORDS not in unmoved

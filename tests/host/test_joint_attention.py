@@ -278,4 +278,6 @@ def test_with_blocks_chosen_for_the_edit_the_sources_own_text_draws_the_source(s
     # Both texts are evaluated to choose a block, in two blocks each; then a step has those of the source up to it, and two.
     assert len(read) in (4 + 2 * source.steps, 4 + 3 * source.steps)
     last = scores[-2:]
-    assert [site.number for site in chosen[-1]] == [last.index(min(last))]  # the block that agrees least
+    assert [[site.number for site in sites] for sites in chosen[-1]] == [
+        [last.index(min(last))]
+    ]  # the block that agrees least

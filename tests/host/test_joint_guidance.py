@@ -85,7 +85,7 @@ def test_only_the_words_that_are_told_are_compared():
     x_source, _ = latents(model)
     pairs = ((1, 2), (2, 4), (5, 5))
     ((text, options),) = texts(name, 2)
-    found = recorded(model, name, x_source, [[text, {**options, WORDS: pairs}]])
+    found = recorded(model, name, x_source, [[text, {**options, WORDS: (pairs,)}]])
     for branch, number in (("source", 1), ("positive", 2)):
         rows = [pair[number - 1] for pair in pairs]
         exact = one_hot_blocks(model, name, x_source, texts(name, number))

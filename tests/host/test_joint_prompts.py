@@ -172,9 +172,11 @@ def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
     monkeypatch.setattr(joint_prompts, "scored_sites", noting)
     monkeypatch.setattr(joint_blocks, "agreement", rating)
     sd3.draw()
-    assert [site.number for site in chosen[0]] == [scores.index(min(scores))] and len(scores) == 2
+    assert [[site.number for site in sites] for sites in chosen[0]] == [[scores.index(min(scores))]] and len(
+        scores
+    ) == 2
     sd3.draw(SOURCE)
-    assert chosen[1] == holding_sites(sd3.model.model.diffusion_model)  # no difference, nothing to choose by
+    assert chosen[1] == [holding_sites(sd3.model.model.diffusion_model)]  # no difference, nothing to choose by
 
 
 @torch.inference_mode()
