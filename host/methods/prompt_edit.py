@@ -66,7 +66,8 @@ def takes_ddim_steps(sampler: Sampler) -> bool | None:
 class KeptEstimate:
     """What of the source stays in a sampling that a stock sampler steps through: a change of its estimates.
 
-    `sigmas`: its noise levels, descending. `ddim_steps`: see `takes_ddim_steps`.
+    `sigmas`: its noise levels, descending. `ddim_steps`: see `takes_ddim_steps`; where it is to be seen, `strays` [B, 1, 1, 1]
+    says which pictures have been stepped otherwise.
     """
 
     def __init__(self, inversion: Inversion, mask: NoiseMask, sigmas: torch.Tensor, ddim_steps: bool | None):
@@ -75,6 +76,7 @@ class KeptEstimate:
         self.sigmas = sigmas.tolist()
         self.ddim_steps = ddim_steps
         self.landing: tuple[float, torch.Tensor] | None = None
+        self.strays: torch.Tensor | None = None
 
     def restore(
         self, denoised: torch.Tensor, x: torch.Tensor, sigma: float, blend: torch.Tensor | None
@@ -90,11 +92,13 @@ class KeptEstimate:
             return denoised
         source = self.inversion.estimate_at(sigma).to(x)
         ratio = max(lower) / sigma
-        if self._takes_ddim_steps(x, sigma):
-            landing = self.inversion.place_of(max(lower))
+        strays = self._strays(x, sigma)
+        if not strays.all():
+            landing, corrected = self.inversion.place_of(max(lower)), denoised
             if self.inversion.residuals is not None and self.inversion.place_of(sigma) == landing + 1:
-                denoised = denoised + self.inversion.residuals[int(landing)].to(x) / (1 - ratio)
-            source = (self.inversion.latent_at(max(lower)).to(x) - ratio * x) / (1 - ratio)
+                corrected = denoised + self.inversion.residuals[int(landing)].to(x) / (1 - ratio)
+            landed = (self.inversion.latent_at(max(lower)).to(x) - ratio * x) / (1 - ratio)
+            denoised, source = torch.where(strays, denoised, corrected), torch.where(strays, source, landed)
         mask = self.mask.at(sigma, x)
         if blend is not None:
             mask = blend if mask is None else mask * blend
@@ -103,10 +107,12 @@ class KeptEstimate:
         self.landing = max(lower), ratio * x + (1 - ratio) * denoised
         return denoised
 
-    def _takes_ddim_steps(self, x: torch.Tensor, sigma: float) -> bool:
-        """As is known of the sampler, or as its steps so far have shown."""
+    def _strays(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Which pictures are not stepped as by DDIM, as is known of the sampler, or as its steps so far have shown."""
+        if self.strays is None:
+            self.strays = torch.full((len(x), 1, 1, 1), self.ddim_steps is False, device=x.device)
         if self.ddim_steps is None and self.landing is not None:
             level, expected = self.landing
-            if abs(level - sigma) > 1e-4 * sigma or (x - expected).abs().max() > 1e-3 * expected.std():
-                self.ddim_steps = False
-        return self.ddim_steps is not False
+            off, spread = (x - expected).abs().amax((1, 2, 3), True), expected.std((1, 2, 3), keepdim=True)
+            self.strays = self.strays | (off > 1e-3 * spread) | (abs(level - sigma) > 1e-4 * sigma)
+        return self.strays

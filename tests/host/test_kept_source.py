@@ -95,6 +95,28 @@ def test_a_sampler_of_another_pack_is_known_by_its_steps(model, clip, monkeypatc
     assert (prompt_edit(model, clip, inversion) - expected).abs().max() <= 1e-5 * expected.std()
 
 
+def test_how_a_picture_is_stepped_is_seen_of_each_of_a_batch(model, clip):
+    """One goes where DDIM takes it, one slightly off, beside another whose values are a thousand times as large."""
+    plain = prompted.invert(model, clip, method="direct")
+    sigmas = plain.sigmas.flip(0)
+    factors = torch.tensor([1.0, 1.0, 1e3]).view(-1, 1, 1, 1)
+    strays = torch.tensor([0.0, 0.1, 0.0]).view(-1, 1, 1, 1)
+
+    def restored(rows):
+        inversion = replace(
+            plain, trajectory=plain.trajectory * factors[rows], residuals=plain.residuals * factors[rows]
+        )
+        kept = KeptEstimate(inversion, NoiseMask(torch.full((1, 8, 8), 0.5), None, {}, sigmas), sigmas, None)
+        x = 0.9 * inversion.latent(-1)
+        for sigma, lower in zip(sigmas.tolist()[:3], sigmas.tolist()[1:]):
+            denoised = kept.restore(0.5 * x, x, sigma, None)
+            x = x + (x - denoised) / sigma * (lower - sigma) + strays[rows] * x.std((1, 2, 3), keepdim=True)
+        return x
+
+    together, alone = restored(slice(0, 3)), torch.cat([restored(slice(i, i + 1)) for i in range(3)])
+    assert ((together - alone) / factors).abs().max() <= 1e-5 * alone[0].abs().max()
+
+
 @pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
 def test_differential_diffusion_acts_in_every_method(model, clip, edited):
     """A place is free from the share of the sampling on that its mask leaves; before, it goes along the source."""
