@@ -24,6 +24,7 @@ IMAGES_AT_ONCE = 8
 BEAMS = 3
 LONGEST_PREFIX = 2000
 LONGEST_CAPTIONS = 1_000_000
+ON_THE_BLUEPRINT = f"On the blueprint {BLIP.socket} is called captioner."
 
 
 class Captioner(HeldNetwork):
@@ -139,9 +140,14 @@ def load_captioner(model_name: str, allow_download: bool = False) -> Captioner:
 
     Raises ValueError: the folder is missing, incomplete, damaged, outside models/blip or not a BLIP captioning model.
     """
-    if model_name == DEMO:
-        return load_demo_captioner()
-    return load_captioner_folder(complete_folder(BLIP, model_name, allow_download))
+    try:
+        if model_name == DEMO:
+            return load_demo_captioner()
+        return load_captioner_folder(complete_folder(BLIP, model_name, allow_download))
+    except ValueError as error:
+        if str(error).startswith(f"{BLIP.socket}: "):
+            raise ValueError(f"{error} {ON_THE_BLUEPRINT}") from error
+        raise
 
 
 def load_demo_captioner(weights: Path = DEMO_WEIGHTS) -> Captioner:

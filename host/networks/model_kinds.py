@@ -155,7 +155,7 @@ def complete_folder(kind: ModelKind, name: str, allow_download: bool) -> Path:
     choice = "" if source == name else f"choose '{source}' and "
     by_tick = f" Or {choice}tick allow_download." if source else ""
     if kind is BLIP:
-        by_tick += " Or write the caption yourself, on Caption Image."
+        by_tick += " Or write the caption yourself, into caption of Caption Image."
     if not os.path.isdir(folder):
         raise ValueError(
             f"{kind.socket}: there is no {kind.words} '{name}'. Put {', '.join(missing)} of one into the folder {folder}."

@@ -43,6 +43,7 @@ def test_says_what_to_put_where_if_the_folder_is_missing(blip_models, run_node):
     ) as error:
         run_node(Pix2PixZeroLoadCaptioner, model_name="mine", allow_download=True)
     assert str(blip_models / "mine") in str(error.value)
+    assert str(error.value).endswith("On the blueprint model_name is called captioner.")
 
 
 def test_lists_what_an_incomplete_folder_lacks(blip_models, run_node):

@@ -12,6 +12,7 @@ from comfyui_version import __version__
 from PIL import Image
 from pix2pix_zero.devtools.hosts import DEFAULT_VERSION
 from pix2pix_zero.devtools.server import PACK_FOLDER, GraphError
+from pix2pix_zero.host.networks.captioner import ON_THE_BLUEPRINT
 from workflow_forms import NOTES, api_form
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,6 +355,21 @@ def test_the_blueprint_is_one_subgraph_and_the_server_offers_it(server):
             ("image", "IMAGE"),
         ]
         assert [(slot["name"], slot["type"]) for slot in subgraph["outputs"]] == [("image", "IMAGE")]
+
+
+def test_errors_name_what_the_blueprint_shows_under_another_name():
+    (subgraph,) = json.loads((SUBGRAPHS / "Edit picture by concept.json").read_text())["definitions"]["subgraphs"]
+    nodes, links = ({part["id"]: part for part in subgraph[kind]} for kind in ("nodes", "links"))
+    other = set()
+    for shown in subgraph["inputs"]:
+        for link in map(links.get, shown["linkIds"]):
+            node = nodes[link["target_id"]]
+            socket = node["inputs"][link["target_slot"]]["name"]
+            if socket != shown.get("label", shown["name"]):
+                other.add((shown["name"], node["type"].removeprefix("Pix2PixZero"), socket))
+    # Paste Edit gets the picture that Crop to Edit has checked by then, and called image.
+    assert other == {("captioner", "LoadCaptioner", "model_name"), ("image", "PasteEdit", "source")}
+    assert ON_THE_BLUEPRINT == "On the blueprint model_name is called captioner."
 
 
 @pytest.mark.parametrize(("name", "side"), zip(YOUR_PICTURE, (512, 768, 1024)))
