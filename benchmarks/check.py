@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ import nodes as host_nodes  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "demo_output" / "check"
 GUIDED = {"guidance_strength": 0.3}
+CFG, DEMO_CFG = 5.0, 1.5
+LEGEND = (
+    "PSNR outside: how near the redrawn picture is to the source outside the area that may change, both as the autoencoder gives "
+    "them; of the whole picture where all of it may. Changed: that area's share of the picture. Structure: how far the layouts "
+    "are apart by DINO. CLIP: how well the edit fits the target's words. CLIP accuracy: 1 if better than the source's. Memory: "
+    "the peak above what was held before. -: not measured, see --clip and --dino."
+)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,12 +66,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--captioner", default="", help="a captioner in models/blip")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--cfg", type=float, default=5.0, help="default: %(default)s; 1.5 for the demo")
+    parser.add_argument("--cfg", type=float, help=f"default: {CFG:g}, for the demo {DEMO_CFG:g}")
     parser.add_argument("--size", type=int, default=0, help="the model's best size (default: by its kind)")
     parser.add_argument("--clip", default=kinds.NONE, help="a CLIP model in models/pix2pix_zero/metrics")
     parser.add_argument("--dino", default=kinds.NONE, help="a DINO model there")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
+    if options.cfg is None:
+        options.cfg = DEMO_CFG if options.checkpoint == kinds.DEMO else CFG
     options.allow_download, options.guidance, options.lpips = False, 0.0, kinds.NONE
     return options
 
@@ -123,7 +133,8 @@ class Row:
 
 
 def measured(name: str, draw: Callable[[], object]) -> tuple[Row, object]:
-    """A part's seconds and memory, and what it gave."""
+    """A part's seconds and memory, and what it gave. Says when it begins, since it may take minutes."""
+    print(f"{name} ...", file=sys.stderr, flush=True)
     peak = Peak(comfy.model_management.get_torch_device())
     peak.reset()
     start = time.perf_counter()
@@ -146,7 +157,12 @@ def check(bench: Bench, judges: Judges, output: Path) -> tuple[list[Row], str]:
         ("edit, preset fast", bench.moved, {"preset": "fast"}),
         ("edit, preset paper", bench.moved, {"preset": "paper"}),
     ):
-        row, (picture, area) = measured(name, lambda: bench.redraw(positive, **settings))
+        if positive is bench.described:
+            logging.disable(logging.WARNING)  # the node's, that nothing is edited
+        try:
+            row, (picture, area) = measured(name, lambda: bench.redraw(positive, **settings))
+        finally:
+            logging.disable(logging.NOTSET)
         write_picture(picture, output / f"{re.sub('[^a-z]+', '_', name)}.png")
         mask = None if area.min() == 1 else area
         texts = (f"a photo of a {concept}" for concept in bench.concepts)
@@ -177,8 +193,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def machine(editor: Editor, picture: torch.Tensor) -> str:
-    """What a bug report has to name."""
+def machine(editor: Editor, picture: torch.Tensor, own_size: tuple[int, int]) -> str:
+    """What a bug report has to name. `own_size`: width and height of the picture's file."""
     model = editor.model.model
     pack = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
     device = comfy.model_management.get_torch_device()
@@ -188,7 +204,8 @@ def machine(editor: Editor, picture: torch.Tensor) -> str:
         f"ComfyUI-Pix2PixZero {pack}, ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()}, {device.type} ({name})  \n"
         f"{type(model.model_config).__name__}, {model.model_type.name}, {model.get_dtype_inference()}, "
-        f"{len(cross_attention_sites(model.diffusion_model))} cross-attention layers; {width}x{height}, "
+        f"{len(cross_attention_sites(model.diffusion_model))} cross-attention layers; {width}x{height} "
+        f"of a picture of {own_size[0]}x{own_size[1]}, "
         f"{editor.steps} steps, cfg {editor.cfg:g}"
     )
 
@@ -201,15 +218,19 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     editor, judges = load_editor(options), load_judges(options)
     size = options.size or best_side(editor.model)
     with Image.open(options.picture) as picture:
-        image = as_image(ImageOps.exif_transpose(picture))[None]
+        upright = ImageOps.exif_transpose(picture)
+        image, own_size = as_image(upright)[None], upright.size
     image, *_ = run_node(Pix2PixZeroCrop, image=image, model_size=size)
     caption = options.caption or (
         editor.captioner.caption(image)[0] if editor.captioner else f"a photo of a {options.source}"
     )
     bench = Bench(editor, image, caption, (options.source, options.target))
     rows, report = check(bench, judges, options.output)
-    text = f"{machine(editor, image)}  \n{options.source} to {options.target}; caption: {caption}  \n{report}\n\n{table(rows)}\n"
-    print(f"\n{text}\nPictures: {options.output}")
+    about = (
+        f"{machine(editor, image, own_size)}  \n{options.source} to {options.target}; caption: {caption}  \n{report}"
+    )
+    text = f"{about}\n\n{table(rows)}\n\n{LEGEND}\n"
+    print(f"\n{text}\nFor a bug report copy the above, or {options.output / 'check.md'}. The pictures lie beside it.")
     (options.output / "check.md").write_text(text, encoding="utf-8")
     return rows
 

@@ -23,7 +23,7 @@ def picture(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checked(picture):
     output, text = picture.parent / "out", caption(sample_scene(5, subject="cat"))
-    settings = ["--steps", "6", "--cfg", "1.5", "--caption", text, "--output", str(output)]
+    settings = ["--steps", "6", "--caption", text, "--output", str(output)]
     rows = check.main(["--checkpoint", "demo", "--picture", str(picture), *settings])
     return {row.name: row for row in rows}, output
 
@@ -49,7 +49,7 @@ def test_the_report_names_what_a_bug_report_has_to(checked):
         "ComfyUI-Pix2PixZero",
         torch.__version__,
         "cross-attention layers",
-        "128x128, 6 steps, cfg 1.5",
+        "128x128 of a picture of 128x128, 6 steps, cfg 1.5",
         "cat to dog",
     ):
         assert said in text
