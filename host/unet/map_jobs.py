@@ -238,6 +238,8 @@ class _Matching:
 
     def attend(self, site: Site, attention: Callable, q, k, v, options: dict) -> torch.Tensor:
         """The attention's output at a site; a backward pass through it adds the gradient of the distance there."""
+        if q.requires_grad:
+            q.register_hook(_look)
         columns = _columns(k, self.entries, options)
         queries, keys = (list(tensor.chunk(len(self.numbers))) for tensor in (q, k))
         for i, own in enumerate(columns):
@@ -288,6 +290,11 @@ class _Matching:
         (gradient,) = torch.autograd.grad(self.last_q, x, torch.zeros_like(self.last_q))
         distances = [sum(of_entry.values(), x.new_zeros(())) for of_entry in self.distances]
         return gradient / self.scale.value, distances
+
+
+def _look(_: torch.Tensor) -> None:
+    """Let the backward pass, in which no layer of the host looks, be cancelled."""
+    running.throw_if_interrupted()
 
 
 def _tapped(

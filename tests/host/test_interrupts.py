@@ -145,6 +145,41 @@ def test_an_interrupt_ends_the_work_of_a_node(name, usual, watch):
     assert ended is None or not watch.interrupted, "it went on after the interrupt"
 
 
+@pytest.mark.parametrize("preset", ["default", "low memory"])
+def test_an_interrupt_ends_a_backward_pass_before_its_end(preset, usual, monkeypatch):
+    calls, reached, looks = [], [], 0
+    look, gradient = comfy.model_management.throw_exception_if_processing_interrupted, torch.autograd.grad
+
+    def count_looks(*arguments, **settings):
+        if len(arguments) < 3:  # of one operation
+            return gradient(*arguments, **settings)
+        calls.append(arguments)
+        monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", throw)
+        result = gradient(*arguments, **settings)
+        reached.append(True)
+        return result
+
+    def throw():
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            comfy.model_management.interrupt_current_processing()
+        look()
+
+    monkeypatch.setattr(torch.autograd, "grad", count_looks)
+    with torch.inference_mode():
+        given = {
+            **usual_inputs(NODE["KSampler"], usual),
+            "preset": preset,
+            "guidance_strength": 0.3,
+            "feature_until": 0.0,
+        }
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(NODE["KSampler"], given)
+    assert len(calls) == 1 and not reached
+    assert looks == 3
+
+
 @pytest.fixture
 def files(folders, blip_models, run_node):
     """What the nodes of files work on: a folder of a large picture, pairs, a model of words."""
