@@ -373,10 +373,25 @@ def test_errors_name_what_the_blueprint_shows_under_another_name():
 
 
 @pytest.mark.parametrize(("name", "side"), zip(YOUR_PICTURE, (512, 768, 1024)))
-def test_your_picture_is_cut_to_the_size_of_its_checkpoint_which_the_frontend_can_download(name, side):
-    workflow = read(name)
+def test_your_picture_is_cut_to_the_size_of_its_checkpoint(name, side):
     assert only(read_api(name), "Pix2PixZeroCrop")["inputs"]["model_size"] == side
-    (loader,) = (node for node in workflow["nodes"] if node["type"] == "CheckpointLoaderSimple")
-    (model,) = loader["properties"]["models"]
-    assert model["name"] == loader["widgets_values"][0] and model["directory"] == "checkpoints"
-    assert model["url"].startswith("https://") and model["url"].endswith("/" + model["name"])
+
+
+@pytest.mark.parametrize("name", [*YOUR_PICTURE, LANGUAGE_MODEL])
+def test_your_picture_stands_at_the_values_of_the_walk_through(name):
+    api = read_api(name)
+    assert only(api, "Pix2PixZeroInversion")["inputs"]["steps"] == 50
+    assert only(api, "Pix2PixZeroKSampler")["inputs"]["cfg"] == 5
+    assert only(api, "Pix2PixZeroApplyDirection")["inputs"]["strength"] == 1
+    assert not only(api, "Pix2PixZeroLoadCaptioner")["inputs"]["allow_download"]
+
+
+@pytest.mark.parametrize("name", [*YOUR_PICTURE, LANGUAGE_MODEL])
+def test_the_frontend_can_download_the_models_of_your_picture(name):
+    folders = {"CheckpointLoaderSimple": "checkpoints", "CLIPLoader": "text_encoders"}
+    loaders = [node for node in read(name)["nodes"] if node["type"] in folders]
+    assert len(loaders) == 1 + (name == LANGUAGE_MODEL)
+    for loader in loaders:
+        (model,) = loader["properties"]["models"]
+        assert model["name"] == loader["widgets_values"][0] and model["directory"] == folders[loader["type"]]
+        assert model["url"].startswith("https://") and model["url"].endswith("/" + model["name"])
