@@ -59,6 +59,11 @@ class Adversary:
 
     def learn(self, source: Tensor, output: Tensor, target: Tensor, rate: float) -> None:
         """One step of the discriminator at `rate` of its learning rate, on what `toward_teacher` was given."""
+        self.compare(source, output, target)
+        self.descend(rate)
+
+    def compare(self, source: Tensor, output: Tensor, target: Tensor) -> None:
+        """The first half of that: the discriminator's gradient."""
         pictures = [picture.detach().requires_grad_() for picture in (target, output)]
         real, made = (self.discriminator(source, picture) for picture in pictures)
         slopes = torch.autograd.grad(real.sum() + made.sum(), pictures, create_graph=True)
@@ -67,6 +72,9 @@ class Adversary:
         self.discriminator.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.discriminator)
+
+    def descend(self, rate: float) -> None:
+        """The second half."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         self.optimizer.step()

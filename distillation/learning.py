@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..editing.inputs import interruptible
+from ..editing.inputs import interruptible, look
 from .adversary import BEGINS, Adversary
 from .checkpoints import read_checkpoint, write_checkpoint
 from .losses import Features, LossWeights, feature_loss, pixel_loss, pixel_weights, slope_loss
@@ -91,6 +91,8 @@ class Training:
         self.adversary: Adversary | None = None
         if settings.sharpness:
             self.adversary = Adversary(settings.sharpness, settings.learning_rate, settings.seed, self.device)
+            _look_at_each_layer(self.adversary.discriminator)
+        _look_at_each_layer(student)
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.losses: list[float] = []
         self._last: Tensor | None = None
@@ -145,6 +147,23 @@ class Training:
             write_checkpoint(self.checkpoint, self)
 
     def _one_step(self) -> None:
+        drawn = self.generator.get_state()
+        try:
+            whole, loss, opposed = self._backward()
+        except BaseException:  # cancelled within the step: a resumed run makes it whole
+            self.generator.set_state(drawn)
+            raise
+        self._descend()
+        if opposed:
+            self.adversary.descend(self._rate())
+        self._follow()
+        self._last = whole.detach()
+        self.step += 1
+        if self.step % 10 == 1:  # reading it waits for the device
+            self._note(loss.item())
+
+    def _backward(self) -> tuple[Tensor, Tensor, bool]:
+        """The gradients of one step: (the whole loss, the loss without the adversary's part, whether it takes part)."""
         source, target, area = self._draw()
         counted = pixel_weights(source, target, area, self.settings.weights)
         with torch.autocast(self.device.type, self._half) if self.settings.half else contextlib.nullcontext():
@@ -157,20 +176,15 @@ class Training:
             loss = loss + self.settings.weights.features * feature_loss(self.features, output, target)
         opposed = self.adversary is not None and self.progress >= BEGINS
         whole = loss + self.adversary.toward_teacher(source, output, target, loss) if opposed else loss
-        self._descend(whole)
-        if opposed:
-            self.adversary.learn(source, output, target, self._rate())
-        self._follow()
-        self._last = whole.detach()
-        self.step += 1
-        if self.step % 10 == 1:  # reading it waits for the device
-            self._note(loss.item())
-
-    def _descend(self, loss: Tensor) -> None:
-        """One step of the student's optimizers."""
         self.student.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(whole).backward()
         average_gradients(self.student)
+        if opposed:
+            self.adversary.compare(source, output, target)
+        return whole, loss, opposed
+
+    def _descend(self) -> None:
+        """One step of the student's optimizers."""
         for optimizer in self.optimizers:
             self._scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -236,6 +250,19 @@ class Training:
             difference = (self.average(source).clamp(0, 1) - target).abs().mean(1, keepdim=True)
             found.append(torch.stack([(difference * where).sum((1, 2, 3)), where.sum((1, 2, 3))], 1).cpu())
         return torch.cat(found)
+
+
+def _look_at_each_layer(network: nn.Module) -> None:
+    """Let a step be cancelled at each layer of `network`, forward and backward."""
+
+    def forward(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        look()
+        if output.requires_grad:
+            output.register_hook(lambda _: look())
+
+    for layer in network.modules():
+        if not any(layer.children()):
+            layer.register_forward_hook(forward)
 
 
 def _cut(data: tuple[Tensor, ...], corners: list[list[int] | None], size: list[int]) -> tuple[Tensor, ...]:

@@ -309,9 +309,14 @@ def look_with(look: Callable[[], None]) -> None:
         _looks.append(look)
 
 
+def look() -> None:
+    """Raise where the user has cancelled."""
+    for each in _looks:
+        each()
+
+
 def interruptible(items: Iterable[Item]) -> Iterator[Item]:
     """The items, with a look before each at whether the user has cancelled. A turn should take well below two seconds."""
     for item in items:
-        for look in _looks:
-            look()
+        look()
         yield item

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from pix2pix_zero.distillation.adversary import Adversary
 from pix2pix_zero.distillation.learning import Settings, Training
 from pix2pix_zero.distillation.pairs import Pairs
+from pix2pix_zero.editing import inputs
 from torch import nn
 
 
@@ -107,3 +109,33 @@ def test_an_opposed_run_that_was_cut_off_ends_where_a_whole_one_does(tmp_path):
         pass
     found = Training(student(), pairs(), settings, checkpoint=file).run().state_dict()
     assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_a_run_that_is_cancelled_within_a_step_loses_nothing_of_it(tmp_path, monkeypatch):
+    settings = Settings(steps=20, batch=4, learning_rate=1e-2, sharpness=0.5)
+
+    class Cancelled(Exception):
+        pass
+
+    def trained(checkpoint=None, cancelled: int | None = None) -> tuple[dict, list]:
+        """(the student, the looks in the eleventh step). `cancelled`: at which of them."""
+        run, looks = Training(student(), pairs(), settings, checkpoint=checkpoint), []
+
+        def look():
+            if run.step == 10:
+                looks.append(None)
+                if len(looks) == cancelled:
+                    raise Cancelled
+
+        monkeypatch.setattr(inputs, "_looks", [look])
+        return run.run().state_dict(), looks
+
+    whole, looks = trained()
+    count = len(looks)
+    assert count > 20, "each layer of both networks, forward and backward"
+    for number in (1, count // 2, count):
+        file = tmp_path / f"{number}.training"
+        with pytest.raises(Cancelled):
+            trained(file, number)
+        found, _ = trained(file)
+        assert all(torch.equal(found[name], value) for name, value in whole.items()), number
