@@ -28,22 +28,23 @@ SAY_EVERY = 120.0  # seconds: measuring costs as much as some steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a run. The defaults trained the students that ship."""
+    """Sizes of a run. TRAINING.md names those of the students that ship."""
 
     edit: str
-    pairs: int = 2000
-    pair_minutes: float = 60.0
-    minutes: float = 4.0
-    steps: int = 50
+    pairs: int = 1872
+    pair_minutes: float | None = None
+    train_steps: int = 6000
+    minutes: float | None = None
+    steps: int = 15
     tests: int = 64
-    pair_batch: int = 8
-    batch: int = 16
+    pair_batch: int = 16
+    batch: int = 6
     crop: int = 0
     workers: int = 1
     learning_rate: float = 2e-3
     features: float = 0.0
     mirror: bool = False
-    half: bool = False
+    half: bool = True
     seed: int = 0
 
 
@@ -117,6 +118,7 @@ def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.M
     from .loader import load_demo_model
 
     settings = Settings(
+        steps=recipe.train_steps,
         minutes=recipe.minutes,
         batch=recipe.batch,
         crop=recipe.crop,
@@ -139,10 +141,10 @@ def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.M
         said = time.monotonic()
         curve.append((report.step, run.held_out_error()))
         log.info(
-            "minute %.1f of %.1f, step %d (%.1f a second), loss %.4f, held out inside %.2f of 255",
-            report.seconds / 60,
-            recipe.minutes,
+            "%.0f %%, step %d, minute %.1f (%.1f steps a second), loss %.4f, held out inside %.2f of 255",
+            100 * report.progress,
             report.step,
+            report.seconds / 60,
             report.rate,
             report.loss,
             curve[-1][1],
@@ -216,13 +218,18 @@ def main(arguments: list[str] | None = None) -> None:
     add("--work", type=Path, required=True, help="folder for pairs, checkpoints and results (about 100 MB an edit)")
     add("--edit", required=True, metavar="NAME", help="cat2dog, day2night or another of `bench quality`")
     add("--pairs", type=int, default=Recipe.pairs, help="default: %(default)s")
-    add("--pair-minutes", type=float, default=Recipe.pair_minutes, help="no pairs after that (default: %(default)s)")
-    add("--minutes", type=float, default=Recipe.minutes, help="of training (default: %(default)s)")
+    add("--pair-minutes", type=float, help="no pairs after that (default: no limit)")
+    add("--train-steps", type=int, default=Recipe.train_steps, help="of the student (default: %(default)s)")
+    add(
+        "--minutes",
+        type=float,
+        help="of training, instead of --train-steps: another machine makes another student then",
+    )
     add("--steps", type=int, default=Recipe.steps, help="of the teacher (default: %(default)s)")
     add("--tests", type=int, default=Recipe.tests, help="scenes to measure on (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--workers", type=int, help="processes that draw pairs (default: 4 on cuda, else the cores)")
-    add("--pair-batch", type=int, help="pictures that are edited at once (default: 64 on cuda, else 8)")
+    add("--pair-batch", type=int, help="pictures that are edited at once (default: 64 on cuda, else 16)")
     add("--batch", type=int, help="pairs in a training step (default: 64 on cuda, else 6)")
     add(
         "--crop",
@@ -237,13 +244,18 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="mirror half of the pairs; the demo's edits are not mirrored with a picture",
     )
-    add("--half", action="store_true", help="train in mixed precision: fp16 on cuda, bf16 on a CPU")
+    add(
+        "--half",
+        action=argparse.BooleanOptionalAction,
+        default=Recipe.half,
+        help="train in mixed precision: fp16 on cuda, bf16 on a CPU (default: on)",
+    )
     add("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
     given = vars(parser.parse_args(arguments))
     work, device = given.pop("work"), given.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device == "cuda"
-    sizes = {"workers": 4 if on_cuda else os.cpu_count() or 1, "pair_batch": 64 if on_cuda else 8}
-    sizes["batch"] = 64 if on_cuda else 6
+    sizes = {"workers": 4 if on_cuda else os.cpu_count() or 1, "pair_batch": 64 if on_cuda else Recipe.pair_batch}
+    sizes["batch"] = 64 if on_cuda else Recipe.batch
     given.update({name: value for name, value in sizes.items() if given[name] is None})
     if on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
