@@ -180,6 +180,26 @@ def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
 
 
 @torch.inference_mode()
+def test_pictures_of_a_batch_take_the_sources_rows_in_the_blocks_that_they_have_alone(sd3, monkeypatch):
+    monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
+    chosen, choose = [], joint_prompts.scored_sites
+    monkeypatch.setattr(
+        joint_prompts, "scored_sites", lambda *args, **least: chosen.append(choose(*args, **least)) or chosen[-1]
+    )
+    samples = torch.cat([picture(sd3.model, seed=seed)["samples"] for seed in (3, 4)])
+
+    def draw(samples):
+        inversion = invert_latent(sd3.model, sd3.text, {"samples": samples}, InversionSettings(2))
+        settings = PromptEditSettings(0.5, 1.0)
+        patched, positive = edit_by_prompt(sd3.model, inversion, sd3.clip, SOURCE, TARGET, settings)
+        return sample(patched, inversion, positive, sd3.text, 2.0)
+
+    together, alone = draw(samples), torch.cat([draw(one) for one in samples.split(1)])
+    assert chosen[0] == [choice for (choice,) in chosen[1:]] and chosen[0][0] != chosen[0][1]
+    assert (together - alone).abs().max() <= 1e-4
+
+
+@torch.inference_mode()
 def test_a_sampler_that_changes_the_size_is_refused(sd3):
     patched, positive = edit_by_prompt(sd3.model, sd3.inversion, sd3.clip, SOURCE, TARGET, PromptEditSettings())
 
