@@ -92,7 +92,8 @@ class Training:
         if settings.sharpness:
             self.adversary = Adversary(settings.sharpness, settings.learning_rate, settings.seed, self.device)
             _look_at_each_layer(self.adversary.discriminator)
-        _look_at_each_layer(student)
+        for network in (self.student, self.average):
+            _look_at_each_layer(network)
         self.step, self.seconds, self.loss = 0, 0.0, 0.0
         self.losses: list[float] = []
         self._last: Tensor | None = None
