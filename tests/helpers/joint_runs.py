@@ -9,6 +9,18 @@ from flow_families import FAMILIES, TOKENS, texts
 from pix2pix_zero.host.sampling.checks import framed
 
 
+def noted(monkeypatch, module, name):
+    """What a function returns from now on."""
+    function, results = getattr(module, name), []
+
+    def noting(*args, **options):
+        results.append(function(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(module, name, noting)
+    return results
+
+
 @dataclass
 class Seen:
     """An override of attention that keeps what it is called with: (q, k, v, output), all [B, rows, heads*d], and the heads."""

@@ -7,7 +7,7 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from flow_families import FAMILIES, TOKENS, picture, small_family, texts
-from joint_runs import FIRST_ROW, PATCH, Seen, evaluate
+from joint_runs import FIRST_ROW, PATCH, Seen, evaluate, noted
 from pix2pix_zero.attention_patches import joint
 from pix2pix_zero.attention_patches.joint import JointSite, holding_sites, joint_sites, with_joint_attention
 from pix2pix_zero.host.methods import joint_blocks, plug_and_play
@@ -247,18 +247,6 @@ def test_weights_and_options_stay_as_they_were(sd3):
     sample(with_source_features(model, source, 1.0, 1.0), source, texts(name, 3), texts(name, 1))
     assert repr(model.model_options) == options and hooks_on(model) == hooks
     assert all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
-
-
-def noted(monkeypatch, module, name):
-    """What a function returns from now on."""
-    function, results = getattr(module, name), []
-
-    def noting(*args, **options):
-        results.append(function(*args, **options))
-        return results[-1]
-
-    monkeypatch.setattr(module, name, noting)
-    return results
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from flow_families import FAMILIES, TOKENS, picture, texts
+from joint_runs import noted
 from pix2pix_zero.host.methods import joint_blocks, plug_and_play
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
 from pix2pix_zero.host.sampling import edit as edit_room
@@ -22,18 +23,6 @@ from plug_and_play_runs import sample
 SEEDS = (3, 4, 5)
 SCORED = [("SD 3", {}, 1), ("Qwen-Image", {"num_layers": 6}, 5)]
 """(family, settings of its network, how many blocks are chosen)"""
-
-
-def noted(monkeypatch, module, name):
-    """What a function returns from now on."""
-    function, results = getattr(module, name), []
-
-    def noting(*args, **options):
-        results.append(function(*args, **options))
-        return results[-1]
-
-    monkeypatch.setattr(module, name, noting)
-    return results
 
 
 class Pictures:

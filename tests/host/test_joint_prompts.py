@@ -5,7 +5,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.samplers import KSAMPLER, CFGGuider
 from flow_families import FAMILIES, TOKENS, picture, small_family
-from joint_runs import FIRST_ROW, PATCH, Seen
+from joint_runs import FIRST_ROW, PATCH, Seen, noted
 from joint_texts import family_clip
 from pix2pix_zero.attention_patches.joint import Attention, holding_sites
 from pix2pix_zero.attention_patches.joint_maps import reweighted, text_maps
@@ -158,23 +158,10 @@ def test_another_caption_and_another_encoder_are_told(sd3):
 def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
     """With one block to choose it is the one that agrees least."""
     monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
-    chosen, scores = [], []
-    score, rate = joint_blocks.scored_sites, joint_blocks.agreement
-
-    def noting(*args, **options):
-        chosen.append(score(*args, **options))
-        return chosen[-1]
-
-    def rating(maps, difference):
-        scores.append(rate(maps, difference))
-        return scores[-1]
-
-    monkeypatch.setattr(joint_prompts, "scored_sites", noting)
-    monkeypatch.setattr(joint_blocks, "agreement", rating)
+    chosen, scores = noted(monkeypatch, joint_prompts, "scored_sites"), noted(monkeypatch, joint_blocks, "agreement")
     sd3.draw()
-    assert [[site.number for site in sites] for sites in chosen[0]] == [[scores.index(min(scores))]] and len(
-        scores
-    ) == 2
+    assert len(scores) == 2
+    assert [[site.number for site in sites] for sites in chosen[0]] == [[scores.index(min(scores))]]
     sd3.draw(SOURCE)
     assert chosen[1] == [holding_sites(sd3.model.model.diffusion_model)]  # no difference, nothing to choose by
 
@@ -182,10 +169,7 @@ def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
 @torch.inference_mode()
 def test_pictures_of_a_batch_take_the_sources_rows_in_the_blocks_that_they_have_alone(sd3, monkeypatch):
     monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
-    chosen, choose = [], joint_prompts.scored_sites
-    monkeypatch.setattr(
-        joint_prompts, "scored_sites", lambda *args, **least: chosen.append(choose(*args, **least)) or chosen[-1]
-    )
+    chosen = noted(monkeypatch, joint_prompts, "scored_sites")
     samples = torch.cat([picture(sd3.model, seed=seed)["samples"] for seed in (3, 4)])
 
     def draw(samples):
