@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .comfyui import START_PATIENCE, Start
+from .connection import answered, cause, join, loss_in_words
 from .pictures import Pictures, Progress, Task, list_pictures
 from .results import Results
 from .worker import FAILED, LOST, MADE, UNFIT, Answer, ServerSpec, Worker
 from .workflow import ClusterError, Workflow, read_workflow
 
-JOINS = 4  # attempts at a cluster that is too busy to serve us at once
+ACTORS = 60.0  # seconds that a cluster at ray:// has to take the actors in
+LEAVING = 20.0  # and to let them go; they have half of it to cancel what they are at
 BLAMES = 3  # pictures that a server failed at and another one made
 
 
@@ -152,6 +154,7 @@ def _drop(server: Server, words: str, servers: list[Server]) -> None:
 def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
     """One actor for each ComfyUI, in a Ray of our own or in a cluster. Nothing of them is left behind."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else Ray starts one of its own when a cluster was lost
     from ray import cloudpickle
 
     _check_address(settings.address)
@@ -170,31 +173,12 @@ def _servers(settings: Settings, workflow: Workflow) -> Iterator[list[Server]]:
     # other machines of a cluster need Ray, but not this pack
     cloudpickle.register_pickle_by_value(sys.modules[__package__])
     try:
-        with _signals():
-            servers += _actors(settings, workflow)
+        with _signals(), loss_in_words(settings.address):
+            servers += answered(settings.address, ACTORS, lambda: _actors(settings, workflow))
             yield servers
     finally:
-        _end(servers)
-
-
-def join(address: str, options: dict) -> None:
-    """Start or join Ray, again if a cluster at ray:// does not bring up what serves us within the time that it gives it."""
-    import ray
-
-    for attempt in range(1, JOINS + 1):
-        try:
-            ray.init(address=address or "local", **options)
-            return
-        except ConnectionAbortedError as failure:  # only of Ray's client
-            if attempt == JOINS:
-                raise
-            print(f"Not connected ({cause(failure)}). Trying again ({attempt} of {JOINS - 1}) ...", flush=True)
-
-
-def cause(failure: Exception) -> str:
-    """The line of Ray's words that says what happened: the last one of a traceback, else the first."""
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
-    return lines[-1] if any(line.startswith(('File "', "Traceback")) for line in lines) else lines[0]
+        with contextlib.suppress(ClusterError):  # it does not answer any more
+            answered(settings.address, LEAVING, lambda: _end(servers))
 
 
 def _check_address(address: str) -> None:
@@ -231,7 +215,7 @@ def _end(servers: list[Server]) -> None:
     import ray
 
     with contextlib.suppress(Exception):  # whatever state it is in, shutdown ends it
-        ray.wait([server.actor.stop.remote() for server in servers], num_returns=len(servers), timeout=10)
+        ray.wait([server.actor.stop.remote() for server in servers], num_returns=len(servers), timeout=LEAVING / 2)
     ray.shutdown()
 
 

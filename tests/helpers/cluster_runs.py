@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,13 @@ from pix2pix_zero.demo_model.scene_renders import render
 from pix2pix_zero.devtools.environment import CLUSTER_LOG, prepare_cluster, running
 from pix2pix_zero.devtools.graphs import EXAMPLE
 from pix2pix_zero.devtools.hosts import ROOT
-from pix2pix_zero.devtools.process import DevError, clean_environment, one_thread
+from pix2pix_zero.devtools.process import DevError, clean_environment, one_thread, stop
 
 PATIENCE = 300.0
 LOOK = 0.25  # a look at all processes of a machine costs it some hundredths of a second
+SILENT_HEAD = Path(__file__).with_name("silent_head.py")
+LIMITED = Path(__file__).with_name("limited_cluster.py")
+TRACED = {"PYTHONFAULTHANDLER": "1"}  # SIGABRT makes it write where its threads are
 BELOW = ("7", "2", "9", "10", "12", "13", "15", "16")  # the steps of the first example's edit
 
 
@@ -56,23 +62,42 @@ def edit_workflow(steps: int = 4) -> dict:
     return graph
 
 
-class Program:
-    """`python cluster` as a process, with a home and a folder for Ray of its own."""
+@contextlib.contextmanager
+def silent_head(python: Path, until: str, mark: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+    """What answers at ray:// until that, see `silent_head.py`, and its port. It makes the file `mark` when it falls silent."""
+    command = [str(python), str(SILENT_HEAD), until, str(mark)]
+    head = subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        yield head, int(head.stdout.readline())
+    finally:
+        stop(head)
+        head.stdout.close()
 
-    def __init__(self, python: Path, arguments: list[object], home: Path, **variables: str) -> None:
+
+class Program:
+    """`python cluster` as a process, with a home and a folder for Ray of its own.
+
+    `limits`: seconds in the place of the program's own, by module and name, as `run.LEAVING`.
+    """
+
+    def __init__(
+        self, python: Path, arguments: list[object], home: Path, limits: dict | None = None, **variables: str
+    ) -> None:
         # Ray's sockets lie below this folder, and their paths may have 107 letters
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         own = {"HOME": str(home), "RAY_TMPDIR": self._temporary.name}
         # without its bytecode each of Ray's processes would compile Ray first
         bytecode = {"PYTHONPYCACHEPREFIX": str(running().folder / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
-        self.process = subprocess.Popen(
-            [str(python), str(ROOT / "cluster"), *map(str, arguments)],
-            env=clean_environment(**own, **bytecode, **one_thread(), **variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        program = [str(LIMITED), json.dumps(limits)] if limits else []
+        self._told = Path(self._temporary.name, "told.txt")
+        with self._told.open("wb") as told:
+            self.process = subprocess.Popen(
+                [str(python), *program, str(ROOT / "cluster"), *map(str, arguments)],
+                env=clean_environment(**own, **bytecode, **one_thread(), **TRACED, **variables),
+                stdout=told,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._seen: dict[int, psutil.Process] = {}
 
     def __enter__(self) -> Program:
@@ -81,7 +106,7 @@ class Program:
     def __exit__(self, *_) -> None:
         self.processes()
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
         for process in self.left():
             process.kill()
         self._temporary.cleanup()
@@ -113,15 +138,29 @@ class Program:
                 self.processes()
                 return found
             time.sleep(0.05)
-        pytest.fail(f"{what}: it did not come to that: {self.end() if self.process.poll() is not None else ''}")
+        self._fail(f"{what}: it did not come to that")
 
     def end(self) -> str:
         """All it wrote, once it has ended."""
         deadline = time.monotonic() + PATIENCE
-        while self.process.poll() is None and time.monotonic() < deadline:
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                self._fail(f"it does not end within {PATIENCE:g} s")
             self.processes()
             time.sleep(LOOK)
-        return self.process.communicate(timeout=10)[0]
+        return self.told()
+
+    def told(self) -> str:
+        """All it has written by now."""
+        return self._told.read_text(encoding="utf-8", errors="replace")
+
+    def _fail(self, why: str) -> None:
+        """With what it wrote and, if it still runs, where each of its threads is."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        pytest.fail(f"{why}. It wrote:\n{self.told()}")
 
     def nothing_is_left(self, but: tuple[str, ...] = ()) -> bool:
         """Whether all its processes end within some seconds after it, but for those whose names begin so."""

@@ -15,9 +15,9 @@ import pytest
 from cluster_workflows import BLUR, EDIT, PAIR, SAVE, SOURCE, changed, written
 from PIL import Image
 from pix2pix_zero.cluster.commands import main
+from pix2pix_zero.cluster.connection import cause, join
 from pix2pix_zero.cluster.pictures import Pictures, is_cut_off, list_pictures
 from pix2pix_zero.cluster.results import Results
-from pix2pix_zero.cluster.run import cause, join
 from pix2pix_zero.cluster.workflow import ClusterError, read_workflow
 from pix2pix_zero.devtools.hosts import ROOT
 
@@ -196,7 +196,10 @@ def connections(monkeypatch):
             if len(attempts) <= failures:
                 raise ConnectionAbortedError(TRACEBACK)
 
-        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+        client = SimpleNamespace(ray=SimpleNamespace(get_context=lambda: SimpleNamespace(client_worker=None)))
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+        monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(client=client))
+        monkeypatch.setitem(sys.modules, "grpc", SimpleNamespace(RpcError=type("RpcError", (Exception,), {})))
         return attempts
 
     return make
@@ -222,7 +225,8 @@ def test_a_cluster_that_is_too_busy_to_serve_at_once_is_asked_again_in_words(con
 
 def test_a_cluster_that_never_serves_is_given_up(connections):
     attempts = connections(100)
-    with pytest.raises(ConnectionAbortedError):
+    words = "ray://head:10001 does not take us in: RuntimeError: Proxy failed to Connect to backend!. Look into"
+    with pytest.raises(ClusterError, match=re.escape(words)):
         join("ray://head:10001", {})
     assert len(attempts) == 4
 
