@@ -7,14 +7,16 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from cluster_runs import Program, cluster_python
+from cluster_runs import Program, cluster_python, silent_head
 from pix2pix_zero.devtools.process import clean_environment, stop
 from pix2pix_zero.devtools.server import free_port
+from relay import Relay
 from stand_in import KNOWN, StandIn, pair_of
 
 COUNT = 4
@@ -34,14 +36,16 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def head(python, tmp_path_factory):
-    """The addresses of a Ray that runs beside the tests: for programs on its machine, and for others."""
+    """A Ray that runs beside the tests: its addresses for programs on its machine and for others, its home and its logs."""
     home = tmp_path_factory.mktemp("home")
     port, client = free_port(), free_port()
     temporary = tempfile.TemporaryDirectory(
         prefix="ray-", ignore_cleanup_errors=True
     )  # its sockets' paths must be short
     own = {"HOME": str(home), "RAY_TMPDIR": temporary.name, "RAY_USAGE_STATS_ENABLED": "0"}
-    own["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "300"  # beside other tests, a client's server takes its time
+    # Beside other tests, a client's server takes its time; and gRPC waits longer and longer between two looks for it.
+    own |= {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300", "TIMEOUT_FOR_SPECIFIC_SERVER_S": "120"}
+    own["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # else one of ten to a hundred such servers dies while it is forked
     command = [
         python.with_name("ray"),
         "start",
@@ -67,7 +71,7 @@ def head(python, tmp_path_factory):
             while socket.socket().connect_ex(("127.0.0.1", each)):
                 assert time.monotonic() < deadline and head.poll() is None
                 time.sleep(0.2)
-        yield f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", home
+        yield f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", home, Path(temporary.name)
     finally:
         stop(head, 30)
         temporary.cleanup()
@@ -86,14 +90,24 @@ def pictures(tmp_path) -> Path:
 def started(python, head, pictures, tmp_path):
     """`started(workflow, *servers)`: the program, which sends the pictures to these servers and writes to `out`."""
 
-    def start(workflow: dict, *servers: StandIn | str, address: str = head[0], options: tuple = ()) -> Program:
+    def start(
+        workflow: dict,
+        *servers: StandIn | str,
+        address: str = head[0],
+        options: tuple = (),
+        limits: dict | None = None,
+    ) -> Program:
         (tmp_path / "w.json").write_text(json.dumps(workflow))
         files = ["--workflow", tmp_path / "w.json", "--pictures", pictures, "--out", tmp_path / "out"]
         urls = ",".join(server if isinstance(server, str) else server.url for server in servers)
         which = ["--servers", urls, "--away", 1] if urls else []
-        return Program(python, ["pairs", *files, *which, "--address", address, *options], head[2])
+        return Program(python, ["pairs", *files, *which, "--address", address, *options], head[2], limits)
 
-    return start
+    yield start
+    for log in sorted(
+        head[3].glob("ray/session_2*/logs/ray_client_server*.err")
+    ):  # pytest shows them if the test failed
+        sys.stdout.write(f"{log.name}:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}\n")
 
 
 @pytest.fixture
@@ -187,6 +201,16 @@ def test_what_the_workflow_leaves_out_is_not_made_again(ran, head, tmp_path):
         assert status == 0, told
         assert len(server.pictures) == COUNT
     assert len(list((tmp_path / "out" / "edited").glob("*.png"))) == COUNT - 1
+
+
+def test_a_head_that_does_not_answer_is_asked_again(ran, head, python, tmp_path):
+    limits = {"connection.ATTEMPTS": [2, 280]}
+    with StandIn() as server, silent_head(python, "init", tmp_path / "mark") as (_, silent):
+        real = int(head[1].rpartition(":")[2])
+        with Relay(silent, silent, real) as relay:  # the first connection only looks whether anything listens
+            status, told = ran(EDIT, server, address=f"ray://127.0.0.1:{relay.port}", limits=limits)
+    assert "Not connected (no answer within 2 s). Trying again (1 of 1) ..." in told and status == 0, told
+    assert edits(tmp_path) == all_but()
 
 
 def test_ctrl_c_cancels_what_a_server_of_somebody_else_is_at(started):
