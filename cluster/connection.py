@@ -53,11 +53,9 @@ def join(address: str, options: dict) -> None:
         try:
             within(seconds, lambda: ray.init(address=address, **options))
             return
-        except Exception as failure:
-            _close()  # at the program's end Ray would wait for what is open
-            if not isinstance(failure, (ConnectionAbortedError, RpcError, Unanswered)):
-                raise
-            if attempt == len(ATTEMPTS) or not getattr(failure, "again", True):
+        except (ConnectionAbortedError, RpcError, Unanswered) as failure:
+            stuck = isinstance(failure, Unanswered) and not failure.again
+            if attempt == len(ATTEMPTS) or stuck:
                 raise ClusterError(f"{address} does not take us in: {cause(failure)}. {WHAT_TO_DO}") from failure
             print(f"Not connected ({cause(failure)}). Trying again ({attempt} of {len(ATTEMPTS) - 1}) ...", flush=True)
 

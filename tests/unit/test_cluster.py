@@ -196,9 +196,7 @@ def connections(monkeypatch):
             if len(attempts) <= failures:
                 raise ConnectionAbortedError(TRACEBACK)
 
-        client = SimpleNamespace(ray=SimpleNamespace(get_context=lambda: SimpleNamespace(client_worker=None)))
-        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
-        monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(client=client))
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
         monkeypatch.setitem(sys.modules, "grpc", SimpleNamespace(RpcError=type("RpcError", (Exception,), {})))
         return attempts
 
