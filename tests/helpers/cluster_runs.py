@@ -23,6 +23,7 @@ from pix2pix_zero.devtools.graphs import EXAMPLE
 from pix2pix_zero.devtools.hosts import ROOT
 from pix2pix_zero.devtools.process import DevError, clean_environment, one_thread, stop
 
+presses_ctrl_c = pytest.mark.skipif(os.name == "nt", reason="process groups and their signals are of POSIX")
 PATIENCE = 300.0
 LOOK = 0.25  # a look at all processes of a machine costs it some hundredths of a second
 SILENT_HEAD = Path(__file__).with_name("silent_head.py")

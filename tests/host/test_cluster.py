@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster_runs import Program, cluster_python, edit_workflow, pixels, write_scenes
+from cluster_runs import Program, cluster_python, edit_workflow, pixels, presses_ctrl_c, write_scenes
 from PIL import Image
 from pix2pix_zero.devtools import server as servers
 from pix2pix_zero.devtools.environment import running
@@ -19,7 +19,6 @@ from pix2pix_zero.editing.writing import TEMPORARY
 SCENES = 8
 # They report the death of their parent to a Ray that is dead too, and end a minute later.
 RAYS_OWN = ("ray::Dash", "ray::Runt")
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups of POSIX")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +120,7 @@ def test_the_next_run_goes_on_when_the_driver_is_killed(python, work, command, e
         assert program.nothing_is_left()
 
 
+@presses_ctrl_c
 def test_ctrl_c_ends_in_order(python, work, command, expected):
     out = work / "ctrl-c"
     with Program(python, command(out), work) as program:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_runs import Program, cluster_python, silent_head
+from cluster_runs import Program, cluster_python, presses_ctrl_c, silent_head
 from pix2pix_zero.devtools.process import clean_environment, stop
 from pix2pix_zero.devtools.server import free_port
 from relay import Relay
@@ -26,7 +26,6 @@ GRAPH = {
 }
 EDIT = {**GRAPH, "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "x"}}}
 PAIRS = {**GRAPH, "3": {"class_type": "Pix2PixZeroSavePair", "inputs": {"source": ["1", 0], "edited": ["2", 0]}}}
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups of POSIX")
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +212,7 @@ def test_a_head_that_does_not_answer_is_asked_again(ran, head, python, tmp_path)
     assert edits(tmp_path) == all_but()
 
 
+@presses_ctrl_c
 def test_ctrl_c_cancels_what_a_server_of_somebody_else_is_at(started):
     with StandIn(lambda content: None) as server, started(EDIT, server) as program:
         program.wait_for(lambda: server.pictures, "a picture")

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_runs import Program, cluster_python, silent_head
+from cluster_runs import Program, cluster_python, presses_ctrl_c, silent_head
 from cluster_workflows import EDIT
 
 TAKEN_IN = {"connection.ATTEMPTS": [250], "run.ACTORS": 250, "run.LEAVING": 1}
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups of POSIX")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,7 @@ def test_a_cluster_that_is_lost_is_told_in_words(started):
     assert "answers no more: " in told and "Traceback" not in told
 
 
+@presses_ctrl_c
 @pytest.mark.parametrize(("until", "limits"), [("init", {"connection.ATTEMPTS": [250]}), ("work", TAKEN_IN)])
 def test_ctrl_c_ends_a_run_whose_cluster_is_silent(started, until, limits):
     with started(until, limits) as silence:
