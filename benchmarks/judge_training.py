@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..demo_model.autoencoder import LightAutoencoder
 from ..demo_model.captioner_training import augment, gaussian_blur, render_scenes
+from ..demo_model.eight_bits import unpacked
 from ..demo_model.scene import SUBJECTS, Scene, sample_scene
 from ..demo_model.scene_renders import render, subject_mask
 from .judge import QUESTIONS, WEIGHTS, Judge, JudgeNetwork
@@ -148,7 +149,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
 
-    weights = load_file(options.autoencoder)
+    weights = unpacked(load_file(options.autoencoder))
     weights = {k.removeprefix(AUTOENCODER_PREFIX): v for k, v in weights.items() if k.startswith(AUTOENCODER_PREFIX)}
 
     scenes = [sample_scene(TRAINING_SEED + index) for index in range(options.renders)]

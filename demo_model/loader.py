@@ -15,6 +15,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from torch import Tensor, nn
 
 from .autoencoder import LightAutoencoder
+from .eight_bits import unpacked
 from .networks import UNET_SETTINGS, DemoModelConfig
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
@@ -72,10 +73,10 @@ class DemoVAE(comfy.sd.VAE):
 
 
 def read_weights(path: str | Path = WEIGHTS) -> dict[str, Tensor]:
-    """All tensors of the weights file. ValueError if it is missing."""
+    """All tensors of the weights file, those kept in 8 bits in fp32. ValueError if it is missing."""
     if not Path(path).is_file():
         raise ValueError(f"The demo model's weights are missing: {path}. Reinstall the pix2pix-zero pack.")
-    return comfy.utils.load_torch_file(str(path), safe_load=True)
+    return unpacked(comfy.utils.load_torch_file(str(path), safe_load=True))
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ class Recipe:
     ranks: int = 3
     autoencoder_minutes: float = 12
     autoencoder_batch: int = 12
+    decoder_renders: int = 30_000
+    decoder_steps: int = 10_000
+    decoder_batch: int = 4
     diffusion_minutes: float = 90
     diffusion_batch: int = 24
     warmup: int = 60
@@ -33,6 +36,7 @@ class Recipe:
 def train(work: Path, recipe: Recipe) -> Path:
     """Run the missing stages in `work` and return the packed weights file."""
     from .training.autoencoder import train_autoencoder
+    from .training.decoder import Settings, train_decoder
     from .training.diffusion import encode_renders, train_diffusion
     from .training.packing import pack_weights
     from .training.parallel import Pace, run_ranks
@@ -45,6 +49,7 @@ def train(work: Path, recipe: Recipe) -> Path:
         work / "captioner.safetensors",
         work / "weights.safetensors",
     )
+    hard, decoder = work / "renders-of-hard-styles.npy", work / "decoder.safetensors"
     log = str(work / "train.log")
 
     def stage(result: Path, run: Callable[[Path], None]) -> None:
@@ -78,8 +83,21 @@ def train(work: Path, recipe: Recipe) -> Path:
             Pace(recipe.diffusion_minutes, recipe.diffusion_batch, recipe.warmup, log),
         ),
     )
+    stage(hard, lambda out: render_training_set(out, recipe.decoder_renders, recipe.ranks, hard_styles=True))
+    stage(
+        decoder,
+        lambda out: run_ranks(
+            train_decoder,
+            recipe.ranks,
+            str(autoencoder),
+            str(hard),
+            str(work / "decoder-state.safetensors"),
+            str(out),
+            Settings(recipe.decoder_steps, recipe.decoder_batch),
+        ),
+    )
     stage(captioner, lambda out: _train_captioner(renders, out, recipe))
-    pack_weights(diffusion, captioner, packed)
+    pack_weights(diffusion, decoder, captioner, packed)
     return packed
 
 
@@ -109,6 +127,8 @@ def main() -> None:
         ranks=options.ranks,
         autoencoder_minutes=Recipe.autoencoder_minutes / options.shrink,
         diffusion_minutes=Recipe.diffusion_minutes / options.shrink,
+        decoder_renders=max(300, int(Recipe.decoder_renders / options.shrink)),
+        decoder_steps=max(60, int(Recipe.decoder_steps / options.shrink)),
         captioner_steps=max(100, int(Recipe.captioner_steps / options.shrink)),
     )
     logging.info("weights: %s", train(options.work, recipe))

@@ -1,7 +1,8 @@
 """Trains the demo's decoder on: `python dev.py train decoder --work FOLDER`. Encoder, UNet and captioner stay as they are.
 
 Writes FOLDER/decoder/weights.safetensors, to be put in the place of the file that ships, its figures, and a sheet of
-held-out pictures: the render, before, after.
+held-out pictures: the render, before, after. An interrupted run goes on where it stopped; it may be given another number of
+steps.
 """
 
 import argparse
@@ -12,41 +13,53 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 SHIPPED = Path(__file__).parent / "weights.safetensors"
 SHOWN = 4  # pictures of each style on the sheet
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from .training.decoder import Settings, load_autoencoder, train_decoder
+    from .training.parallel import run_ranks
+    from .training.renders import render_training_set
+
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="dev.py train decoder", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--renders", type=int, default=60_000, help="training pictures (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="that render them (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=60, help="of training (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="pictures a step (default: 128 on a GPU, else 12)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of the results")
+    add("--renders", type=int, default=30_000, help="training pictures (default: %(default)s)")
+    add("--processes", type=int, default=2, help="that render, and without a GPU train (default: %(default)s)")
+    add("--steps", type=int, default=Settings.steps, help="default: %(default)s")
+    add("--batch", type=int, help=f"pictures a step of each process (default: 128 on a GPU, else {Settings.batch})")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from .training.decoder import train_decoder
-    from .training.renders import render_training_set
 
     folder = options.work / "decoder"
     folder.mkdir(parents=True, exist_ok=True)
-    renders, output = folder / "renders.npy", folder / "weights.safetensors"
+    renders, start, result = folder / "renders.npy", folder / "start.safetensors", folder / "autoencoder.safetensors"
     if not renders.exists():
         partial = folder / "partial-renders.npy"
-        render_training_set(partial, options.renders, options.processes)
+        render_training_set(partial, options.renders, options.processes, hard_styles=True)
         partial.rename(renders)
-    batch = options.batch or (128 if options.device == "cuda" else 12)
-    curve = train_decoder(renders, SHIPPED, output, options.minutes, batch, options.device)
-    figures = {
-        "curve": curve,
-        "batch": batch,
-        "minutes": options.minutes,
-        "psnr": compare(output, folder / "sheet.png"),
-    }
+    save_file(load_autoencoder(SHIPPED).state_dict(), start)
+    settings = Settings(options.steps, options.batch or (128 if on_gpu else Settings.batch))
+    state = folder / "state.safetensors"
+    places = (str(start), str(renders), str(state), str(result))
+    run_ranks(train_decoder, 1 if on_gpu else options.processes, *places, settings)
+    output = folder / "weights.safetensors"
+    write_weights(result, output)
+    figures = {"steps": settings.steps, **settings.fixed(), "psnr": compare(output, folder / "sheet.png")}
     (folder / "decoder.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     logging.info("%s", figures["psnr"])
+
+
+def write_weights(autoencoder: Path, output: Path) -> None:
+    """The shipped file with another autoencoder."""
+    from .training.packing import AUTOENCODER_PREFIX, packed_autoencoder
+
+    tensors = {k: v for k, v in load_file(SHIPPED).items() if not k.startswith(AUTOENCODER_PREFIX)}
+    save_file({**tensors, **packed_autoencoder(load_file(autoencoder))}, output)
 
 
 def compare(output: Path, sheet: Path) -> dict[str, dict[str, float]]:

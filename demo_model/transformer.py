@@ -11,6 +11,7 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
+from .eight_bits import in_eight_bits
 from .loader import load_diffusion, read_weights
 from .networks import TEXT_WIDTH, DemoLatentFormat
 
@@ -32,7 +33,6 @@ TRANSFORMER_SETTINGS = {
     "pos_embed_scaling_factor": None,
     "x_block_self_attn_layers": [],
 }
-ROW_SCALES = ".row_scales"
 
 
 class DemoTransformerConfig(comfy.supported_models_base.BASE):
@@ -62,20 +62,10 @@ def packed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
         if "adaLN" in name and value.ndim == 2:
-            scales = value.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-            tensors[name], tensors[name + ROW_SCALES] = (value / scales).round().to(torch.int8), scales
+            tensors |= in_eight_bits(name, value)
         else:
             tensors[name] = value.half().contiguous()
     return tensors
-
-
-def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `packed` was given, in half precision, or in fp32 where there are scales."""
-    return {
-        name: value * tensors[name + ROW_SCALES] if name + ROW_SCALES in tensors else value
-        for name, value in tensors.items()
-        if not name.endswith(ROW_SCALES)
-    }
 
 
 def load_transformer(path: str | Path = TRANSFORMER_WEIGHTS) -> comfy.model_patcher.ModelPatcher:
@@ -89,6 +79,6 @@ def load_transformer(path: str | Path = TRANSFORMER_WEIGHTS) -> comfy.model_patc
 def load_transformer_patcher(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The same; ComfyUI calls this when it needs an independent copy of the weights."""
     config = DemoTransformerConfig(dict(TRANSFORMER_SETTINGS))
-    patcher = load_diffusion(unpacked(read_weights(path)), config, "transformer", disable_dynamic)
+    patcher = load_diffusion(read_weights(path), config, "transformer", disable_dynamic)
     patcher.cached_patcher_init = (load_transformer_patcher, (path,))
     return patcher

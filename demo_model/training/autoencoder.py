@@ -1,4 +1,6 @@
-"""Stage 2: the autoencoder. L1 and squared error, latents of unit size, and noise on the latents so that they are smooth."""
+"""Stage 2: the autoencoder, without its decoder's fine part. L1 and squared error, latents of unit size, and noise on the
+latents so that they are smooth.
+"""
 
 import time
 
@@ -29,7 +31,7 @@ def train_autoencoder(rank: int, renders: str, output: str, pace: Pace) -> list[
     while (progress := pace.progress()) < 1:
         x = to_pixels(pictures[np.sort(rng.choice(len(pictures), pace.batch, replace=False))])
         z = model.encode(x)
-        error = model.decode(z + LATENT_NOISE * torch.randn_like(z)) - x
+        error = model.decode_coarse(z + LATENT_NOISE * torch.randn_like(z)) - x
         mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
         loss = (
             0.5 * error.abs().mean()
@@ -54,7 +56,7 @@ def train_autoencoder(rank: int, renders: str, output: str, pace: Pace) -> list[
 @torch.no_grad()
 def _evaluate(trainer: Trainer, held_out: torch.Tensor) -> float:
     model = trainer.ema["autoencoder"]
-    return psnr(model.decode(model.encode(held_out)).clamp(-1, 1), held_out).item()
+    return psnr(model.decode_coarse(model.encode(held_out)).clamp(-1, 1), held_out).item()
 
 
 def _save(trainer: Trainer, output: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -49,10 +50,20 @@ class Muon:
             p.mul_(1 - lr * self.weight_decay).sub_(update.view_as(p), alpha=lr)
 
 
-class Trainer:
-    """Steps a set of modules: gradient averaging over ranks, clipping, warm-up and cosine schedule, running average.
+def cosine(progress: float) -> float:
+    """Part of the learning rates left after `progress` (0..1) of a run: half a wave, from 1 to 0.02."""
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    Matrices whose name holds one of `keep_adam` (embeddings, output layers) are left to AdamW.
+
+def cooled(progress: float, cooling: float = 0.5) -> float:
+    """The same for a run whose length may change on the way: 1, then straight to 0 in the last part, `cooling`."""
+    return min(1.0, max(0.0, 1 - progress) / cooling)
+
+
+class Trainer:
+    """Steps a set of modules: gradient averaging over ranks, clipping, warm-up and schedule of rates, running average.
+
+    Matrices whose name holds one of `keep_adam` (embeddings, output layers) are left to AdamW. `schedule` may be replaced.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class Trainer:
         warmup: int = 60,
     ) -> None:
         self.modules, self.warmup = modules, warmup
+        self.schedule: Callable[[float], float] = cosine
         self.matrix_lr, self.other_lr, self.ema_decay = matrix_lr, other_lr, ema_decay
         self.ema = {k: copy.deepcopy(m).eval().requires_grad_(False) for k, m in modules.items()}
         named = [(n, p) for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
@@ -90,9 +102,7 @@ class Trainer:
         flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6))
         for p, g in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
             p.grad = g.view_as(p)
-        rate = min(1.0, (self.count + 1) / self.warmup) * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        )
+        rate = min(1.0, (self.count + 1) / self.warmup) * self.schedule(progress)
         self.muon.step(self.matrix_lr * rate)
         self.adam.param_groups[0]["lr"] = self.other_lr * rate
         self.adam.step()
@@ -102,3 +112,32 @@ class Trainer:
                 for a, b in zip(self.ema[name].parameters(), module.parameters()):
                     a.lerp_(b, 1 - decay)
         self.count += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        tensors = {"count": torch.tensor(self.count)}
+        for name, module in self.modules.items():
+            tensors |= {f"network.{name}.{key}": value for key, value in module.state_dict().items()}
+            tensors |= {f"average.{name}.{key}": value for key, value in self.ema[name].state_dict().items()}
+        tensors |= {f"momentum.{index}": buffer for index, buffer in enumerate(self.muon.buffers)}
+        for index, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
+        return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on where another run was when it called `state`."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        for name, module in self.modules.items():
+            module.load_state_dict(part(f"network.{name}."))
+            self.ema[name].load_state_dict(part(f"average.{name}."))
+        for index, buffer in enumerate(self.muon.buffers):
+            buffer.copy_(tensors[f"momentum.{index}"])
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("adam.").items():
+            index, name = key.split(".")
+            states.setdefault(int(index), {})[name] = value
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
+        self.count = int(tensors["count"])

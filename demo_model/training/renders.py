@@ -2,13 +2,15 @@
 
 import logging
 import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..scene import SIZE, Scene, sample_scene
+from ..scene import SIZE, STYLES, Scene, sample_scene
 from ..scene_renders import render
 
 FIRST_TRAINING_SEED = 1_000_000
@@ -19,15 +21,26 @@ def training_scene(index: int) -> Scene:
     return sample_scene(FIRST_TRAINING_SEED + index)
 
 
+def training_scene_of_hard_styles(index: int) -> Scene:
+    """The same with flat drawings in one of five, where they are three of five: the other styles are harder to decode."""
+    flat, sketch, pastel = STYLES
+    return replace(training_scene(index), style=(flat, sketch, pastel, sketch, pastel)[index % 5])
+
+
 def _render(index: int) -> np.ndarray:
     return render(training_scene(index))
 
 
-def render_training_set(path: Path, count: int, processes: int) -> None:
+def _render_hard(index: int) -> np.ndarray:
+    return render(training_scene_of_hard_styles(index))
+
+
+def render_training_set(path: Path, count: int, processes: int, hard_styles: bool = False) -> None:
     """Write `count` pictures as one uint8 array [count, 128, 128, 3] in `path` (.npy)."""
+    draw: Callable[[int], np.ndarray] = _render_hard if hard_styles else _render
     pictures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for index, picture in enumerate(pool.imap(_render, range(count), chunksize=100)):
+        for index, picture in enumerate(pool.imap(draw, range(count), chunksize=100)):
             pictures[index] = picture
             if index % 10000 == 0:
                 logging.info("rendered %d of %d", index, count)

@@ -13,6 +13,7 @@ from pix2pix_zero.benchmarks.quality_parts.methods import this_pack
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TUNING_SEED, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
 from pix2pix_zero.demo_model import train_dit
+from pix2pix_zero.demo_model.eight_bits import unpacked
 from pix2pix_zero.demo_model.loader import UNET_PREFIX, WEIGHTS, load_demo_model
 from pix2pix_zero.demo_model.scene import Scene
 from pix2pix_zero.demo_model.scene_captions import caption
@@ -23,7 +24,6 @@ from pix2pix_zero.demo_model.transformer import (
     load_transformer,
     load_transformer_patcher,
     packed,
-    unpacked,
 )
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.views.feature_pictures import feature_pictures
