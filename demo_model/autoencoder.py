@@ -84,7 +84,7 @@ class LightAutoencoder(nn.Module):
         return self.decoder(latent)
 
     def decode_coarse(self, latent: Tensor) -> Tensor:
-        """The picture without its fine part, which takes half of the time and is trained in a stage of its own."""
+        """The picture without its fine part, which takes more than half of the time and is trained in a stage of its own."""
         return self.decoder.coarse(self.decoder.trunk(latent))
 
 

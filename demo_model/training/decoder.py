@@ -18,10 +18,10 @@ from ..eight_bits import unpacked
 from ..scene import STYLES, sample_scene
 from ..scene_renders import render
 from .optimizer import Trainer, cooled
+from .packing import AUTOENCODER_PREFIX
 from .renders import to_pixels
 
 log = logging.getLogger("pix2pix_zero.decoder")
-AUTOENCODER = "first_stage_model."
 LATENT_NOISE = 0.06  # at most: what the UNet draws is not exactly what the encoder writes
 EDGES = 0.25  # weight of the difference between neighbouring pixels, where fringes show
 SQUARES = 10.0  # weight of the squared error, which is what dB measure, beside half of the absolute one
@@ -48,7 +48,8 @@ class Settings:
 
 def load_autoencoder(weights: Path) -> LightAutoencoder:
     """The autoencoder in a file of the demo model."""
-    tensors = {k.removeprefix(AUTOENCODER): v for k, v in load_file(weights).items() if k.startswith(AUTOENCODER)}
+    prefix = AUTOENCODER_PREFIX
+    tensors = {k.removeprefix(prefix): v for k, v in load_file(weights).items() if k.startswith(prefix)}
     network = LightAutoencoder()
     network.load_state_dict({k: v.float() for k, v in unpacked(tensors).items()})
     return network

@@ -14,7 +14,7 @@ from pix2pix_zero.demo_model.scene import STYLES
 from pix2pix_zero.demo_model.scene_renders import render
 from pix2pix_zero.demo_model.training import decoder
 from pix2pix_zero.demo_model.training.optimizer import cooled
-from pix2pix_zero.demo_model.training.packing import packed_autoencoder
+from pix2pix_zero.demo_model.training.packing import AUTOENCODER_PREFIX, packed_autoencoder
 from pix2pix_zero.demo_model.training.renders import training_scene, training_scene_of_hard_styles
 from safetensors.torch import load_file
 
@@ -103,7 +103,7 @@ def test_a_kernel_without_scales_is_missing_and_scales_without_a_kernel_are_left
 
 def test_the_packed_autoencoder_is_the_trained_one(finished):
     state = finished[0].averaged().state_dict()
-    stored = {k.removeprefix(decoder.AUTOENCODER): v for k, v in unpacked(packed_autoencoder(state)).items()}
+    stored = {k.removeprefix(AUTOENCODER_PREFIX): v for k, v in unpacked(packed_autoencoder(state)).items()}
     assert stored.keys() == state.keys()
     for name, value in state.items():
         torch.testing.assert_close(stored[name].float(), value, rtol=1e-3, atol=value.abs().max().item() / 250)
