@@ -48,7 +48,8 @@ def test_as_a_flow_the_demo_model_draws_the_same_edit(demo, method):
     assert difference(other.trajectory, shares * one.trajectory) <= 1e-4
     torch.testing.assert_close(other.reconstruction_psnr, one.reconstruction_psnr, rtol=0, atol=1e-2)
     edits = [sample_edit(*pair, target, source, EVERYTHING)[0] for pair in ((model, one), (flowing, other))]
-    assert difference(*edits) <= 5e-4  # of values to 4: rounding, which CPUs without AVX-512 do in another order
+    # One rounding of the picture, 6e-8 of it, moves the edit by up to 3e-5, on `direct` by 2.3e-4 (both measured).
+    assert difference(*edits) <= (5e-4 if method == "direct" else 1e-4)
     assert difference(edits[0], picture["samples"]) > 1
 
 
