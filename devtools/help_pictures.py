@@ -21,6 +21,7 @@ from .server import GraphError, Server
 
 PICTURES = ROOT / "web" / "docs" / "pictures"
 QUALITY = 76
+PATIENCE = 3600.0  # seconds: one of them trains a student
 WIDEST = 900  # pixels, of a picture that brings its own labels, and of a row
 TILE = 152  # pixels, of a picture in a row with what is around it
 
@@ -377,7 +378,7 @@ def draw_pictures(names: list[str]) -> None:
             shown = {label: demo.add("PreviewImage", images=output).key for label, output in row.items()}
             told = demo.add("PreviewAny", source=demo.caption[0]).key
             try:
-                outputs = server.run(demo.api(info))
+                outputs = server.run(demo.api(info), patience=PATIENCE)
             except GraphError as error:
                 raise DevError(f"{name}: {error}") from None
             pictures = {

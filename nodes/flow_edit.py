@@ -35,8 +35,8 @@ class Pix2PixZeroFlowEdit(io.ComfyNode):
                     default=DEFAULTS.steps,
                     min=1,
                     max=1000,
-                    tooltip="Steps of the whole way from noise, of which skip leaves some out. Raise it for finer detail. A "
-                    "number that does not divide 1000 is rounded up to fit the grid of ddim_uniform: 300 runs 333.",
+                    tooltip="Steps of the whole way from noise, of which skip leaves some out. Raise it for finer detail. With "
+                    "ddim_uniform, a number that does not divide 1000 is rounded up: 300 runs 333.",
                 ),
                 io.Float.Input(
                     "cfg",

@@ -62,7 +62,7 @@ class Pix2PixZeroInversion(io.ComfyNode):
                     min=1,
                     max=1000,
                     tooltip="More steps redraw the picture more faithfully and take longer. 50 is the paper's value, 20 a quick "
-                    "look. A number that does not divide 1000 is rounded up to fit the grid of ddim_uniform: 300 runs 333.",
+                    "look. With ddim_uniform, a number that does not divide 1000 is rounded up: 300 runs 333.",
                 ),
                 seed_input(
                     tooltip="Draws the shifts of the noise regularization. It changes the result little; keep it fixed "

@@ -32,8 +32,8 @@ class Pix2PixZeroReference(io.ComfyNode):
                     default=50,
                     min=1,
                     max=1000,
-                    tooltip="Sampling steps; the edit takes the same ones. 50 is the paper's value, 20 a quick look. A number "
-                    "that does not divide 1000 is rounded up to fit the grid of ddim_uniform: 300 runs 333.",
+                    tooltip="Sampling steps; the edit takes the same ones. 50 is the paper's value, 20 a quick look. With "
+                    "ddim_uniform, a number that does not divide 1000 is rounded up: 300 runs 333.",
                 ),
                 io.Float.Input(
                     "cfg",

@@ -77,12 +77,13 @@ class Pix2PixZeroKSampler(io.ComfyNode):
                     options=list(PRESETS),
                     default="default",
                     advanced=True,
-                    tooltip="default: evaluates both texts and guides at every step. fast: evaluates the negative text at "
-                    "every other step and guides one step in three for all three, which gives nearly the same edit; try it "
-                    "first. low memory: the edit of default in much less memory and more time; set map_memory of Invert "
-                    "Picture to 0 as well. paper: guidance alone, in all steps, by the paper's gradient step (lambda 0.1), "
-                    "without guidance_strength, local_blend and feature_until. official: the same by the authors' update, "
-                    "step for step, to compare with their results; it is the slowest.",
+                    tooltip="default: evaluates both texts at every step, and guides at every step where guidance_strength is "
+                    "above 0. fast: evaluates the negative text at every other step, and guides at about 16 steps, one "
+                    "in three of 50, which gives nearly the same edit; try it first. low memory: the edit of default in "
+                    "much less memory and more time; set map_memory of Invert Picture to 0 as well. paper: guidance "
+                    "alone, in all steps, by the paper's gradient step (lambda 0.1), without guidance_strength, "
+                    "local_blend and feature_until. official: the same by the authors' update, step for step, to "
+                    "compare with their results; it is the slowest.",
                 ),
                 io.Float.Input(
                     "local_blend",
