@@ -1,10 +1,10 @@
 """How good are edits beside other methods on the same weights, against ground truth? `python dev.py bench quality`
 
-Every method has one knob. It is set on tuning scenes: of the values that make the edit in 95 % of them, the one with the
-lowest error to the true picture. Then the method is measured on test scenes. Edits of the whole picture (day to night,
-a style) leave no background, so background figures are left out there. A second table is of the edits pasted back into
-their sources, by Paste Edit. Writes tables, bench_quality.json, the trade-off
-curves bench_quality.png and a contact sheet for each edit to demo_output/.
+Every method has one knob. It is set on tuning scenes: of the values that make the edit in 95 % of those in whose true
+picture the judge sees it, the one with the lowest error to the true picture. Then the method is measured on test scenes.
+Edits of the whole picture (day to night, a style) leave no background, so background figures are left out there. A second
+table is of the edits pasted back into their sources, by Paste Edit. Writes tables, bench_quality.json, the trade-off curves
+bench_quality.png and a contact sheet for each edit to demo_output/.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
         contact_sheet(sheet).save(options.output / f"bench_quality_{name}.png")
         write(results, options)
     print("\nPasted: each in its own area; errors to the rendered pictures, not to what the autoencoder makes of them.")
-    print("\nMeans over the test scenes, with 95 % intervals. * under 95 % hits at any knob value on the tuning scenes")
+    print("\nMeans over the test scenes, with 95 % intervals.")
+    print("* under 95 % of the ground truth's hits at any knob value on the tuning scenes")
     print(f"wrote bench_quality.json, bench_quality.png and the contact sheets to {options.output.name}/")
 
 

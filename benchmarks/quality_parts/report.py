@@ -1,6 +1,6 @@
 """The results as tables."""
 
-from .tuning import ENOUGH, Result
+from .tuning import Result
 
 COLUMNS = {
     "hit": ("hit", 2),
@@ -55,7 +55,7 @@ def _table(
 
 def missed(result: Result) -> str:
     """An asterisk where no value of the knob reached the hit rate on the tuning scenes."""
-    return "*" if result.curve and max(figures["hit"][0] for _, figures in result.curve) < ENOUGH else ""
+    return "*" if result.curve and max(figures["hit"][0] for _, figures in result.curve) < result.enough else ""
 
 
 def _shown(values: list[float], digits: int) -> str:

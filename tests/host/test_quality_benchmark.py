@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pix2pix_zero.benchmarks.judge import load_judge
 from pix2pix_zero.benchmarks.quality import main
-from pix2pix_zero.benchmarks.quality_parts import figures, methods, tuning
+from pix2pix_zero.benchmarks.quality_parts import figures, methods, report, tuning
 from pix2pix_zero.benchmarks.quality_parts.diffusers_pipeline import demo_unet
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
@@ -168,16 +168,28 @@ def test_interval_of_a_mean_narrows_with_the_scenes():
 
 
 @pytest.mark.parametrize(
-    ("points", "chosen"),
+    ("points", "seen", "chosen"),
     [
-        ([(1, 0.5, 3.0), (2, 0.95, 9.0), (3, 1.0, 8.0), (4, 1.0, 12.0)], 3),
-        ([(1, 0.2, 3.0), (2, 0.9, 9.0), (3, 0.6, 5.0)], 2),
+        ([(1, 0.5, 3.0), (2, 0.95, 9.0), (3, 1.0, 8.0), (4, 1.0, 12.0)], 1.0, 3),
+        ([(1, 0.2, 3.0), (2, 0.9, 9.0), (3, 0.6, 5.0)], 1.0, 2),
+        ([(1, 0.5, 3.0), (2, 0.875, 5.0), (3, 1.0, 8.0)], 0.875, 2),
     ],
-    ids=["least error of those that edit", "most edited where none does"],
+    ids=["least error of those that edit", "most edited where none does", "the judge is blind to one true picture"],
 )
-def test_the_knob_is_frozen_where_enough_is_edited(points, chosen):
+def test_the_knob_is_frozen_where_enough_is_edited(points, seen, chosen):
     curve = [(value, {"hit": [hit] * 3, "whole": [whole] * 3}) for value, hit, whole in points]
-    assert tuning.choose(curve) == chosen
+    assert tuning.choose(curve, tuning.ENOUGH * seen) == chosen
+
+
+def test_enough_is_edited_where_the_judge_sees_as_much_as_in_the_true_pictures(models, judge):
+    """It does not see glasses on one of these eight, the sketch of a black cat, in the true picture either."""
+    bench = Workbench(models, EDITS["add_glasses"], draw_scenes(EDITS["add_glasses"], 8, TUNING_SEED), 4)
+    with torch.inference_mode():
+        truth = methods.Method("ground truth", "none", (0.0,), lambda bench, _: bench.vae.encode(bench.scenes.truths))
+        result, _ = tuning.compare(truth, bench, bench, judge, lambda line: None)
+    assert result.test["hit"][0] == 7 / 8
+    assert result.enough == pytest.approx(0.95 * 7 / 8)
+    assert report.missed(result) == ""
 
 
 @pytest.fixture(scope="module")
