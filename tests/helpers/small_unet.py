@@ -1,5 +1,7 @@
 """A small SD 1.x-shaped UNet with random weights, wrapped as ComfyUI's loaders wrap real ones."""
 
+import functools
+
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -19,22 +21,31 @@ CONFIG = dict(
 )
 
 
-def small_model(model_type=comfy.model_base.ModelType.EPS, seed=0, weight_dtype=torch.float32, compute_dtype=None):
-    """A MODEL whose predictions change slowly with its input, so that rounding does not grow along a trajectory."""
-    config = SmallSD({**CONFIG, "dtype": weight_dtype})
-    config.manual_cast_dtype = compute_dtype
-    model = comfy.model_base.BaseModel(config, model_type=model_type, device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.diffusion_model.named_parameters():
-        value = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
-            value *= GAINS.get(name.split(".", 1)[0], 1.0) * parameter[0].numel() ** -0.5
+@functools.cache  # to draw them takes longer than all the rest
+def _weights(seed, shapes):
+    generator, values = torch.Generator().manual_seed(seed), []
+    for name, shape in shapes:
+        value = torch.randn(shape, generator=generator)
+        if value.ndim > 1:
+            value *= GAINS.get(name.split(".", 1)[0], 1.0) * value[0].numel() ** -0.5
             value *= 2.0 if ".attn2.to_q" in name or ".attn2.to_k" in name else 1.0
         elif name.endswith("weight"):
             value = 1 + 0.02 * value
         else:
             value *= 0.02
-        parameter.data = value.to(weight_dtype)
+        values.append(value)
+    return values
+
+
+def small_model(model_type=comfy.model_base.ModelType.EPS, seed=0, weight_dtype=torch.float32, compute_dtype=None):
+    """A MODEL whose predictions change slowly with its input, so that rounding does not grow along a trajectory."""
+    config = SmallSD({**CONFIG, "dtype": weight_dtype})
+    config.manual_cast_dtype = compute_dtype
+    model = comfy.model_base.BaseModel(config, model_type=model_type, device="cpu")
+    parameters = dict(model.diffusion_model.named_parameters())
+    values = _weights(seed, tuple((name, parameter.shape) for name, parameter in parameters.items()))
+    for parameter, value in zip(parameters.values(), values):
+        parameter.data = value.clone().to(weight_dtype)
     return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
