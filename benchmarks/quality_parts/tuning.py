@@ -63,7 +63,7 @@ def compare(
     return Result(method.name, method.knob, frozen, summarize(figures), seconds, curve, each, pasted, enough), pictures
 
 
-def choose(curve: list[tuple[float, dict[str, list[float]]]], enough: float = ENOUGH) -> float:
+def choose(curve: list[tuple[float, dict[str, list[float]]]], enough: float) -> float:
     """The knob value with the lowest whole-picture error among those that edit enough; if none does, that edits most.
 
     `enough`: a hit rate, ENOUGH of that which the judge gives the ground truth: it is blind to some edits of sketches.
