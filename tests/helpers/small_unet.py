@@ -1,10 +1,13 @@
 """A small SD 1.x-shaped UNet with random weights, wrapped as ComfyUI's loaders wrap real ones."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import pytest
 import torch
 from pix2pix_zero.benchmarks.small_sd import SETTINGS, SmallSD
 
@@ -19,6 +22,8 @@ CONFIG = dict(
     transformer_depth_output=[1, 1, 2, 2],
     dtype=torch.float32,
 )
+# One transformer wherever there are any, and none at the outer level: half the work, where their number does not matter.
+SHALLOW = {"transformer_depth": [0, 1], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1]}
 
 
 @functools.cache  # to draw them takes longer than all the rest
@@ -35,6 +40,15 @@ def _weights(seed, shapes):
             value *= 0.02
         values.append(value)
     return values
+
+
+@contextlib.contextmanager
+def shallow() -> Iterator[None]:
+    """While active, models are made with few transformers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, depth in SHALLOW.items():
+            patch.setitem(CONFIG, name, depth)
+        yield
 
 
 def small_model(model_type=comfy.model_base.ModelType.EPS, seed=0, weight_dtype=torch.float32, compute_dtype=None):

@@ -8,6 +8,15 @@ import pytest
 
 
 @pytest.fixture(scope="module")
+def shallow_unet():
+    """`model` has few transformers, where their number does not matter. For `pytest.mark.usefixtures`, of a whole file."""
+    from small_unet import shallow
+
+    with shallow():
+        yield
+
+
+@pytest.fixture(scope="module")
 def model():
     """A small UNet with random weights, loaded."""
     from small_unet import loaded_small_model

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pix2pix_zero.distillation.pairs import PairFolder
+from pix2pix_zero.host.distilled.learn import main
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -31,14 +32,18 @@ def pairs(tmp_path_factory) -> Path:
     return folder.folder
 
 
-def train(pairs: Path, out: Path, *options: str, processes: bool = False) -> str:
-    """What the program says."""
+def train(pairs: Path, out: Path, *options: str, processes: bool = False) -> None:
+    """Run the program, in two processes of torchrun's or in one."""
     command = [sys.executable, *(TORCHRUN if processes else []), str(PROGRAM), "--pairs", str(pairs), "--out", str(out)]
     command += ["--device", "cpu", "--batch", "4", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return done.stderr
+
+
+def train_here(pairs: Path, out: Path, *options: str) -> None:
+    """The program without a process of its own."""
+    main(["--pairs", str(pairs), "--out", str(out), "--device", "cpu", "--batch", "4", *options])
 
 
 def test_two_processes_learn_what_one_does(pairs, tmp_path):
@@ -58,13 +63,13 @@ def test_two_processes_learn_what_one_does(pairs, tmp_path):
 def test_with_more_steps_it_goes_on_where_it_ended(pairs, tmp_path):
     file = tmp_path / "resumed.safetensors"
     for steps in (1, 3):
-        train(pairs, file, "--steps", str(steps))
+        train_here(pairs, file, "--steps", str(steps))
     with safe_open(file.with_suffix(".training"), "pt") as state:
         found = json.loads(state.metadata()["state"])
     assert found["step"] == 3 and len(found["losses"]) == 1  # noted every tenth step, from the first on
 
 
 def test_what_does_not_do_is_said_in_words(pairs, tmp_path):
-    with pytest.raises(RuntimeError, match="there are no pairs in it"):
-        train(tmp_path / "none", tmp_path / "student.safetensors")
+    with pytest.raises(SystemExit, match="there are no pairs in it"):
+        train_here(tmp_path / "none", tmp_path / "student.safetensors")
     assert not (tmp_path / "student.safetensors").exists()

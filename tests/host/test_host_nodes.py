@@ -11,30 +11,26 @@ import comfy.samplers
 import plug_and_play_runs as plugged
 import prompt_to_prompt_runs as prompted
 import pytest
-import small_unet
 import torch
 from composed_run import edit, invert
 from host_nodes import Inputs, model_nodes, patched
 from pix2pix_zero.host.sampling.checks import ddim_grid, noise_path
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from pix2pix_zero.host.views.attention_heat import mean_attention
-from small_unet import latent, loaded_small_model
+from small_unet import latent, loaded_small_model, shallow
 from tiny_clip import tiny_clip
 
 # Their own function fails on the model of these tests, which is none of theirs.
 FOR_OTHER_NETWORKS = {"ARVideoI2V", "HiDreamO1PatchSeamSmoothing", "ModelNoiseScale", "TripoSplatSamplingPreview"}
 SIZE = (8, 8)
 TARGET = "a dog on a sofa"
-SHALLOW = {"transformer_depth": [0, 1], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1]}
 
 
 class Bench:
     """A model, its inversion and every model that the host's nodes make of it."""
 
     def __init__(self, folder):
-        with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-            for name, depth in SHALLOW.items():
-                patch.setitem(small_unet.CONFIG, name, depth)
+        with torch.inference_mode(), shallow():
             self.model, self.clip = loaded_small_model(), tiny_clip()
             self.inputs = Inputs(self.model, folder)
             self.source, self.positive = (prompted.encode(self.clip, text) for text in (prompted.SOURCE, TARGET))

@@ -6,6 +6,8 @@ from pix2pix_zero.host.methods import prompt_to_prompt
 from prompt_to_prompt_runs import STEPS, Trace, branch, edit, encode, invert, maps_of, patch, sample
 from small_unet import latent
 
+pytestmark = pytest.mark.usefixtures("shallow_unet")
+
 
 @pytest.fixture(scope="module")
 def inversion(model, clip):

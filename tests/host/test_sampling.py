@@ -15,6 +15,8 @@ from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_edit import MILD, edit, invert
 from small_unet import conditioning, latent
 
+pytestmark = pytest.mark.usefixtures("shallow_unet")
+
 
 def test_a_batch_equals_single_runs(model):
     texts, edits = conditioning(rows=3), conditioning(rows=3, seed=1)
