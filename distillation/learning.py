@@ -84,6 +84,8 @@ class Training:
     ):
         self.student, self.settings, self.features, self.checkpoint = student.train(), settings, features, checkpoint
         self.pairs, self.held_out = pairs.split()
+        whole = int(pairs.areas.min()) == 255
+        self.weights = settings.weights.for_whole_pictures() if whole else settings.weights
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.optimizers = make_optimizers(student, settings.learning_rate)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -166,15 +168,15 @@ class Training:
     def _backward(self) -> tuple[Tensor, Tensor, bool]:
         """The gradients of one step: (the whole loss, the loss without the adversary's part, whether it takes part)."""
         source, target, area = self._draw()
-        counted = pixel_weights(source, target, area, self.settings.weights)
+        counted = pixel_weights(source, target, area, self.weights)
         with torch.autocast(self.device.type, self._half) if self.settings.half else contextlib.nullcontext():
             output = self.student(source)
         output = output.float()
         loss = pixel_loss(output, target, counted)
-        if self.settings.weights.slopes:
-            loss = loss + self.settings.weights.slopes * slope_loss(output, target, counted)
-        if self.features is not None and self.settings.weights.features:
-            loss = loss + self.settings.weights.features * feature_loss(self.features, output, target)
+        if self.weights.slopes:
+            loss = loss + self.weights.slopes * slope_loss(output, target, counted)
+        if self.features is not None and self.weights.features:
+            loss = loss + self.weights.features * feature_loss(self.features, output, target)
         opposed = self.adversary is not None and self.progress >= BEGINS
         whole = loss + self.adversary.toward_teacher(source, output, target, loss) if opposed else loss
         self.student.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """What a student is told of its error."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ Features = Callable[[Tensor], list[Tensor]]
 @dataclass(frozen=True)
 class LossWeights:
     """`inside`: how much more a pixel of the edited area counts. `change`: how much more one counts that turns from black to
-    white, so that what has to disappear does not stay as a ghost. `slopes`: of the slope error beside the pixels': thin lines
+    white, so that what has to disappear does not stay as a ghost; not where whole pictures are edited, see
+    `for_whole_pictures`. `slopes`: of the slope error beside the pixels': thin lines
     that are left are small in the pixels, and large in the slopes. `features`: of the feature error beside the pixels'.
     """
 
@@ -23,6 +24,12 @@ class LossWeights:
     change: float = 16.0
     slopes: float = 4.0
     features: float = 0.1
+
+    def for_whole_pictures(self) -> "LossWeights":
+        """Where all is edited, everything changes and nothing has to disappear. A teacher that now and then moves a thing would
+        only be outvoted there: the pixels that it left changed most and would count for several that it kept.
+        """
+        return replace(self, change=0.0)
 
 
 def pixel_weights(source: Tensor, target: Tensor, area: Tensor, weights: LossWeights) -> Tensor:

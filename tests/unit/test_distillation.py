@@ -120,6 +120,29 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
     assert Training(student(), pairs(), SETTINGS, checkpoint=file).step == 20
 
 
+class OneGray(nn.Module):
+    """The same gray everywhere, which it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.gray = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, pictures):
+        return self.gray * torch.ones_like(pictures)
+
+
+@pytest.mark.parametrize(("whole", "learnt"), [(True, 0.8), (False, 0.1)])
+def test_what_a_teacher_keeps_more_often_than_not_stays_where_whole_pictures_are_edited(whole, learnt):
+    """Two of five pairs lose a white thing that the others keep. In a limited area all that disappears counts more."""
+    edited = torch.full((40, 3, 8, 8), round(255 * 0.8), dtype=torch.uint8)
+    edited[::5] = edited[1::5] = round(255 * 0.1)
+    areas = torch.full((40, 1, 8, 8), 255, dtype=torch.uint8)
+    areas[0, 0, 0, 0] = 255 if whole else 0
+    data = Pairs([str(index) for index in range(40)], torch.full_like(edited, 255), edited, areas)
+    run = Training(OneGray(), data, dataclasses.replace(SETTINGS, batch=40))
+    assert run.run()(torch.ones(1, 3, 8, 8)).mean().item() == pytest.approx(learnt, abs=0.03)
+
+
 def test_pixels_that_must_change_count_more():
     source, target, area = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
     area[..., :2] = 1
