@@ -16,8 +16,8 @@ Features = Callable[[Tensor], list[Tensor]]
 class LossWeights:
     """`inside`: how much more a pixel of the edited area counts. `change`: how much more one counts that turns from black to
     white, so that what has to disappear does not stay as a ghost; not where whole pictures are edited, see
-    `for_whole_pictures`. `slopes`: of the slope error beside the pixels': thin lines
-    that are left are small in the pixels, and large in the slopes. `features`: of the feature error beside the pixels'.
+    `for_whole_pictures`. `slopes`: of the slope error beside the pixels': thin lines that are left are small in the pixels, and
+    large in the slopes. `features`: of the feature error beside the pixels'.
     """
 
     inside: float = 4.0
@@ -26,8 +26,8 @@ class LossWeights:
     features: float = 0.1
 
     def for_whole_pictures(self) -> "LossWeights":
-        """Where all is edited, everything changes and nothing has to disappear. A teacher that now and then moves a thing would
-        only be outvoted there: the pixels that it left changed most and would count for several that it kept.
+        """The same without `change`. Where all is edited, everything changes and nothing has to disappear. The pixels that a
+        teacher clears when it moves a thing change most there: with `change`, a few such pairs outvote the many that keep it.
         """
         return replace(self, change=0.0)
 
