@@ -33,6 +33,7 @@ class Recipe:
     edit: str
     pairs: int = 1872
     pair_minutes: float | None = None
+    in_place: float = 1.0
     train_steps: int = 2000
     minutes: float | None = None
     steps: int = 15
@@ -64,6 +65,7 @@ def quiet_host(device: str) -> None:
 
 def distill(work: Path, recipe: Recipe, device: str) -> dict[str, object]:
     """Run what is missing of a recipe in `work`; its figures, which are also written beside the student."""
+    from ..distillation.kept_edges import most_in_place
     from ..distillation.pairs import PairFolder
 
     folder = work / recipe.edit
@@ -74,10 +76,13 @@ def distill(work: Path, recipe: Recipe, device: str) -> dict[str, object]:
     _draw(recipe, [(tests, test_seeds, None), (training, seeds, recipe.pair_minutes)], device)
     wanted = {str(seed) for seed in seeds}
     keys = [key for key in PairFolder(training).keys() if key in wanted]
-    log.info("%d pairs, %d test scenes", len(keys), recipe.tests)
-    student, curve = _train(recipe, folder, PairFolder(training).read(keys), device)
+    pairs = PairFolder(training).read(keys)
+    if recipe.in_place < 1:
+        pairs = most_in_place(pairs, recipe.in_place)
+    log.info("%d pairs of %d, %d test scenes", len(pairs), len(keys), recipe.tests)
+    student, curve = _train(recipe, folder, pairs, device)
     tested = PairFolder(tests).read([str(seed) for seed in test_seeds])
-    figures = _measure(recipe, folder, tested, student, len(keys))
+    figures = _measure(recipe, folder, tested, student, len(pairs))
     figures |= {"teacher_seconds": round(_teacher_seconds(recipe), 3), "recipe": asdict(recipe), "held_out": curve}
     (folder / f"{recipe.edit}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     log.info("teacher: %s s a picture on %s; wrote %s", figures["teacher_seconds"], device, folder)
@@ -219,6 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--edit", required=True, metavar="NAME", help="cat2dog, day2night or another of `bench quality`")
     add("--pairs", type=int, default=Recipe.pairs, help="default: %(default)s")
     add("--pair-minutes", type=float, help="no pairs after that (default: no limit)")
+    add(
+        "--in-place",
+        type=float,
+        default=Recipe.in_place,
+        help="part of the pairs to train on, those whose edges stayed best where they were (default: %(default)s, all)",
+    )
     add("--train-steps", type=int, default=Recipe.train_steps, help="of the student (default: %(default)s)")
     add(
         "--minutes",

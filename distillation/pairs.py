@@ -59,9 +59,10 @@ class Pairs:
         held = [is_held_out(key) for key in self.keys]
         if all(held) or not any(held):
             held = [index == 0 for index in range(len(held))]
-        return self._where([not flag for flag in held]), self._where(held)
+        return self.only([not flag for flag in held]), self.only(held)
 
-    def _where(self, flags: list[bool]) -> "Pairs":
+    def only(self, flags: list[bool]) -> "Pairs":
+        """Those whose flag is set."""
         indices = [index for index, flag in enumerate(flags) if flag]
         keys = [self.keys[index] for index in indices]
         return Pairs(keys, self.sources[indices], self.edited[indices], self.areas[indices])
