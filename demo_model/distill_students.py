@@ -23,6 +23,21 @@ log = logging.getLogger("pix2pix_zero.distilled")
 PAIR_SEED = 1_000_000  # as all training scenes
 TEST_SEED = 300_000  # of `bench quality`
 SHOWN = 16
+CHECKPOINT = "checkpoint.safetensors"
+# What a training that has begun keeps: with others of these, a finished one would be measured as if it had them.
+KEPT = (
+    "pairs",
+    "pair_minutes",
+    "in_place",
+    "steps",
+    "batch",
+    "crop",
+    "learning_rate",
+    "features",
+    "mirror",
+    "half",
+    "seed",
+)
 SAY_EVERY = 120.0  # seconds: measuring costs as much as some steps
 
 
@@ -61,6 +76,29 @@ def quiet_host(device: str) -> None:
     comfy.utils.set_progress_bar_enabled(False)
     if device == "cpu":
         torch.set_num_threads(1)
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Keep what a training in `folder` begins with. Raises ValueError if `recipe` can't be, or if another one has begun there."""
+    from ..benchmarks.quality_parts.scenes import EDITS
+
+    if recipe.edit not in EDITS:
+        raise ValueError(f"--edit {recipe.edit}: there is none. Give one of {', '.join(EDITS)}.")
+    if not 0 < recipe.in_place <= 1:
+        raise ValueError(f"--in-place {recipe.in_place:g}: give a part of the pairs, above 0 and up to 1.")
+    if recipe.in_place < 1 and not EDITS[recipe.edit].whole_picture:
+        raise ValueError(
+            f"--in-place: the edges of {recipe.edit} have to change. It is for edits of the whole picture."
+        )
+    begun, ours = folder / "recipe.json", {name: getattr(recipe, name) for name in KEPT}
+    if (folder / CHECKPOINT).is_file() and begun.is_file():
+        other = json.loads(begun.read_text(encoding="utf-8"))
+        unlike = [name for name in KEPT if other.get(name) != ours[name]]
+        if unlike:
+            was = ", ".join(f"{name} {other.get(name)}" for name in unlike)
+            raise ValueError(f"{folder / CHECKPOINT} was begun with {was}. Give the same, or remove it to begin anew.")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(ours) + "\n", encoding="utf-8")
 
 
 def distill(work: Path, recipe: Recipe, device: str) -> dict[str, object]:
@@ -135,7 +173,7 @@ def _train(recipe: Recipe, folder: Path, pairs, device: str) -> tuple[torch.nn.M
     )
     features = EncoderFeatures(load_demo_model()[2], device) if recipe.features else None
     student = make_student(seed=recipe.seed).to(device, memory_format=torch.channels_last)
-    run = Training(student, pairs.to(device), settings, features, folder / "checkpoint.safetensors")
+    run = Training(student, pairs.to(device), settings, features, folder / CHECKPOINT)
     curve: list[tuple[int, float]] = []
     said = time.monotonic()
 
@@ -228,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--in-place",
         type=float,
         default=Recipe.in_place,
-        help="part of the pairs to train on, those whose edges stayed best where they were (default: %(default)s, all)",
+        help="part of the pairs to train on, those whose edges stayed best in place; for edits of the whole picture "
+        "(default: %(default)s, all)",
     )
     add("--train-steps", type=int, default=Recipe.train_steps, help="of the student (default: %(default)s)")
     add(
@@ -271,7 +310,12 @@ def main(arguments: list[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     quiet_host(device)
-    distill(work, Recipe(**given), device)
+    recipe = Recipe(**given)
+    try:
+        check_recipe(work / recipe.edit, recipe)
+    except ValueError as failure:
+        parser.error(str(failure))
+    distill(work, recipe, device)
 
 
 if __name__ == "__main__":
