@@ -234,7 +234,8 @@ def gligen(texts: list, branch: str) -> list:
     """A text for a box, by its module at each spatial transformer of the UNet."""
     if branch == "negative":
         return texts
-    widths = [64, 128, 128, 128, 128, 64, 64]  # of its spatial transformers
+    narrow = CONFIG["model_channels"]
+    widths = [narrow, *[2 * narrow] * 4, narrow, narrow]  # of its spatial transformers
     modules = [comfy.gligen.GatedSelfAttentionDense(width, CONTEXT_DIM, 4, width // 4) for width in widths]
     for module in modules:
         module.register_forward_pre_hook(lambda module, args: module.to(args[0].dtype) and None)

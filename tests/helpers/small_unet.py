@@ -24,6 +24,8 @@ CONFIG = dict(
 )
 # One transformer wherever there are any, and none at the outer level: half the work, where their number does not matter.
 SHALLOW = {"transformer_depth": [0, 1], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1]}
+# A quarter of the weights, where no size of theirs matters.
+NARROW = {"model_channels": 32}
 
 
 @functools.cache  # to draw them takes longer than all the rest
@@ -43,11 +45,11 @@ def _weights(seed, shapes):
 
 
 @contextlib.contextmanager
-def shallow() -> Iterator[None]:
-    """While active, models are made with few transformers."""
+def changed(settings: dict[str, object]) -> Iterator[None]:
+    """While active, models are made with these in the place of those in `CONFIG`, as `SHALLOW` or `NARROW`."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, depth in SHALLOW.items():
-            patch.setitem(CONFIG, name, depth)
+        for name, value in settings.items():
+            patch.setitem(CONFIG, name, value)
         yield
 
 

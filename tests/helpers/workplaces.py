@@ -16,7 +16,7 @@ from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.trajectory import Inversion
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
-from small_unet import conditioning, latent, shallow, small_model
+from small_unet import SHALLOW, changed, conditioning, latent, small_model
 from tiny_clip import tiny_clip
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Workplace:
         self.clip = tiny_clip()
 
     def new_model(self, **options):
-        with shallow():
+        with changed(SHALLOW):
             model = small_model(**options).model
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=self.device, offload_device=CPU)
         # As the host chooses on a GPU; on a CPU it would sum in another order.

@@ -10,9 +10,18 @@ import pytest
 @pytest.fixture(scope="module")
 def shallow_unet():
     """`model` has few transformers, where their number does not matter. For `pytest.mark.usefixtures`, of a whole file."""
-    from small_unet import shallow
+    from small_unet import SHALLOW, changed
 
-    with shallow():
+    with changed(SHALLOW):
+        yield
+
+
+@pytest.fixture(scope="module")
+def narrow_unet():
+    """`model` has few channels, where their number does not matter. For `pytest.mark.usefixtures`, of a whole file."""
+    from small_unet import NARROW, changed
+
+    with changed(NARROW):
         yield
 
 

@@ -12,7 +12,7 @@ SAMPLERS = sorted({*comfy.samplers.KSAMPLER_NAMES, "ddim", "uni_pc", "uni_pc_bh2
 # They go along the estimate alone, from level to level, as the inversion has come: its residuals are for them.
 DDIM_STEPS = {"euler", "ddim"}
 TARGET = "a dog on a sofa"
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from tiny_clip import tiny_clip
 
 import nodes as core
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 STRENGTH = 0.005
 TEXTS = conditioning(), conditioning(seed=1), conditioning(seed=9)
 

@@ -14,6 +14,8 @@ from small_unet import conditioning, latent
 
 import nodes as core
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 STRENGTH = 0.005
 HEIGHT, WIDTH = 8, 12
 

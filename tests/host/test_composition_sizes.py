@@ -19,6 +19,8 @@ from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_unet import CONTEXT_DIM, TOKENS, conditioning, latent
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 STRENGTH = 0.005
 MILD = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
 

@@ -23,6 +23,8 @@ from small_unet import conditioning
 
 import nodes as core
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 STRENGTH = 0.005
 
 

@@ -13,7 +13,7 @@ from pix2pix_zero.nodes.reference import Pix2PixZeroReference
 from pix2pix_zero.nodes.sockets import with_defaults
 from small_unet import conditioning, latent, loaded_small_model
 
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 UNREGULARIZED = {"autocorrelation_weight": 0.0, "kl_weight": 0.0, "regularization_steps": 0, "map_memory": 0}
 

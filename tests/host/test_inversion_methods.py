@@ -14,7 +14,7 @@ from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from small_edit import OFF, edit, invert
 from small_unet import conditioning, latent, small_model
 
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
 def test_the_unedited_picture_comes_back_exactly(model):

@@ -21,6 +21,8 @@ from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from small_edit import edit, invert
 from small_unet import conditioning, latent, loaded_small_model
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 
 def cached(model, kind):
     with torch.inference_mode():

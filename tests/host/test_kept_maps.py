@@ -11,7 +11,7 @@ from pix2pix_zero.host.unet.jobs import attention_state, for_own_sampler
 from small_edit import counted_edits, edit, invert
 from small_unet import latent, small_model
 
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
 @pytest.mark.parametrize("method", ["direct", "fixed-point"])

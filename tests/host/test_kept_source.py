@@ -13,7 +13,7 @@ from pix2pix_zero.host.methods.prompt_edit import KeptEstimate
 from pix2pix_zero.host.sampling.source import NoiseMask
 from small_unet import latent
 
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 SAMPLERS = comfy.samplers.KSAMPLER_NAMES + ["ddim", "uni_pc", "uni_pc_bh2"]
 # Those that end at the last level but zero, and how near to the source there, as part of its spread: dpm_fast goes on

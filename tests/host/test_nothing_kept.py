@@ -14,6 +14,8 @@ from pix2pix_zero.host.unet.memory import MODES
 from plain_unet import PlainUNet, guider_gradient
 from small_unet import conditioning
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 
 def live_tensors() -> int:
     gc.collect()

@@ -7,7 +7,7 @@ from pix2pix_zero.editing.guidance import plain_step
 from pix2pix_zero.host import running
 from small_edit import counted_edits, edit, invert
 
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. (test)")
 

@@ -7,6 +7,8 @@ from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_ref
 from prompt_to_prompt_runs import SOURCE, STEPS, Trace, apply_maps, branch, edit, encode, invert, maps_of, patch, sample
 from small_unet import latent, small_model
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 
 @pytest.fixture(scope="module")
 def inversion(model, clip):

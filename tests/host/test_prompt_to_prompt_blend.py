@@ -6,7 +6,7 @@ from pix2pix_zero.host.methods import prompt_to_prompt
 from prompt_to_prompt_runs import STEPS, Trace, branch, edit, encode, invert, maps_of, patch, sample
 from small_unet import latent
 
-pytestmark = pytest.mark.usefixtures("shallow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
 @pytest.fixture(scope="module")
