@@ -234,8 +234,8 @@ def gligen(texts: list, branch: str) -> list:
     """A text for a box, by its module at each spatial transformer of the UNet."""
     if branch == "negative":
         return texts
-    narrow = CONFIG["model_channels"]
-    widths = [narrow, *[2 * narrow] * 4, narrow, narrow]  # of its spatial transformers
+    channels = CONFIG["model_channels"]
+    widths = [channels, *[2 * channels] * 4, channels, channels]  # of its spatial transformers
     modules = [comfy.gligen.GatedSelfAttentionDense(width, CONTEXT_DIM, 4, width // 4) for width in widths]
     for module in modules:
         module.register_forward_pre_hook(lambda module, args: module.to(args[0].dtype) and None)
