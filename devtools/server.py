@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from .environment import Environment, link_folder, sees_gpu, unlink_folder
 from .hosts import ROOT
@@ -116,7 +115,16 @@ class Server:
             if not self.foreground:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 stream = cleanup.enter_context(self.log.open("wb"))
-            self._process = self._begin(self._command(base), stream)
+            self._process = subprocess.Popen(
+                self._command(base),
+                cwd=self.environment.comfyui.path,
+                env=self.environment.variables(**self._variables),
+                stdin=subprocess.PIPE,  # host_main.py ends when this pipe does
+                stdout=stream,
+                stderr=stream and subprocess.STDOUT,
+                # a Ctrl-C in the terminal is ours alone: we end the server, once
+                start_new_session=True,
+            )
             cleanup.callback(stop, self._process)
             self._wait_until_ready()
             self._cleanup = cleanup.pop_all()
@@ -124,18 +132,6 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self._cleanup.close()
-
-    def _begin(self, command: list[str], stream: IO[bytes] | None) -> subprocess.Popen:
-        return subprocess.Popen(
-            command,
-            cwd=self.environment.comfyui.path,
-            env=self.environment.variables(**self._variables),
-            stdin=subprocess.PIPE,  # host_main.py ends when this pipe does
-            stdout=stream,
-            stderr=stream and subprocess.STDOUT,
-            # a Ctrl-C in the terminal is ours alone: we end the server, once
-            start_new_session=True,
-        )
 
     def _command(self, base: Path) -> list[str]:
         comfyui = self.environment.comfyui

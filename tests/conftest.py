@@ -121,9 +121,22 @@ def run_node():
 
 
 @pytest.fixture(scope="session")
-def start_server(pytestconfig: pytest.Config) -> Callable:
+def quick_environment(pytestconfig: pytest.Config) -> Iterator:
+    """The environment of the tests, whose Python has imported what takes ComfyUI long before it is called."""
+    from forked_python import forking
+    from pix2pix_zero.devtools.environment import running
+    from pix2pix_zero.devtools.process import one_thread
+
+    if pytestconfig.getoption("--gpu"):
+        yield running()
+        return
+    with forking(running(), {**one_thread(), "HF_HUB_OFFLINE": "1"}) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def start_server(pytestconfig: pytest.Config, quick_environment) -> Callable:
     """`with start_server(*options) as server`: the real ComfyUI with the pack, with further options of its own."""
-    from pix2pix_zero.devtools.environment import running as environment
     from pix2pix_zero.devtools.process import one_thread
     from pix2pix_zero.devtools.server import Server
 
@@ -134,7 +147,7 @@ def start_server(pytestconfig: pytest.Config) -> Callable:
         gpu = None if pytestconfig.getoption("--gpu") else False
         settings = dict(options=["--disable-api-nodes", *options], gpu=gpu, variables=one_thread())
         try:
-            with Server(environment(), **settings) as server:
+            with Server(quick_environment, **settings) as server:
                 yield server
         finally:
             offline.undo()

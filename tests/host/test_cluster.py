@@ -12,7 +12,6 @@ import pytest
 from cluster_runs import Program, cluster_python, edit_workflow, pixels, presses_ctrl_c, write_scenes
 from PIL import Image
 from pix2pix_zero.devtools import server as servers
-from pix2pix_zero.devtools.environment import running
 from pix2pix_zero.devtools.process import one_thread
 from pix2pix_zero.editing.writing import TEMPORARY
 
@@ -37,11 +36,11 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(work):
+def command(work, quick_environment):
     """`command(out)`: the arguments of a run on two servers of its own."""
 
     def arguments(out: Path) -> list[object]:
-        here = running()
+        here = quick_environment
         theirs = ["--base-directory", work / "base", "--cpu", "--disable-api-nodes"]
         spawn = ["--spawn", 2, "--comfyui", here.comfyui.path, "--python", here.python]
         return [*asked(work, out), *spawn, "--", *theirs]
@@ -54,10 +53,10 @@ def asked(work: Path, out: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def one_server(work):
+def one_server(work, quick_environment):
     """A server that somebody else has started."""
-    options = ["--disable-api-nodes"]
-    with servers.Server(running(), keep=work / "base", options=options, gpu=False, variables=one_thread()) as up:
+    settings = dict(keep=work / "base", options=["--disable-api-nodes"], gpu=False, variables=one_thread())
+    with servers.Server(quick_environment, **settings) as up:
         yield up
 
 

@@ -1,8 +1,8 @@
 """An edit distilled on a real server, and its file in the stock nodes of a server that does not have this pack."""
 
+import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,22 @@ PAIRS = 50
 FILE = "pix2pix_zero/inverted_00001.safetensors"
 
 
-def started(base: Path, with_pack: bool, patch: pytest.MonkeyPatch):
-    import comfy
-    from comfyui_version import __version__
+@pytest.fixture(scope="module")
+def started(quick_environment):
+    """`with started(base, with_pack) as server`: a server with this base directory."""
     from pix2pix_zero.devtools import server as servers
-    from pix2pix_zero.devtools.environment import Environment
-    from pix2pix_zero.devtools.hosts import ComfyUI
     from pix2pix_zero.devtools.process import one_thread
 
-    if not with_pack:
-        patch.setattr(servers, "link_folder", lambda link, target: None)
-    environment = Environment(ComfyUI(Path(next(iter(comfy.__path__))).parent, __version__), Path(sys.prefix))
-    return servers.Server(environment, keep=base, options=["--disable-api-nodes"], gpu=False, variables=one_thread())
+    @contextlib.contextmanager
+    def start(base: Path, with_pack: bool):
+        settings = dict(keep=base, options=["--disable-api-nodes"], gpu=False, variables=one_thread())
+        with pytest.MonkeyPatch.context() as patch:
+            if not with_pack:
+                patch.setattr(servers, "link_folder", lambda link, target: None)
+            with servers.Server(quick_environment, **settings) as server:
+                yield server
+
+    return start
 
 
 def pixels(png: bytes) -> torch.Tensor:
@@ -65,8 +69,8 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(base):
-    with pytest.MonkeyPatch.context() as patch, started(base, True, patch) as server:
+def running(base, started):
+    with started(base, with_pack=True) as server:
         yield server
 
 
@@ -107,7 +111,7 @@ def test_a_picture_past_the_end_ends_the_run_in_words(running):
         running.run(graph.api(running.object_info()))
 
 
-def test_the_student_runs_in_stock_nodes_on_a_server_without_the_pack(running, base, tmp_path):
+def test_the_student_runs_in_stock_nodes_on_a_server_without_the_pack(running, started, base, tmp_path):
     """Its pictures are those of the student's own call."""
     from pix2pix_zero.host.networks.students import load_student
 
@@ -118,7 +122,7 @@ def test_the_student_runs_in_stock_nodes_on_a_server_without_the_pack(running, b
     (bare / "input").mkdir()
     source = Image.open(base / "input" / "scenes" / "7.png").resize((44, 60))
     source.save(bare / "input" / "7.png")
-    with pytest.MonkeyPatch.context() as patch, started(bare, False, patch) as server:
+    with started(bare, with_pack=False) as server:
         info = server.object_info()
         assert not [name for name in info if name.startswith("Pix2PixZero")]
         graph = Graph()

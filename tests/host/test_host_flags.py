@@ -5,18 +5,12 @@ Flags that exclude each other are spread over the servers, with several on each.
 """
 
 import io
-import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from comfy.cli_args import parser
-from forked_servers import Forked, Nursery
 from PIL import Image
-from pix2pix_zero.devtools.environment import running as environment
 from pix2pix_zero.devtools.graphs import Graph
-from pix2pix_zero.devtools.process import one_thread
-from pix2pix_zero.devtools.server import Server
 
 STEPS = 4
 # By what is tried: flags, and how far a picture may be from the plain server's on average, of 255. Whole steps of the last
@@ -39,18 +33,6 @@ FLAGS = {
     "bf16": ("--bf16-unet --bf16-vae --bf16-text-enc --dont-upcast-attention", 1.0),
     "fp8": ("--fp8_e4m3fn-unet --fp8_e4m3fn-text-enc --cpu-vae", 10.0),
 }
-
-
-class ForkedServer(Server):
-    """Forked where the system can."""
-
-    def __init__(self, nursery: Nursery | None, options: list[str]):
-        variables = {**one_thread(), "HF_HUB_OFFLINE": "1"}
-        super().__init__(environment(), options=["--disable-api-nodes", *options], gpu=False, variables=variables)
-        self._nursery = nursery
-
-    def _begin(self, command, stream):
-        return super()._begin(command, stream) if self._nursery is None else Forked(self._nursery, command, self.log)
 
 
 def graph() -> tuple[Graph, dict[str, str]]:
@@ -107,10 +89,10 @@ def graph() -> tuple[Graph, dict[str, str]]:
     return graph, shown
 
 
-def results(nursery: Nursery | None, flags: list[str]) -> dict:
+def results(start_server, flags: list[str]) -> dict:
     """By name, the pictures [H, W, 3] in 0..255, and the caption, of a run after one that leaves its inversion behind."""
     workflow, shown = graph()
-    with ForkedServer(nursery, flags) as server:
+    with start_server(*flags) as server:
         api = workflow.api(server.object_info())
         sampler = workflow.only("Pix2PixZeroKSampler").key
         other = {**api, sampler: {**api[sampler], "inputs": {**api[sampler]["inputs"], "cfg": 3.0}}}
@@ -126,17 +108,8 @@ def results(nursery: Nursery | None, flags: list[str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery | None]:
-    if not hasattr(os, "fork"):
-        yield None
-        return
-    with Nursery(environment(), {**one_thread(), "HF_HUB_OFFLINE": "1"}) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def plain(nursery) -> dict:
-    return results(nursery, [])
+def plain(start_server) -> dict:
+    return results(start_server, [])
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -151,9 +124,9 @@ def test_without_flags_every_method_edits(plain):
 
 
 @pytest.mark.parametrize("tried", FLAGS)
-def test_flags_leave_every_result_as_it_is(nursery, plain, tried):
+def test_flags_leave_every_result_as_it_is(start_server, plain, tried):
     flags, tolerance = FLAGS[tried]
-    found = results(nursery, known(flags))
+    found = results(start_server, known(flags))
     assert found["caption"] == plain["caption"]
     off = {name: distance(found[name], plain[name]) for name in found if name not in ("caption", "heat")}
     assert max(off.values()) <= tolerance, off

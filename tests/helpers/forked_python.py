@@ -1,0 +1,155 @@
+"""A Python that has imported what takes ComfyUI long before it is called: each call of it is a fork.
+
+Run as a program, this is the process that is forked. Nothing of ComfyUI is imported before the fork, so that a server reads
+its own flags. `ask_for_fork.py` is what a call runs.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+# Of the host's imports those that take longest and know nothing of its flags.
+HEAVY = (
+    "torch",
+    "torch._dynamo",
+    "torchvision.transforms",
+    "torchsde",
+    "transformers.models.clip.tokenization_clip",
+    "kornia",
+    "sqlalchemy.orm",
+    "alembic.command",
+    "aiohttp.web",
+    "comfy_kitchen",
+    "scipy.signal",
+    "scipy.stats",
+    "spandrel",
+    "av",
+    "pydantic_settings",
+)
+ASK = Path(__file__).with_name("ask_for_fork.py")
+
+
+@contextlib.contextmanager
+def forking(environment, variables: dict[str, str]) -> Iterator:
+    """While active, an `Environment` like this one whose `python` is forked; the same one where no system can fork.
+
+    `variables`: those that libraries read when they are imported.
+    """
+    if not hasattr(os, "fork"):
+        yield environment
+        return
+    from pix2pix_zero.devtools.environment import Environment
+
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder:  # a socket's path may have 107 letters
+        door, python = Path(folder, "door"), Path(folder, "python")
+
+        class Forking(Environment):
+            @property
+            def python(self) -> Path:
+                return python
+
+        python.write_text(f'#!/bin/sh\nexec {shlex.join([str(environment.python), "-IS", str(ASK), str(door)])} "$@"\n')
+        python.chmod(0o700)
+        command = [environment.python, __file__, door]
+        own = environment.variables(**variables, PYTHONPATH="")  # each call has its own
+        process = subprocess.Popen(command, cwd=folder, env=own, stdin=subprocess.PIPE, start_new_session=True)
+        try:
+            while not door.exists():
+                if process.poll() is not None:
+                    raise RuntimeError("the process that servers are forked from has ended")
+                threading.Event().wait(0.02)
+            yield Forking(environment.comfyui, environment.folder)
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def _serve(path: str) -> None:
+    """Fork for each call at this socket, until our standard input ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(path + ".new")
+        door.listen(64)
+        os.rename(path + ".new", path)
+        for name in HEAVY:
+            if find_spec(name.partition(".")[0]) is not None:
+                import_module(name)
+        gc.collect()
+        gc.freeze()
+        while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
+            call, _ = door.accept()
+            with call:
+                if not os.fork():
+                    door.close()
+                    _become(call)
+
+
+def _become(call: socket.socket) -> None:
+    """The Python that was called, with the arguments, variables, folder and files of the caller."""
+    size, descriptors, *_ = socket.recv_fds(call, 8, 3)
+    with call.makefile("rb") as stream:
+        request = json.loads(stream.read(int.from_bytes(size, "big")))
+    for target, source in enumerate(descriptors):
+        os.dup2(source, target)
+        os.close(source)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["variables"])
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    threading.Thread(target=_end_with, args=(call,), daemon=True).start()
+    status = _run(request["arguments"])
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with contextlib.suppress(OSError):
+        call.sendall(bytes([status]))
+    os._exit(status)
+
+
+def _end_with(call: socket.socket) -> None:
+    call.recv(1)  # the caller sends no more: it has ended
+    os._exit(1)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit status of `python ARGUMENTS`: `-c PROGRAM ...` or `FILE ...`."""
+    try:
+        if arguments[0] == "-c":
+            sys.argv[:], sys.path[0] = ["-c", *arguments[2:]], ""
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(arguments[1], "<string>", "exec"), vars(main))  # noqa: S102
+        else:
+            sys.argv[:], sys.path[0] = arguments, os.path.dirname(arguments[0])
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        sys.stderr.write(f"{end.code}\n")
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
