@@ -1,5 +1,7 @@
 """`guidance_strength` means the same on every family of UNets, at every size: the part of the distance that a step closes."""
 
+import functools
+
 import comfy.samplers
 import pytest
 import torch
@@ -19,17 +21,18 @@ UNBOUNDED = 1e9
 class Place:
     """A latent beside the source's, on a family of random weights. `ours`: (gradient, distance) of this pack's passes."""
 
-    def __init__(self, family: str, size: tuple[int, int]):
-        self.family = family
-        with torch.inference_mode():
-            self.model = small_family(family)
+    def __init__(self, family: str, size: tuple[int, int], model, exact: Float64UNet):
+        self.model, self.exact = model, exact
         self.source, self.positive = texts(family), texts(family, seed=1)
         self.sigma = float(self.model.model.model_sampling.sigmas[TIMESTEP])
         scale = (1 + self.sigma**2) ** 0.5
         generator = torch.Generator().manual_seed(1)
         self.x = scale * torch.randn(1, 4, *size, generator=generator)
         self.x_source = self.x + 0.3 * scale * torch.randn(self.x.shape, generator=generator)
-        self.exact = Float64UNet(family, self.model)
+
+    @functools.cached_property
+    def here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gradient(self.x)
 
     def gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.exact.gradient(TIMESTEP, self.x_source, x, self.source, self.positive)
@@ -54,31 +57,44 @@ class Place:
         return cross_attention_sites(self.model.model.diffusion_model)
 
 
+@pytest.fixture(scope="module")
+def place_of():
+    """`place_of(family, size)`: a `Place`. Those of one family share their model."""
+
+    @functools.cache
+    def models(family):
+        with torch.inference_mode():
+            model = small_family(family)
+        return model, Float64UNet(family, model)
+
+    return functools.cache(lambda family, size: Place(family, size, *models(family)))
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_step_closes_the_part_of_the_distance_that_it_says(family, size):
-    place = Place(family, size)
-    gradient, distance = place.gradient(place.x)
+def test_a_step_closes_the_part_of_the_distance_that_it_says(place_of, family, size):
+    place = place_of(family, size)
+    gradient, distance = place.here
     _, after = place.gradient(place.x + distance_step(gradient, distance, PART, UNBOUNDED))
     closed = float((distance - after) / distance)
     assert closed == pytest.approx(PART, rel=0.15)
 
 
-def test_the_papers_step_closes_another_part_on_every_family():
+def test_the_papers_step_closes_another_part_on_every_family(place_of):
     """So one strength could not be right for all of them."""
     parts = []
     for family in FAMILY_NAMES:
-        place = Place(family, SIZES[1])
-        gradient, distance = place.gradient(place.x)
+        place = place_of(family, SIZES[1])
+        gradient, distance = place.here
         _, after = place.gradient(place.x + plain_step(gradient, place.sigma, 1e-4))
         parts.append(float((distance - after) / distance))
     assert max(parts) > 2 * min(parts)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_a_step_of_the_models_own_passes_is_that_of_float64(family):
-    place = Place(family, SIZES[1])
-    expected = distance_step(*place.gradient(place.x), PART, UNBOUNDED)
+def test_a_step_of_the_models_own_passes_is_that_of_float64(place_of, family):
+    place = place_of(family, SIZES[1])
+    expected = distance_step(*place.here, PART, UNBOUNDED)
     ours = distance_step(*place.ours(), PART, UNBOUNDED)
     assert float((ours - expected).norm() / expected.norm()) <= 2e-4
     assert len(place.sites()) == FAMILIES[family].sites
