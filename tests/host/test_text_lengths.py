@@ -1,5 +1,6 @@
 """Guided edits whose text is longer or shorter than the inversion's caption: what both have is matched, the rest is free."""
 
+import functools
 import itertools
 from dataclasses import replace
 from unittest.mock import patch
@@ -86,25 +87,33 @@ def test_words_that_are_added_are_free_to_draw(model):
     assert gradient.norm() <= 1e-4 * other_gradient.norm()
 
 
-@pytest.mark.parametrize(("preset", "longer"), zip(PRESETS, itertools.cycle(["source", "positive"])))
-def test_every_preset_makes_the_edit_of_a_text_from_its_repetition(model, preset, longer):
-    texts = {"source": conditioning(), "positive": conditioning(seed=1)}
+@pytest.fixture(scope="module")
+def inverted(model):
+    """`inverted(repeat)`: of the caption, or of its repetition."""
+    caption = conditioning()
+    return functools.cache(
+        lambda repeat: invert(model, repeated(caption) if repeat else caption, latent(1, 8, 8), method="direct")
+    )
 
+
+@pytest.mark.parametrize(("preset", "longer"), zip(PRESETS, itertools.cycle(["source", "positive"])))
+def test_every_preset_makes_the_edit_of_a_text_from_its_repetition(model, inverted, preset, longer):
     alone = PRESETS[preset].paper_step is not None
 
-    def run(strength=10 * LAMBDA if preset == "official" else LAMBDA if alone else STRENGTH):
-        inversion = invert(model, texts["source"], latent(1, 8, 8), method="direct")
-        positive = texts["positive"]
+    def run(repeat, strength=10 * LAMBDA if preset == "official" else LAMBDA if alone else STRENGTH):
+        inversion = inverted(repeat and longer == "source")
+        positive = conditioning(seed=1)
+        if repeat and longer == "positive":
+            positive = repeated(positive)
         settings = edit_room.EditSettings(2.0, strength, preset=preset, local_blend=0.9, feature_until=0.5)
         changed = {preset: replace(PRESETS[preset], paper_step=strength if alone else None)}
         with torch.inference_mode(), patch.dict(PRESETS, changed):
             return edit_room.sample_edit(model, inversion, positive, conditioning(seed=9), settings)
 
-    expected, expected_mask = run()
-    texts[longer] = repeated(texts[longer])
-    ours, mask = run()
+    expected, expected_mask = run(False)
+    ours, mask = run(True)
     assert same(ours, expected)
-    assert not same(run(strength=0.0)[0], expected, 1e-3), "guidance must matter"
+    assert not same(run(True, strength=0.0)[0], expected, 1e-3), "guidance must matter"
     if not alone:
         assert 0 < expected_mask.mean() < 1
         assert same(mask, expected_mask, 1e-3)
