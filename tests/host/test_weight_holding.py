@@ -16,6 +16,8 @@ from pix2pix_zero.host.unet.gradients import has_constant_weights
 from pix2pix_zero.host.unet.memory import MODES
 from small_unet import SmallSD, conditioning, small_model
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 CPU = torch.device("cpu")
 
 
