@@ -9,6 +9,18 @@ from small_edit import counted_edits, edit, invert
 
 pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
+
+@pytest.fixture(scope="module")
+def inversion(model):
+    return invert(model)
+
+
+@pytest.fixture(scope="module")
+def without_maps(model):
+    """An inversion that keeps none of its maps."""
+    return invert(model, map_memory=0)
+
+
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. (test)")
 
 
@@ -28,8 +40,7 @@ def short_of_memory(model, times, error=OUT_OF_MEMORY):
 
 
 @pytest.mark.parametrize("preset", ["default", "fast", "low memory", "official", "paper"])
-def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, caplog):
-    inversion = invert(model)
+def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, inversion, preset, caplog):
     enough, _ = short_of_memory(model, times=0)
     short, failures = short_of_memory(model, times=1)
     expected, edited = (edit(patched, inversion, preset=preset) for patched in (enough, short))
@@ -40,8 +51,7 @@ def test_a_guided_step_that_runs_out_of_memory_goes_on_with_less(model, preset, 
 
 
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("could not create a primitive")], ids=["CUDA", "oneDNN"])
-def test_a_guided_step_for_which_memory_never_suffices_says_so_and_the_next_edit_works(model, error):
-    inversion = invert(model)
+def test_a_guided_step_for_which_memory_never_suffices_says_so_and_the_next_edit_works(model, inversion, error):
     expected = edit(model, inversion)
     short, failures = short_of_memory(model, times=100, error=error)
     with pytest.raises(
@@ -53,13 +63,12 @@ def test_a_guided_step_for_which_memory_never_suffices_says_so_and_the_next_edit
     assert torch.equal(edit(model, inversion), expected)
 
 
-def test_low_memory_gives_the_edit_of_the_default(model):
-    inversion = invert(model)
+def test_low_memory_gives_the_edit_of_the_default(model, inversion):
     default, lean = edit(model, inversion), edit(model, inversion, preset="low memory")
     assert (lean - default).abs().max() <= 1e-4 * default.std()
 
 
-@pytest.mark.parametrize(("steps", "guided"), [(50, 13), (4, 4)])
+@pytest.mark.parametrize(("steps", "guided"), [(24, 10), (4, 4)])
 def test_fast_guides_a_part_of_many_steps(model, steps, guided):
     inversion = invert(model, steps=steps, map_memory=0)
     edited, recorded = counted_edits(model, inversion, preset="fast", strength=1e-4)
@@ -89,6 +98,12 @@ def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
     assert (fresh[1] - fresh[0]).abs().max() > 1e-2 * fresh[0].abs().max(), "even steps evaluate it"
 
 
+@pytest.fixture(scope="module")
+def official(model, inversion):
+    """The edit of this preset without guidance."""
+    return edit(model, inversion, preset="official", strength=0.0)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -98,17 +113,17 @@ def test_fast_holds_the_distance_of_the_two_predictions(model, strength):
         ({}, None),
     ],
 )
-def test_official_says_on_the_node_what_it_leaves_out(model, options, named, monkeypatch):
-    inversion, shown = invert(model), []
+def test_official_says_on_the_node_what_it_leaves_out(model, inversion, official, options, named, monkeypatch):
+    shown = []
     monkeypatch.setattr(running, "show", shown.append)
     edited = edit(model, inversion, preset="official", **{"strength": 0.0, **options})
-    assert torch.equal(edited, edit(model, inversion, preset="official", strength=0.0))
+    assert torch.equal(edited, official)
     told = [text for text in shown if "leaves out" in text]
     assert told == ([] if named is None else [f"preset official leaves out {named}."])
 
 
-def test_paper_is_guidance_alone_in_every_step_by_the_papers_own(model, monkeypatch):
-    inversion, shown, asked = invert(model, map_memory=0), [], []
+def test_paper_is_guidance_alone_in_every_step_by_the_papers_own(model, without_maps, monkeypatch):
+    inversion, shown, asked = without_maps, [], []
     monkeypatch.setattr(running, "show", shown.append)
 
     def noted(gradient, sigma, size, path):
@@ -128,7 +143,6 @@ def test_paper_is_guidance_alone_in_every_step_by_the_papers_own(model, monkeypa
 
 
 @pytest.mark.parametrize("preset", ["default", "fast", "low memory"])
-def test_no_preset_but_the_papers_guides_unless_it_is_asked_to(model, preset):
-    inversion = invert(model, map_memory=0)
-    assert counted_edits(model, inversion, preset=preset, strength=0.0)[1] == 0
-    assert counted_edits(model, inversion, preset="paper", strength=0.0)[1] == inversion.steps
+def test_no_preset_but_the_papers_guides_unless_it_is_asked_to(model, without_maps, preset):
+    assert counted_edits(model, without_maps, preset=preset, strength=0.0)[1] == 0
+    assert counted_edits(model, without_maps, preset="paper", strength=0.0)[1] == without_maps.steps
