@@ -14,6 +14,17 @@ from small_unet import latent, small_model
 pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
+@pytest.fixture(scope="module")
+def inversion(model):
+    return invert(model)
+
+
+@pytest.fixture(scope="module")
+def expected(model, inversion):
+    """The edit with all the maps of the inversion."""
+    return edit(model, inversion)
+
+
 @pytest.mark.parametrize("method", ["direct", "fixed-point"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 6, 10)])
 def test_maps_kept_from_the_inversion_give_the_edit_of_maps_recorded_anew(model, shape, method):
@@ -48,16 +59,15 @@ def test_maps_of_an_iteration_that_is_discarded_are_recorded_anew(model):
     assert torch.equal(inversion.trajectory[1], shorter.trajectory[1])
 
 
-def test_a_small_map_memory_keeps_the_noisiest_levels_and_the_edit(model):
-    everything = invert(model)
-    per_level = everything.maps.size // everything.steps
+def test_a_small_map_memory_keeps_the_noisiest_levels_and_the_edit(model, inversion, expected):
+    per_level = inversion.maps.size // inversion.steps
     some = invert(model, map_memory=int(1.5 * per_level))
     assert some.maps.size <= 1.5 * per_level
     cpu = torch.device("cpu")
     assert [some.maps.get(level, cpu) is not None for level in range(1, some.steps + 1)] == [False, False, True]
     edited, recorded = counted_edits(model, some)
     assert recorded == some.steps - 1
-    assert (edited - edit(model, everything)).abs().max() <= 1e-4 * edited.std()
+    assert (edited - expected).abs().max() <= 1e-4 * edited.std()
 
 
 def test_plain_ddim_inversion_keeps_the_maps_of_all_levels_but_the_last(model):
@@ -73,9 +83,8 @@ def test_inversions_that_call_the_unet_off_the_grid_keep_no_maps(model, method):
     assert invert(model, method=method).maps is None
 
 
-def test_maps_of_a_model_patched_differently_are_not_used(model):
+def test_maps_of_a_model_patched_differently_are_not_used(model, inversion):
     """A patch that came after the inversion would otherwise be taken for a part of the edit, and undone."""
-    inversion = invert(model)
     assert counted_edits(model.clone(), inversion)[1] == 0
     patched = model.clone()
     patched.set_model_attn2_patch(lambda q, k, v, options: (q * 1.1, k, v))
@@ -173,9 +182,8 @@ def test_kept_maps_hold_on_to_nothing_of_another_pack(model):
     assert inversion.maps.made_with != attention_state(model)
 
 
-def test_maps_of_a_model_that_a_wrapper_changes_are_not_used(model):
+def test_maps_of_a_model_that_a_wrapper_changes_are_not_used(model, inversion):
     """A wrapper around the UNet that another pack put there after the inversion."""
-    inversion = invert(model)
     wrapped = model.clone()
     wrapped.add_wrapper_with_key(
         WrappersMP.DIFFUSION_MODEL, "another", lambda executor, x, *args, **kwargs: executor(1.1 * x, *args, **kwargs)

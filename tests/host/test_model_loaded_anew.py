@@ -1,5 +1,6 @@
 """An inversion outlives the model object it was made with: ComfyUI may drop the loader and load the file again."""
 
+import functools
 import gc
 
 import pytest
@@ -10,6 +11,8 @@ from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
 from small_edit import edit, invert
 from small_unet import small_model
+
+pytestmark = pytest.mark.usefixtures("narrow_unet")
 
 
 def loaded(**options):
@@ -33,17 +36,25 @@ def test_the_same_weights_are_the_same_model(inversion, run_node):
     run_node(Pix2PixZeroFeaturePCA, model=again, inversion=inversion, features="queries", percent=0.5)
 
 
+@pytest.fixture(scope="module")
+def of_a_file():
+    """`of_a_file(seed, dtype)`: a model of a file in half precision, loaded in that one. `again`: anew."""
+
+    @functools.cache
+    @torch.inference_mode()
+    def load(seed, dtype, again=False):
+        model = small_model(seed=seed)
+        model.model.diffusion_model.half().to(dtype)
+        return model
+
+    return load
+
+
 @pytest.mark.parametrize("first", [torch.float16, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("then", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_the_same_weights_in_another_precision_are_the_same_model(first, then):
-    """Of a file in half precision, whichever of both is the coarser one."""
-    with torch.inference_mode():
-        file, again, other = (small_model(seed=seed) for seed in (0, 0, 5))
-        for model in (file, again, other):
-            model.model.diffusion_model.half()
-        file.model.diffusion_model.to(first)
-        again.model.diffusion_model.to(then)
-        other.model.diffusion_model.to(then)
+def test_the_same_weights_in_another_precision_are_the_same_model(of_a_file, first, then):
+    """Whichever of both is the coarser one."""
+    file, again, other = of_a_file(0, first), of_a_file(0, then, again=True), of_a_file(5, then)
     assert model_identity(file).is_of(model_identity(again))
     assert model_identity(again).is_of(model_identity(file))
     assert not model_identity(file).is_of(model_identity(other))
