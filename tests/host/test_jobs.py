@@ -1,5 +1,6 @@
 """What surrounds the pack's jobs inside UNet calls: caches of calls, compiled models, patches that read both texts, threads."""
 
+import functools
 import sys
 
 import comfy.samplers
@@ -24,32 +25,58 @@ from small_unet import conditioning, latent, loaded_small_model
 pytestmark = pytest.mark.usefixtures("narrow_unet")
 
 
+@pytest.fixture(scope="module")
+def inversion(model):
+    return invert(model)
+
+
+@pytest.fixture(scope="module")
+def inversion_of_text(model, clip):
+    return prompted.invert(model, clip)
+
+
+@pytest.fixture(scope="module")
+def plain(model, inversion):
+    """`plain(preset)`: the edit with the model alone."""
+    return functools.cache(lambda preset: edit(model, inversion, preset=preset))
+
+
 def cached(model, kind):
     with torch.inference_mode():
         return getattr(caches, f"{kind}Node").execute(model, 0.2, 0.0, 1.0, False).result[0]
 
 
+def inverted_edited_and_flowed(model, inversion=None):
+    """(inversion, {way: picture}) of a model; the edits are of `inversion`, by default its own."""
+    ours = invert(model, steps=6)
+    pictures = {preset: edit(model, inversion or ours, preset=preset) for preset in ("default", "official")}
+    with torch.inference_mode():
+        texts = conditioning(), conditioning(seed=1)
+        pictures["flow"] = flow_edit_latent(model, *texts, None, latent(), FlowEditing(steps=12))[0]
+    return ours, pictures
+
+
+@pytest.fixture(scope="module")
+def without_a_cache(model):
+    return inverted_edited_and_flowed(model)
+
+
 @pytest.mark.parametrize("kind", ["EasyCache", "LazyCache"])
-def test_the_hosts_caches_of_unet_calls_leave_inversion_and_edit_as_they_are(model, kind):
+def test_the_hosts_caches_of_unet_calls_leave_inversion_and_edit_as_they_are(model, without_a_cache, kind):
     patched = cached(model, kind)
     wrappers = repr(patched.wrappers)
-    inversion = invert(model, steps=6)
-    again = invert(patched, steps=6)
+    inversion, expected = without_a_cache
+    again, pictures = inverted_edited_and_flowed(patched, inversion)
     assert torch.equal(again.trajectory, inversion.trajectory)
-    for preset in ("default", "official"):
-        assert torch.equal(edit(patched, inversion, preset=preset), edit(model, inversion, preset=preset))
-    texts = conditioning(), conditioning(seed=1), None, latent(), FlowEditing(steps=12)
-    with torch.inference_mode():
-        plain, flowed = (flow_edit_latent(each, *texts)[0] for each in (model, patched))
-    assert torch.equal(flowed, plain)
+    for way, picture in pictures.items():
+        assert torch.equal(picture, expected[way]), way
     assert repr(patched.wrappers) == wrappers
 
 
 @pytest.mark.parametrize("action", ["invert", "record", "match", "match alone"])
-def test_a_node_that_leaves_out_unet_calls_is_named(model, action):
+def test_a_node_that_leaves_out_unet_calls_is_named(model, inversion, action):
     """As TeaCache and the like do; the source's maps are recorded, or the edit's matched, in the calls left out."""
     lazy = model.clone()
-    inversion = invert(model)
     kept = 0
 
     def leave_out(executor, x, *args, **kwargs):
@@ -108,15 +135,13 @@ PUTS = ("features", "Plug-and-Play")
 @pytest.mark.parametrize(
     ("reader", "kind"), [(reader, kind) for reader in READERS for kind in KINDS[: 2 if reader in PUTS else 3]]
 )
-def test_all_that_reads_the_unet_says_so_where_it_is_not_called(model, clip, reader, kind):
-    inversion = prompted.invert(model, clip)
+def test_all_that_reads_the_unet_says_so_where_it_is_not_called(model, clip, inversion_of_text, reader, kind):
     with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"), torch.inference_mode():
-        READERS[reader](answering_alone(model, kind), inversion, clip)
+        READERS[reader](answering_alone(model, kind), inversion_of_text, clip)
 
 
-def test_a_node_that_leaves_the_unet_half_way_is_named(model, clip):
+def test_a_node_that_leaves_the_unet_half_way_is_named(model, inversion_of_text):
     """Some of the features are read then, and the others are missing."""
-    inversion = prompted.invert(model, clip)
     lazy = model.clone()
     unet = model.model.diffusion_model
     (further, *_) = unet.output_blocks[feature_site(unet).number + 1]
@@ -130,7 +155,7 @@ def test_a_node_that_leaves_the_unet_half_way_is_named(model, clip):
 
     lazy.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "lazy", leave)
     with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"):
-        plugged.sample(plugged.patch(lazy, inversion), inversion)
+        plugged.sample(plugged.patch(lazy, inversion_of_text), inversion_of_text)
 
 
 def _stop_iteration(*args):
@@ -198,24 +223,29 @@ def test_a_patch_that_reads_both_texts_acts_in_guided_steps(model):
 
 
 @pytest.mark.parametrize("preset", ["default", "fast", "low memory"])
-def test_naguidance_changes_a_guided_edit(model, preset):
-    inversion = invert(model)
-    changed = edit(with_nag(model), inversion, preset=preset) - edit(model, inversion, preset=preset)
-    assert changed.abs().max() > 1e-2 * edit(model, inversion, preset=preset).std()
+def test_naguidance_changes_a_guided_edit(model, inversion, plain, preset):
+    changed = edit(with_nag(model), inversion, preset=preset) - plain(preset)
+    assert changed.abs().max() > 1e-2 * plain(preset).std()
 
 
 @pytest.mark.parametrize("case", ["official", "short of memory"])
-def test_a_patch_that_cannot_see_both_texts_is_told_of(model, monkeypatch, caplog, case):
-    inversion = invert(model)
+def test_a_patch_that_cannot_see_both_texts_is_told_of(model, inversion, monkeypatch, caplog, case):
     if case != "official":
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: 0)
     edit(with_nag(model), inversion, preset="official" if case == "official" else "default")
     assert len([record for record in caplog.records if "NAGuidance" in record.message]) == 1
 
 
+@pytest.fixture(scope="module")
+def inversion_of_two(model):
+    return invert(model, picture=latent(2))
+
+
 @pytest.mark.parametrize("preset", ["default", "official"])
 @pytest.mark.parametrize("feature_until", [0.0, 0.6])
-def test_an_edit_is_the_same_where_the_host_deals_batches_out_to_threads(model, preset, feature_until):
+def test_an_edit_is_the_same_where_the_host_deals_batches_out_to_threads(
+    model, inversion_of_two, preset, feature_until
+):
     """Two devices of a machine, both of them its CPU; the second has a model of its own."""
     multigpu = pytest.importorskip("comfy.multigpu", reason="this ComfyUI works on one device")
     second = loaded_small_model()
@@ -234,14 +264,13 @@ def test_an_edit_is_the_same_where_the_host_deals_batches_out_to_threads(model, 
         threads.add(args[5].get("multigpu_thread_device"))
         return executor(*args, **kwargs)
 
-    inversion = invert(model, picture=latent(2))
     dealt = model.clone()
     dealt.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "two devices", deal_out)
     dealt.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "two devices", note)
     second.model.current_patcher = second
     settings = {"preset": preset, "feature_until": feature_until, "window": (0.0, 0.5)}
-    expected = edit(model, inversion, **settings)
-    result = edit(dealt, inversion, **settings)
+    expected = edit(model, inversion_of_two, **settings)
+    result = edit(dealt, inversion_of_two, **settings)
     assert (result - expected).abs().max() <= 1e-4 * expected.std()
     # The authors' update evaluates one text at a time.
     used = {torch.device("cpu")} if preset == "official" else {torch.device("cpu"), torch.device("cpu", 0)}

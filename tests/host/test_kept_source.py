@@ -47,6 +47,23 @@ def masked(model, clip):
     return prompted.invert(model, clip, picture={**latent(), "noise_mask": half()}, method="direct")
 
 
+@pytest.fixture(scope="module")
+def inversion(model, clip):
+    return prompted.invert(model, clip)
+
+
+@pytest.fixture(scope="module")
+def direct(model, clip):
+    """With the residuals of its steps."""
+    return prompted.invert(model, clip, method="direct")
+
+
+@pytest.fixture(scope="module")
+def by_ddim_steps(model, clip, direct, inversion):
+    """The edits of either by steps of DDIM."""
+    return prompt_edit(model, clip, direct), prompt_edit(model, clip, inversion)
+
+
 @pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_outside_the_mask_every_sampler_ends_on_the_source(model, clip, masked, sampler, edited):
@@ -60,21 +77,19 @@ def test_outside_the_mask_every_sampler_ends_on_the_source(model, clip, masked, 
 
 
 @pytest.mark.parametrize("sampler", OTHER_STEPS)
-def test_residuals_are_for_steps_of_ddim_alone(model, clip, sampler):
+def test_residuals_are_for_steps_of_ddim_alone(model, clip, direct, inversion, by_ddim_steps, sampler):
     """A sampler that extrapolates would make noise of them: it draws what it draws of a plain inversion."""
-    direct, plain = (prompted.invert(model, clip, method=method) for method in ("direct", "ddim"))
-    assert torch.equal(direct.trajectory, plain.trajectory)
+    assert torch.equal(direct.trajectory, inversion.trajectory)
     torch.manual_seed(0)
     ours = prompt_edit(model, clip, direct, sampler)
     torch.manual_seed(0)
-    assert torch.equal(ours, prompt_edit(model, clip, plain, sampler))
-    assert not torch.equal(prompt_edit(model, clip, direct), prompt_edit(model, clip, plain))
+    assert torch.equal(ours, prompt_edit(model, clip, inversion, sampler))
+    assert not torch.equal(*by_ddim_steps)
 
 
 @pytest.mark.parametrize("ddim_steps", [False, True])
-def test_what_stays_is_the_sources_estimate_unless_the_sampler_steps_as_ddim_does(model, clip, ddim_steps):
+def test_what_stays_is_the_sources_estimate_unless_the_sampler_steps_as_ddim_does(inversion, ddim_steps):
     """Away from the source's way, where noise was added or a step extrapolated, what lands on it in one step is far off."""
-    inversion = prompted.invert(model, clip)
     sigmas = inversion.sigmas.flip(0)
     kept = KeptEstimate(inversion, NoiseMask(torch.zeros(1, 8, 8), None, {}, sigmas), sigmas, ddim_steps)
     sigma, lower = sigmas[1].item(), sigmas[2].item()
@@ -88,30 +103,27 @@ def test_what_stays_is_the_sources_estimate_unless_the_sampler_steps_as_ddim_doe
         torch.testing.assert_close(estimate, inversion.estimate_at(sigma))
 
 
-def test_a_sampler_of_another_pack_is_known_by_its_steps(model, clip, monkeypatch):
-    inversion = prompted.invert(model, clip, method="direct")
-
+def test_a_sampler_of_another_pack_is_known_by_its_steps(model, clip, direct, by_ddim_steps, monkeypatch):
     def euler(model_k, x, sigmas, extra_args, callback, disable):
         for sigma, sigma_next in zip(sigmas.tolist(), sigmas.tolist()[1:]):
             x = x + (x - model_k(x, x.new_full((len(x),), sigma), **extra_args)) / sigma * (sigma_next - sigma)
         return x
 
-    expected = prompt_edit(model, clip, inversion)
+    expected, _ = by_ddim_steps
     theirs = comfy.samplers.KSAMPLER(euler)
     monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: theirs)
-    assert (prompt_edit(model, clip, inversion) - expected).abs().max() <= 1e-5 * expected.std()
+    assert (prompt_edit(model, clip, direct) - expected).abs().max() <= 1e-5 * expected.std()
 
 
-def test_how_a_picture_is_stepped_is_seen_of_each_of_a_batch(model, clip):
+def test_how_a_picture_is_stepped_is_seen_of_each_of_a_batch(direct):
     """One goes where DDIM takes it, one slightly off, beside another whose values are a thousand times as large."""
-    plain = prompted.invert(model, clip, method="direct")
-    sigmas = plain.sigmas.flip(0)
+    sigmas = direct.sigmas.flip(0)
     factors = torch.tensor([1.0, 1.0, 1e3]).view(-1, 1, 1, 1)
     strays = torch.tensor([0.0, 0.1, 0.0]).view(-1, 1, 1, 1)
 
     def restored(rows):
         inversion = replace(
-            plain, trajectory=plain.trajectory * factors[rows], residuals=plain.residuals * factors[rows]
+            direct, trajectory=direct.trajectory * factors[rows], residuals=direct.residuals * factors[rows]
         )
         kept = KeptEstimate(inversion, NoiseMask(torch.full((1, 8, 8), 0.5), None, {}, sigmas), sigmas, None)
         x = 0.9 * inversion.latent(-1)
@@ -125,11 +137,10 @@ def test_how_a_picture_is_stepped_is_seen_of_each_of_a_batch(model, clip):
 
 
 @pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
-def test_differential_diffusion_acts_in_every_method(model, clip, edited):
+def test_differential_diffusion_acts_in_every_method(model, clip, inversion, edited):
     """A place is free from the share of the sampling on that its mask leaves; before, it goes along the source."""
     (patched,) = DifferentialDiffusion.execute(model).result
-    plain = prompted.invert(model, clip)
-    inversion = replace(plain, noise_mask=ramp())
+    masked = replace(inversion, noise_mask=ramp())
     table = model.model.model_sampling
     lowest, first = (float(table.timestep(sigma)) for sigma in (table.sigma_min, inversion.sigmas[-1]))
 
@@ -143,13 +154,12 @@ def test_differential_diffusion_acts_in_every_method(model, clip, edited):
 
     reference = model.clone()
     reference.set_model_sampler_post_cfg_function(blended)
-    expected = edited(reference, clip, plain)
-    assert (edited(patched, clip, inversion) - expected).abs().max() <= 1e-4 * expected.std()
-    assert (edited(model, clip, inversion) - expected).abs().max() > 1e-2 * expected.std(), "the patch must matter"
+    expected = edited(reference, clip, inversion)
+    assert (edited(patched, clip, masked) - expected).abs().max() <= 1e-4 * expected.std()
+    assert (edited(model, clip, masked) - expected).abs().max() > 1e-2 * expected.std(), "the patch must matter"
 
 
-def test_above_the_inversions_noise_prompt_to_prompt_goes_on_as_plug_and_play_does(model, clip):
-    inversion = prompted.invert(model, clip)
+def test_above_the_inversions_noise_prompt_to_prompt_goes_on_as_plug_and_play_does(model, clip, inversion):
     patched, positive = prompted.patch(model, inversion, clip, "a dog on a sofa")
     higher = inversion.sigmas.flip(0) * 1.1
     higher[-1] = 0.0
@@ -158,13 +168,12 @@ def test_above_the_inversions_noise_prompt_to_prompt_goes_on_as_plug_and_play_do
 
 
 @pytest.mark.parametrize("edited", [prompt_edit, feature_edit])
-def test_a_sampler_that_enlarges_the_latent_on_its_way_is_named(model, clip, edited):
+def test_a_sampler_that_enlarges_the_latent_on_its_way_is_named(model, clip, inversion, edited):
     def enlarge(model_k, x, sigmas, extra_args, callback, disable):
         for sigma in sigmas[:-1]:
             x = torch.nn.functional.interpolate(model_k(x, sigma * x.new_ones(1), **extra_args), scale_factor=2.0)
         return x
 
-    inversion = prompted.invert(model, clip)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"^sampler: .*\(16, 16\).*\(8, 8\)"):
         patch.setattr(comfy.samplers, "sampler_object", lambda name: comfy.samplers.KSAMPLER(enlarge))
         edited(model, clip, inversion)
