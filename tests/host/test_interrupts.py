@@ -5,6 +5,7 @@ Timed by what the thread itself has worked (`time.thread_time`), so that a busy 
 
 import contextlib
 import itertools
+import shutil
 import time
 
 import comfy.model_management
@@ -180,12 +181,19 @@ def test_an_interrupt_ends_a_backward_pass_before_its_end(preset, usual, monkeyp
     assert looks == 3
 
 
+@pytest.fixture(scope="module")
+def large_picture(tmp_path_factory):
+    """Its file."""
+    path = tmp_path_factory.mktemp("large") / "large.png"
+    Image.fromarray((pictures(1, 4096)[0] * 255).byte().numpy()).save(path, compress_level=1)
+    return path
+
+
 @pytest.fixture
-def files(folders, blip_models, run_node):
+def files(folders, blip_models, large_picture, run_node):
     """What the nodes of files work on: a folder of a large picture, pairs, a model of words."""
-    large = (pictures(1, 4096)[0] * 255).byte().numpy()
     (folders / "input" / "scenes").mkdir()
-    Image.fromarray(large).save(folders / "input" / "scenes" / "large.png", compress_level=1)
+    shutil.copy(large_picture, folders / "input" / "scenes")
     fill(run_node)
     return folders
 
