@@ -18,6 +18,7 @@ from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_SEED = 400_000  # none of the benchmark's
 SCENES, STEPS = 4, 12
+FEW_STEPS = 8  # where the edits that are compared are far enough apart with them
 VISIBLE = 0.15  # of 1: a difference that is seen
 DEFAULTS = EditSettings(
     1.5,  # the demo model's
@@ -90,9 +91,8 @@ def test_every_row_is_proved_and_every_proof_is_there():
 class Scenes:
     """The edits of some scenes, and what is measured of them."""
 
-    def __init__(self, models, judge, edit: QualityEdit):
-        scenes = draw_scenes(edit, SCENES, FIRST_SEED)
-        self.bench, self.judge = Workbench(models, edit, scenes, STEPS), judge
+    def __init__(self, models, judge, edit: QualityEdit, count: int, steps: int):
+        self.bench, self.judge = Workbench(models, edit, draw_scenes(edit, count, FIRST_SEED), steps), judge
 
     def edited(self, direction=None, strength=None, **settings):
         """(pictures, edited area), drawn once for the tests that ask for the same along the edit's own direction."""
@@ -136,10 +136,11 @@ def scenes():
     with torch.inference_mode():
         models, judge, known = DemoModels.load(), load_judge(), {}
 
-    def of(name: str) -> Scenes:
-        if name not in known:
-            known[name] = Scenes(models, judge, WINTER if name == "summer2winter" else EDITS[name])
-        return known[name]
+    def of(name: str, count: int = SCENES, steps: int = STEPS) -> Scenes:
+        if (name, count, steps) not in known:
+            edit = WINTER if name == "summer2winter" else EDITS[name]
+            known[name, count, steps] = Scenes(models, judge, edit, count, steps)
+        return known[name, count, steps]
 
     return of
 
@@ -188,7 +189,8 @@ def test_a_higher_local_blend_keeps_the_background(scenes):
 
 @proves("A change of the whole picture (*summer* to *winter*) leaves spots")
 def test_without_local_blend_the_whole_picture_changes(scenes):
-    spotted, whole = (scenes("summer2winter").figures(local_blend=blend) for blend in (0.4, 0.0))
+    scenes = scenes("summer2winter", steps=FEW_STEPS)
+    spotted, whole = (scenes.figures(local_blend=blend) for blend in (0.4, 0.0))
     assert spotted["area"] < 0.95 < whole["area"] == 1
     assert whole["whole"] < spotted["whole"]
 
@@ -205,7 +207,7 @@ def test_a_lower_cfg_leaves_fewer_burnt_colours(scenes):
 
 @proves("Something is to be added (*cat* to *cat wearing glasses*) and does not show")
 def test_alignment_by_words_or_more_strength_adds_something(scenes):
-    cats = scenes("add_glasses")
+    cats = scenes("add_glasses", steps=FEW_STEPS)
     concept = cats.bench.edit.concept
     (by_words,) = Pix2PixZeroEditDirection.execute(cats.bench.clip, concept.source, concept.target, "words").result
     faint = cats.figures(strength=1.0)
@@ -228,7 +230,7 @@ def test_a_target_of_two_things_changes_both(scenes):
 
 @proves("Too slow")
 def test_fast_fewer_steps_and_no_guidance_cost_fewer_evaluations(scenes):
-    bench = scenes("cat2dog").bench
+    bench = scenes("cat2dog", count=1).bench
     rows = []
     model = bench.model.clone()
     model.set_model_unet_function_wrapper(
