@@ -1,5 +1,6 @@
 """Inversion and the guided sampler on a small random UNet, through the real guider."""
 
+import functools
 from dataclasses import replace
 
 import comfy.samplers
@@ -16,6 +17,17 @@ from small_edit import MILD, edit, invert
 from small_unet import conditioning, latent
 
 pytestmark = pytest.mark.usefixtures("shallow_unet")
+
+
+@pytest.fixture(scope="module")
+def inversion(model):
+    return invert(model)
+
+
+@pytest.fixture(scope="module")
+def inversions(model):
+    """`inversions(method)`: one by that method."""
+    return functools.cache(lambda method: invert(model, method=method))
 
 
 def test_a_batch_equals_single_runs(model):
@@ -64,10 +76,10 @@ def test_captions_that_come_as_a_list_go_to_their_pictures(model, run_node):
     assert torch.equal(latents[0]["samples"], expected)
 
 
-def test_stock_sampling_from_noise_and_sigmas_equals_the_unguided_sampler(model):
+def test_stock_sampling_from_noise_and_sigmas_equals_the_unguided_sampler(model, inversions):
     """The outputs `noise` and `sigmas` drive SamplerCustomAdvanced with euler, which is DDIM in sigma space."""
     with torch.inference_mode():
-        inversion = invert(model, method="ddim")
+        inversion = inversions("ddim")
         expected = edit(model, inversion, strength=0.0)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning(seed=1), conditioning())
@@ -95,8 +107,7 @@ def test_features_of_the_picture_are_put_in_as_plug_and_play_does(model):
     assert (edits[1] - edits[0]).abs().max() > 1e-2 * stock.std()
 
 
-def test_features_leave_the_unedited_picture_and_the_kept_maps_as_they_are(model):
-    inversion = invert(model)
+def test_features_leave_the_unedited_picture_and_the_kept_maps_as_they_are(model, inversion):
     same = edit(model, inversion, conditioning(), conditioning(), feature_until=1.0)
     assert (same - latent()["samples"]).abs().max() <= 1e-3 * same.std()
     kept, recorded = (edit(model, of_maps, feature_until=0.7) for of_maps in (inversion, replace(inversion, maps=None)))
@@ -105,9 +116,9 @@ def test_features_leave_the_unedited_picture_and_the_kept_maps_as_they_are(model
 
 @pytest.mark.parametrize("method", ["ddim", "fixed-point"])
 @pytest.mark.parametrize("strength", [0.0, 0.005])
-def test_the_caption_as_negative_takes_the_scale_of_guidance_out(model, method, strength):
+def test_the_caption_as_negative_takes_the_scale_of_guidance_out(model, inversions, method, strength):
     """Negative-prompt inversion (Miyake et al. 2023): without an edit any cfg redraws the picture as cfg 1 does."""
-    inversion = invert(model, method=method)
+    inversion = inversions(method)
     source, others = conditioning(), conditioning(seed=2)
     plain = edit(model, inversion, source, source, strength, cfg=1.0)
     guided = edit(model, inversion, source, source, strength, cfg=7.5)
@@ -132,8 +143,7 @@ def test_any_size_the_model_takes(model, shape):
     assert edited.isfinite().all()
 
 
-def test_guidance_pulls_the_maps_towards_the_source(model):
-    inversion = invert(model)
+def test_guidance_pulls_the_maps_towards_the_source(model, inversion):
     distances = []
 
     class Passes(edit_room.UNetPasses):
@@ -152,8 +162,7 @@ def test_guidance_pulls_the_maps_towards_the_source(model):
     assert sum(guided) < sum(free)
 
 
-def test_the_guidance_window_is_respected(model):
-    inversion = invert(model)
+def test_the_guidance_window_is_respected(model, inversion):
     free = edit(model, inversion, strength=0.0)
     assert torch.equal(edit(model, inversion, window=(0.99999, 1.0)), free)
     assert not torch.equal(edit(model, inversion, window=(0.0, 0.5)), free)
@@ -173,9 +182,9 @@ def test_generated_reference_is_the_picture_its_trajectory_ends_on(model):
 @pytest.mark.parametrize("negative_seed", [0, 9], ids=["the caption as negative", "another negative"])
 @pytest.mark.parametrize("cfg", [2.0, 1.0])
 @pytest.mark.parametrize("strength", [0.0, 0.005])
-def test_contrast_is_that_of_edited_and_source_text(model, negative_seed, cfg, strength):
+def test_contrast_is_that_of_edited_and_source_text(model, inversion, negative_seed, cfg, strength):
     """Whatever branches the sampler needs for itself. Checked against two evaluations of their own at each latent."""
-    inversion, seen = invert(model), []
+    seen = []
 
     class Passes(edit_room.UNetPasses):
         def contrast(self, x, sigma):
