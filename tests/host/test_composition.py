@@ -1,31 +1,40 @@
 """Guided edits beside what other nodes and packs do to a model or a text: each keeps its full effect."""
 
+import functools
+
 import pytest
 import torch
 from composed_run import directional_derivative, edit, guided_step, invert, soft_model, stock_edit
 from guided_pass import latents
 from patch_catalogue import CATALOGUE, random, texts_of
+from small_unet import SHALLOW, changed
 
 UNEVEN = {"area", "masks", "mask bounds"}  # where each text counts by its share at a place
 
 
 @pytest.fixture(scope="module")
-def model():
-    return soft_model()
+def made():
+    """`made(deep)`: a MODEL, the same in float64, and an edit without a patch, each made once."""
+
+    @functools.cache
+    def make(deep):
+        model = soft_model()
+        return model, soft_model(torch.float64), edit(model, invert(model), strength=0.0)
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def double():
-    return soft_model(torch.float64)
-
-
-@pytest.fixture(scope="module")
-def unpatched(model):
-    return edit(model, invert(model), strength=0.0)
+@pytest.fixture
+def models(made, name):
+    """Few transformers, but for the patches that act on those of the outer level too."""
+    deep = name in ("GLIGEN", "HyperTile")
+    with changed({} if deep else SHALLOW):
+        yield made(deep)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_without_guidance_a_patch_does_what_it_does_in_the_stock_sampler(model, unpatched, name):
+def test_without_guidance_a_patch_does_what_it_does_in_the_stock_sampler(models, name):
+    model, _, unpatched = models
     source, positive, negative = texts_of(CATALOGUE[name])
     with torch.inference_mode():
         patched = CATALOGUE[name].model(model)
@@ -36,8 +45,9 @@ def test_without_guidance_a_patch_does_what_it_does_in_the_stock_sampler(model, 
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_a_guided_step_has_the_patch_in_its_estimate_and_its_gradient(model, double, name):
+def test_a_guided_step_has_the_patch_in_its_estimate_and_its_gradient(models, name):
     """The estimate is the stock guider's; the gradient has the slope of the distance in float64."""
+    model, double, _ = models
     patch = CATALOGUE[name]
     texts = texts_of(patch)
     with torch.inference_mode():

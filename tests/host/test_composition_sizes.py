@@ -17,7 +17,7 @@ from pix2pix_zero.host.unet.jobs import UNetCall
 from pix2pix_zero.nodes.directions import Pix2PixZeroApplyDirection
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
-from small_unet import CONTEXT_DIM, TOKENS, conditioning, latent
+from small_unet import CONTEXT_DIM, SHALLOW, TOKENS, changed, conditioning, latent
 
 pytestmark = pytest.mark.usefixtures("narrow_unet")
 
@@ -28,6 +28,13 @@ MILD = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
 @pytest.fixture(scope="module")
 def model():
     return soft_model()
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """For what does not depend on the number of layers or their sizes."""
+    with changed(SHALLOW):
+        return soft_model()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def direction(seed):
 
 
 @pytest.mark.parametrize("seeds", [(5,), (5, 6)], ids=["one direction for all", "one each"])
-def test_pictures_of_a_batch_have_a_caption_and_a_direction_each(model, run_node, seeds):
+def test_pictures_of_a_batch_have_a_caption_and_a_direction_each(shallow, run_node, seeds):
     """As ComfyUI runs a list of captions and directions: Apply Direction once for each, the samplers once for all."""
     captions, pictures = [conditioning(seed=seed) for seed in (0, 1)], latent(2, 8, 8)
     directions = [direction(seeds[min(i, len(seeds) - 1)]) for i in range(2)]
@@ -82,13 +89,13 @@ def test_pictures_of_a_batch_have_a_caption_and_a_direction_each(model, run_node
     def run(captions, edits, picture):
         inversions = run_node(
             Pix2PixZeroInversion,
-            **{"model": [model], "positive": captions, "latent_image": [picture], "steps": [2], "seed": [0]},
+            **{"model": [shallow], "positive": captions, "latent_image": [picture], "steps": [2], "seed": [0]},
             **{"autocorrelation_weight": [0.0], "kl_weight": [0.0], "regularization_steps": [0]},
             **{"autocorrelation_rolls": [1], "method": ["ddim"]},
         )[0]
         (latents,) = run_node(
             Pix2PixZeroKSampler,
-            **{"model": [model], "inversion": inversions, "positive": edits, "negative": captions, "cfg": [2.0]},
+            **{"model": [shallow], "inversion": inversions, "positive": edits, "negative": captions, "cfg": [2.0]},
             **{"guidance_strength": [STRENGTH], "start_percent": [0.0], "end_percent": [1.0], "preset": ["default"]},
         )[0]
         return latents["samples"]
@@ -132,15 +139,15 @@ def own(texts, rows):
     [None, regional, unequal, control_net],
     ids=["one text", "an area", "texts of unequal length", "ControlNet"],
 )
-def test_a_batch_that_memory_does_not_hold_is_split_with_the_same_result(model, no_memory, patch):
+def test_a_batch_that_memory_does_not_hold_is_split_with_the_same_result(shallow, no_memory, patch):
     rows, shrink = no_memory
     texts = [own(conditioning(seed=seed), 3) for seed in (0, 1)]
     source, positive = (patch(text, "positive") if patch else text for text in texts)
-    inversion = invert(model, source, latent(3, 8, 12))
-    whole = edit(model, inversion, positive, strength=STRENGTH)
+    inversion = invert(shallow, source, latent(3, 8, 12))
+    whole = edit(shallow, inversion, positive, strength=STRENGTH)
     assert max(rows)[0] == 3 * max(rows)[1] or patch is regional
     shrink()
-    split = edit(model, inversion, positive, strength=STRENGTH)
+    split = edit(shallow, inversion, positive, strength=STRENGTH)
     assert set(rows) == {(1, 1)}
     assert same(split, whole)
 
@@ -177,13 +184,13 @@ def test_a_batch_with_boxes_stays_whole(model, no_memory, monkeypatch, own_boxes
     assert set(rows) == {(2, 1)}
 
 
-def test_a_batch_with_a_patch_that_may_hold_rows_stays_whole(model, no_memory):
+def test_a_batch_with_a_patch_that_may_hold_rows_stays_whole(shallow, no_memory):
     class Patch:
         def __call__(self, x, options):
             return 1.1 * x
 
     rows, shrink = no_memory
-    patched = model.clone()
+    patched = shallow.clone()
     patched.set_model_patch(Patch(), "middle_patch")
     inversion = invert(patched, picture=latent(2, 8, 8), steps=1)
     whole = edit(patched, inversion, strength=STRENGTH)
@@ -192,34 +199,40 @@ def test_a_batch_with_a_patch_that_may_hold_rows_stays_whole(model, no_memory):
     assert set(rows) == {(2, 1)}
 
 
-@pytest.mark.parametrize("by_node", [True, False], ids=["on the model", "by the sampler"])
-def test_features_are_split_with_the_pictures_they_are_of(model, no_memory, by_node):
-    rows, shrink = no_memory
+@pytest.fixture(scope="module")
+def three(shallow):
+    """Three pictures with a text each: their inversion, the texts of the edit, and the edit."""
     source, positive = (own(conditioning(seed=seed), 3) for seed in (0, 1))
-    inversion = invert(model, source, latent(3, 8, 12))
+    inversion = invert(shallow, source, latent(3, 8, 12))
+    return inversion, positive, edit(shallow, inversion, positive, strength=STRENGTH)
+
+
+@pytest.mark.parametrize("by_node", [True, False], ids=["on the model", "by the sampler"])
+def test_features_are_split_with_the_pictures_they_are_of(shallow, three, no_memory, by_node):
+    rows, shrink = no_memory
+    inversion, positive, plain = three
     with torch.inference_mode():
-        changed = with_source_features(model, inversion, 0.5, 0.5) if by_node else model
+        plugged = with_source_features(shallow, inversion, 0.5, 0.5) if by_node else shallow
     settings = {"strength": STRENGTH, "feature_until": 0.0 if by_node else 0.5}
-    plain = edit(model, inversion, positive, strength=STRENGTH)
-    whole = edit(changed, inversion, positive, **settings)
+    whole = edit(plugged, inversion, positive, **settings)
     assert not same(whole, plain)
     shrink()
-    split = edit(changed, inversion, positive, **settings)
+    split = edit(plugged, inversion, positive, **settings)
     assert set(rows) == {(1, 1)}
     assert same(split, whole)
 
 
-def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(model, caplog):
+def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(shallow, caplog):
     """Another pack's patch fails as the allocator would, until two pictures at most are guided at once."""
-    inversion = invert(model, picture=latent(5, 8, 8))
-    expected = edit(model, inversion, strength=STRENGTH)
+    inversion = invert(shallow, picture=latent(5, 8, 8))
+    expected = edit(shallow, inversion, strength=STRENGTH)
 
     def allocate(q, k, v, options):
         if torch.is_grad_enabled() and len(q) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. (test)")
         return q, k, v
 
-    short = model.clone()
+    short = shallow.clone()
     short.set_model_attn1_patch(allocate)
     assert same(edit(short, inversion, strength=STRENGTH), expected)
     assert len([record for record in caplog.records if "Out of memory" in record.message]) == 4, (
@@ -227,10 +240,10 @@ def test_a_batch_that_runs_out_of_memory_goes_on_with_fewer_pictures(model, capl
     )
 
 
-def test_an_inversion_whose_branches_are_split_is_the_same(model, no_memory):
+def test_an_inversion_whose_branches_are_split_is_the_same(shallow, no_memory):
     _, shrink = no_memory
     source = combined(conditioning(), "positive")
-    texts, patched = [], model.clone()
+    texts, patched = [], shallow.clone()
 
     def watched(apply_model, args):
         texts.append(len(args["cond_or_uncond"]))
