@@ -13,8 +13,7 @@ from guided_pass import latents, sigma_of
 from patch_catalogue import MODEL_PATCHES, core_extra, patched, random
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
 from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
-from small_unet import conditioning, latent
-from tiny_clip import tiny_clip
+from small_unet import SHALLOW, changed, conditioning, latent
 
 import nodes as core
 
@@ -26,7 +25,14 @@ TEXTS = conditioning(), conditioning(seed=1), conditioning(seed=9)
 
 @pytest.fixture(scope="module")
 def model():
-    return soft_model()
+    with changed(SHALLOW):
+        return soft_model()
+
+
+@pytest.fixture(scope="module")
+def double():
+    with changed(SHALLOW):
+        return soft_model(torch.float64)
 
 
 def apply(name, model):
@@ -39,8 +45,8 @@ def plug(model, inversion, until=1.0):
         return with_source_features(model, inversion, until, until)
 
 
-def test_plug_and_play_is_in_the_estimate_and_the_gradient_of_a_guided_step(model):
-    inversion, double = invert(model), soft_model(torch.float64)
+def test_plug_and_play_is_in_the_estimate_and_the_gradient_of_a_guided_step(model, double):
+    inversion = invert(model)
     x_source, (_, x) = inversion.latent_at(sigma_of(model)), latents(model)
     plugged = plug(model, inversion)
     stock, estimate, gradient, distance = guided_step(plugged, TEXTS, x_source, x)
@@ -67,8 +73,8 @@ def test_plug_and_play_composes_in_either_order(model, name):
 
 
 @pytest.mark.parametrize("name", ["merged LoRA", "image-prompt attention", "perturbed attention", "wrappers"])
-def test_prompt_to_prompt_composes_in_either_order(model, name):
-    clip, words, others = tiny_clip(), "a cat on a sofa", "a dog on a sofa"
+def test_prompt_to_prompt_composes_in_either_order(model, clip, name):
+    words, others = "a cat on a sofa", "a dog on a sofa"
     with torch.inference_mode():
         source = core.CLIPTextEncode().encode(clip, words)[0]
     changed = apply(name, model)
@@ -183,8 +189,9 @@ def test_others_find_in_a_guided_call_what_they_find_in_any(model):
 
 
 @pytest.mark.parametrize("patch", ["HyperTile", "ToMe"])
-def test_patches_that_draw_lots_draw_the_same_where_a_pass_is_repeated(model, patch):
-    """At preset "low memory" every block runs again in the backward pass."""
+def test_patches_that_draw_lots_draw_the_same_where_a_pass_is_repeated(patch):
+    """At preset "low memory" every block runs again in the backward pass. The patches act on the outer level's layers."""
+    model = soft_model()
     chosen = {
         "HyperTile": core_extra("nodes_hypertile", "HyperTile", 8, 4, 1, False),
         "ToMe": core_extra("nodes_tomesd", "TomePatchModel", 0.5),

@@ -9,6 +9,8 @@ from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_ref
 from small_edit import OFF, edit, invert
 from small_unet import conditioning, latent
 
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
+
 STEPS, BATCH = 5, 2
 LATENT = BATCH * 4 * 8 * 8  # values, see `small_unet.latent`
 KEPT = 4 * LATENT * (STEPS + 1 + STEPS)

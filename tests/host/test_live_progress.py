@@ -11,6 +11,8 @@ from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from small_unet import conditioning, latent
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 STEPS = 4
 
 

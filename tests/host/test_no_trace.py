@@ -10,6 +10,8 @@ from pix2pix_zero.host.sampling.edit import EditSettings, sample_edit
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent
 from small_unet import conditioning, latent
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -15,6 +15,8 @@ from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from small_edit import edit, invert
 from small_unet import conditioning, latent
 
+pytestmark = pytest.mark.usefixtures("shallow_unet")
+
 
 def with_nan(tensor):
     tensor = tensor.clone()

@@ -26,10 +26,17 @@ from prompt_to_prompt_runs import (
     patch,
     sample,
 )
-from small_unet import CONFIG, SmallSD, latent
+from small_unet import CONFIG, SHALLOW, SmallSD, changed, latent
 from tiny_clip import tiny_clip
 
 import nodes as host_nodes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_transformers():
+    """Two in the middle, where other packs' patches act on both."""
+    with changed({**SHALLOW, "transformer_depth_middle": 2}):
+        yield
 
 
 @pytest.fixture(scope="module")
