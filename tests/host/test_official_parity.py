@@ -1,5 +1,6 @@
 """The same weights, latents and texts through diffusers' pix2pix-zero pipeline, the authors' formulas and this pack."""
 
+import functools
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -62,9 +63,12 @@ def their_edit(pipe, noise, source, negative, sentences, steps, cfg=7.5, strengt
     ).images
 
 
+twins = functools.cache(peer.twins)
+
+
 @pytest.fixture(scope="module")
 def eps_twins():
-    return peer.twins("epsilon")
+    return twins("epsilon")
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_inversion_matches_diffusers_with_the_same_shifts(eps_twins, monkeypatch
 
 @pytest.mark.parametrize(("prediction_type", "steps"), [("epsilon", STEPS), ("v_prediction", 2)])
 def test_official_edit_matches_diffusers(sentences, prediction_type, steps):
-    pipe, model = peer.twins(prediction_type)
+    pipe, model = twins(prediction_type)
     text, negative = conditioning(seed=2), conditioning(seed=3)
     inversion = invert(model, text, latent(**SIZE, seed=1), steps=steps)
     positive = moved(text[0][0], sentences)
