@@ -32,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def shallow():
-    """For what does not depend on the number of layers or their sizes."""
+    """For what depends neither on the number of layers nor on the sizes of their maps."""
     with changed(SHALLOW):
         return soft_model()
 
