@@ -53,6 +53,8 @@ from workplaces import (
     sample,
 )
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 
 @pytest.fixture(scope="module")
 def workplaces():
@@ -284,16 +286,26 @@ def test_weights_that_stay_on_the_cpu(same_on_both, monkeypatch):
     same_on_both(run)
 
 
+def edit_with(here, weight_dtype):
+    model = here.new_model(weight_dtype=weight_dtype)
+    inversion = invert(here, model=model)[0]
+    return edit(here, inversion, model=model, feature_until=0.5)[0]["samples"]
+
+
+@pytest.fixture(scope="module")
+def exact(workplaces):
+    """An edit in full precision."""
+    with host_on(CPU), torch.inference_mode():
+        return edit_with(workplaces[0], torch.float32)
+
+
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 0.005), (torch.bfloat16, 0.04)])
-def test_half_precision(workplaces, dtype, rounding):
+def test_half_precision(workplaces, exact, dtype, rounding):
     edits = []
-    for device, weight_dtype in ((CPU, torch.float32), (CPU, dtype), (OTHER, dtype)):
-        with host_on(device), torch.inference_mode():
-            here = workplaces[device == OTHER]
-            model = here.new_model(weight_dtype=weight_dtype)
-            inversion = invert(here, model=model)[0]
-            edits.append(edit(here, inversion, model=model, feature_until=0.5)[0]["samples"])
-    exact, half, there = edits
+    for here in workplaces:
+        with host_on(here.device), torch.inference_mode():
+            edits.append(edit_with(here, dtype))
+    half, there = edits
     assert there.dtype == torch.float32
     assert (half - exact).norm() <= rounding * exact.norm()
     assert (there - half).norm() <= rounding / 5 * exact.norm()
