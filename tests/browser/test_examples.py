@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pix2pix_zero.host.distilled.pair_sets import FEWEST
 from pix2pix_zero.host.messages import NOT_GUIDED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,8 @@ def test_the_example_opens_and_stays_the_same_when_saved_and_opened_again(name, 
 def test_the_example_runs_and_shows_previews_of_every_phase(name, frontend):
     frontend.open(read(EXAMPLES, name))
     assert frontend.set_widgets("steps", STEPS)
+    if name == "distill_an_edit":
+        assert frontend.set_widgets("value", FEWEST) == 1, "the number of pairs"
     frontend.set_widgets("seed", 20 + NAMES.index(name))  # nothing comes out of the server's cache
     seen = frontend.run()
     assert seen["ending"][0] == "execution_success", seen["ending"]
