@@ -15,6 +15,7 @@ from small_unet import conditioning, latent, loaded_small_model
 
 pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
+STEPS = 3
 UNREGULARIZED = {"autocorrelation_weight": 0.0, "kl_weight": 0.0, "regularization_steps": 0, "map_memory": 0}
 
 
@@ -44,7 +45,7 @@ def by_node(run_node, node, model, **inputs):
 
 
 def invert(run_node, model, **inputs):
-    return by_node(run_node, Pix2PixZeroInversion, model, steps=5, **UNREGULARIZED, **inputs)[0]
+    return by_node(run_node, Pix2PixZeroInversion, model, steps=STEPS, **UNREGULARIZED, **inputs)[0]
 
 
 @torch.inference_mode()
@@ -66,7 +67,7 @@ def test_the_picture_comes_back_on_every_grid(run_node, model, scheduler):
         return
     inversion = invert(run_node, model, scheduler=scheduler)
     sampling = model.get_model_object("model_sampling")
-    expected = comfy.samplers.calculate_sigmas(sampling, scheduler, 5)
+    expected = comfy.samplers.calculate_sigmas(sampling, scheduler, STEPS)
     assert torch.equal(inversion.sigmas.flip(0), expected)
     if scheduler != "ddim_uniform":
         assert inversion.sigmas[-1] == pytest.approx(float(sampling.sigma_max))
@@ -92,9 +93,9 @@ def test_ddim_uniform_is_taken_where_it_begins_at_the_noise(steps, begins_at_the
 
 @pytest.mark.parametrize("node", [Pix2PixZeroInversion, Pix2PixZeroReference, Pix2PixZeroFlowEdit])
 def test_sigmas_are_taken_in_place_of_a_scheduler(run_node, model, node):
-    sigmas = stock.BasicScheduler.execute(model, "beta", 5, 1.0).result[0]
+    sigmas = stock.BasicScheduler.execute(model, "beta", STEPS, 1.0).result[0]
     given = by_node(run_node, node, model, steps=900, sigmas=sigmas)
-    named = by_node(run_node, node, model, steps=5, scheduler="beta")
+    named = by_node(run_node, node, model, steps=STEPS, scheduler="beta")
     for one, other in zip(given, named):
         one, other = (each["samples"] if isinstance(each, dict) else each for each in (one, other))
         if isinstance(one, torch.Tensor):
@@ -126,12 +127,12 @@ def test_the_picture_comes_back_on_levels_between_those_of_the_table(run_node, m
 @pytest.mark.parametrize("node", [Pix2PixZeroInversion, Pix2PixZeroReference, Pix2PixZeroFlowEdit])
 def test_levels_that_do_not_fit_are_refused(run_node, model, node, sigmas, words):
     with pytest.raises(ValueError, match=f"^sigmas: .*{words}"):
-        by_node(run_node, node, model, steps=5, sigmas=torch.tensor(sigmas))
+        by_node(run_node, node, model, steps=STEPS, sigmas=torch.tensor(sigmas))
 
 
 def test_a_reference_is_drawn_from_noise_alone(run_node, model):
     with pytest.raises(ValueError, match="^sigmas: a picture is drawn from noise"):
-        by_node(run_node, Pix2PixZeroReference, model, steps=5, sigmas=torch.tensor([0.5, 0.2, 0.0]))
+        by_node(run_node, Pix2PixZeroReference, model, steps=STEPS, sigmas=torch.tensor([0.5, 0.2, 0.0]))
 
 
 def test_a_reference_of_few_steps_begins_where_its_scheduler_does(run_node):
