@@ -1,5 +1,6 @@
 """Directions where texts have no fixed length: the caption is encoded again with the words exchanged, for every encoder."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -22,13 +23,22 @@ def clip(request):
     return small_encoder(request.param)
 
 
+@functools.cache
 @torch.inference_mode()
 def encoded(clip, text):
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+@functools.cache
 def direction(clip, target="dog"):
     return find_direction(clip, ["cat", "a cat"], [target, f"a {target}"], "cat", target)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoders_are_released():
+    yield
+    encoded.cache_clear()
+    direction.cache_clear()
 
 
 @torch.inference_mode()
