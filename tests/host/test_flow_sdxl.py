@@ -31,9 +31,11 @@ class Checkpoint:
         self.model = ModelSamplingSD3().patch(self.plain, 3.0)[0]
         self.source, self.target = (CLIPTextEncode().encode(self.clip, text)[0] for text in (SOURCE, TARGET))
         self.picture = picture(self.model)
+        self.before = self.state()
+        self.inversion = self.inverted()
 
     def inverted(self, method="direct", scheduler="auto"):
-        settings = InversionSettings(4, 0, NoiseRegularization(kl_weight=1.0, steps=1), method, 0, scheduler)
+        settings = InversionSettings(3, 0, NoiseRegularization(kl_weight=1.0, steps=1), method, 0, scheduler)
         return invert_latent(self.model, self.source, self.picture, settings)
 
     def state(self):
@@ -62,43 +64,42 @@ def inversions(checkpoint):
 
 
 def edits(checkpoint):
-    inversion = checkpoint.inverted()
     for settings in (EditSettings(2.0, 1e-3, local_blend=0.2, feature_until=0.5), EditSettings(preset="fast")):
-        yield sample_edit(checkpoint.model, inversion, checkpoint.target, checkpoint.source, settings)[0]
+        yield sample_edit(checkpoint.model, checkpoint.inversion, checkpoint.target, checkpoint.source, settings)[0]
 
 
 def reference(checkpoint):
     texts = checkpoint.target, checkpoint.source
-    made = generate_reference(checkpoint.model, *texts, checkpoint.picture, ReferenceSettings(4))
+    made = generate_reference(checkpoint.model, *texts, checkpoint.picture, ReferenceSettings(3))
     yield made[1]
     yield sample_edit(checkpoint.model, made[0], checkpoint.target, checkpoint.source, EditSettings(5.0, 0.0))[0]
 
 
 def flow_edit(checkpoint):
     texts = checkpoint.source, checkpoint.target, None
-    yield flow_edit_latent(checkpoint.model, *texts, checkpoint.picture, FlowEditing(steps=4))[0]
+    yield flow_edit_latent(checkpoint.model, *texts, checkpoint.picture, FlowEditing(steps=3))[0]
 
 
 def prompt_to_prompt(checkpoint):
-    settings, inversion = PromptEditSettings(0.5, 0.5, "dog: 2", 0.3), checkpoint.inverted()
+    settings, inversion = PromptEditSettings(0.5, 0.5, "dog: 2", 0.3), checkpoint.inversion
     model, positive = edit_by_prompt(checkpoint.model, inversion, checkpoint.clip, SOURCE, TARGET, settings)
     for sampler in ("euler", "dpmpp_2m", "euler_ancestral"):
         yield sample(model, inversion, positive, checkpoint.source, sampler=sampler)
 
 
 def plug_and_play(checkpoint):
-    inversion = checkpoint.inverted()
+    inversion = checkpoint.inversion
     model = with_source_features(checkpoint.model, inversion, 0.8, 0.5, 0.5)
     for sampler in ("euler", "dpmpp_2m", "euler_ancestral"):
         yield sample(model, inversion, checkpoint.target, checkpoint.source, sampler=sampler)
 
 
 def heatmap(checkpoint):
-    yield attention_heatmaps(checkpoint.model, checkpoint.inverted(), checkpoint.clip, SOURCE, HeatmapSettings("cat"))
+    yield attention_heatmaps(checkpoint.model, checkpoint.inversion, checkpoint.clip, SOURCE, HeatmapSettings("cat"))
 
 
 def feature_pca(checkpoint):
-    yield feature_pictures(checkpoint.model, checkpoint.inverted(), "queries", 0.5)
+    yield feature_pictures(checkpoint.model, checkpoint.inversion, "queries", 0.5)
 
 
 NODES = {
@@ -117,7 +118,7 @@ NODES = {
 @pytest.mark.parametrize("node", NODES)
 @torch.inference_mode()
 def test_every_node_draws_and_leaves_the_model_bit_for_bit_as_it_was(checkpoint, node):
-    drawn, weights, kept = checkpoint.state()
+    drawn, weights, kept = checkpoint.before
     results = list(NODES[node](checkpoint))
     assert all(result.isfinite().all() for result in results)
     assert all(result.shape[1:] != checkpoint.picture["samples"].shape[1:] or result.std() > 0 for result in results)
