@@ -19,6 +19,8 @@ from pix2pix_zero.pictures.noise_report import report_noise
 from plug_and_play_runs import patch, sample
 from small_unet import conditioning, latent, loaded_small_model
 
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
+
 STEPS = 6
 SMALL = InversionSettings(4, method="direct", scheduler="normal", map_memory=0)
 

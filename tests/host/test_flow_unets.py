@@ -17,6 +17,8 @@ from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_ref
 from pix2pix_zero.nodes.demo import Pix2PixZeroDemoModel
 from small_unet import conditioning, latent, loaded_small_model
 
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
+
 STEPS = 6
 UNREGULARIZED = NoiseRegularization(0.0, 0.0, 0, 0)
 EVERYTHING = EditSettings(1.5, 0.1, (0.0, 0.5), local_blend=0.2, feature_until=0.5)

@@ -19,6 +19,8 @@ from pix2pix_zero.nodes.reference import Pix2PixZeroReference
 from pix2pix_zero.nodes.sampler import Pix2PixZeroKSampler
 from small_unet import conditioning, latent, small_model
 
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
+
 
 @pytest.fixture(scope="module")
 def models():
