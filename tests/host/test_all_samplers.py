@@ -11,7 +11,7 @@ import torch
 SAMPLERS = sorted({*comfy.samplers.KSAMPLER_NAMES, "ddim", "uni_pc", "uni_pc_bh2"})
 # They go along the estimate alone, from level to level, as the inversion has come: its residuals are for them.
 DDIM_STEPS = {"euler", "ddim"}
-# What an adaptive sampler takes for near enough: else it evaluates the model ten times as often as the others.
+# What an adaptive sampler takes for near enough: else it evaluates the model about eight times as often as the others.
 OPTIONS = {"dpm_adaptive": {"rtol": 0.5, "h_init": 0.5}}
 TARGET = "a dog on a sofa"
 pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
