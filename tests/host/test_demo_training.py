@@ -14,14 +14,14 @@ from pix2pix_zero.demo_model.training import autoencoder, diffusion, parallel
 from pix2pix_zero.demo_model.training.diffusion import stratified_timesteps
 
 SMALL = Recipe(
-    renders=240,
+    renders=100,
     ranks=1,
     autoencoder_minutes=0.1,
     autoencoder_batch=6,
     decoder_renders=8,
     decoder_steps=2,
     decoder_batch=2,
-    diffusion_minutes=0.25,
+    diffusion_minutes=0.15,
     diffusion_batch=6,
     warmup=5,
     captioner_renders=64,

@@ -12,6 +12,7 @@ from comfyui_version import __version__
 from PIL import Image
 from pix2pix_zero.devtools.hosts import DEFAULT_VERSION
 from pix2pix_zero.devtools.server import PACK_FOLDER, GraphError
+from pix2pix_zero.host.distilled.pair_sets import FEWEST
 from pix2pix_zero.host.networks.captioner import ON_THE_BLUEPRINT
 from workflow_forms import NOTES, api_form
 
@@ -195,6 +196,13 @@ def with_a_shipped_student(api: dict) -> dict:
     return api
 
 
+def with_few_pairs(api: dict) -> dict:
+    """`distill_an_edit` on as few pairs as a student may learn from."""
+    api = copy.deepcopy(api)
+    only(api, "PrimitiveInt")["inputs"].update(value=FEWEST)
+    return api
+
+
 def without_strip(api: dict) -> dict:
     """The graph without the output of a strip over strengths, so that its edits are not drawn."""
     shown = [key for key, node in api.items() if node["_meta"]["title"] == "One edit for each strength"]
@@ -210,6 +218,7 @@ def showing_the_source(api: dict) -> dict:
 GRAPHS = {name: read_api for name in NAMES} | {
     **{name: lambda name: on_the_demo_model(read_api(name)) for name in YOUR_PICTURE},
     LANGUAGE_MODEL: lambda name: with_sentences_of_the_bank(read_api(name)),
+    "distill_an_edit": lambda name: with_few_pairs(read_api(name)),
     "use_a_distilled_edit": lambda name: with_a_shipped_student(read_api(name)),
 }
 
