@@ -43,6 +43,7 @@ WANTED = {
     "SD3Tokenizer": {"t5xxl_model_config": {**T5, "d_model": 4096}},
     "KleinTokenizer": {"qwen3_4b_model_config": {**LLAMA, "num_hidden_layers": 28}},
     "Flux2Tokenizer": {"mistral3_24b_model_config": {**LLAMA, "num_hidden_layers": 31, "vocab_size": 1024}},
+    "HunyuanImageTokenizer": {"_model_config": T5},  # of its ByT5, which has no name
 }
 
 # What a checkpoint brings beside its weights: the vocabularies that the host does not ship.
@@ -93,6 +94,9 @@ ENCODERS = {
 def small_encoder(name: str) -> comfy.sd.CLIP:
     """The CLIP of a flow family."""
     clip = ENCODERS[name]()
+    for module in clip.cond_stage_model.modules():
+        if hasattr(module, "visual"):  # built in one size only, and no text comes by it
+            del module.visual
     generator = torch.Generator().manual_seed(0)
     for key, weight in clip.cond_stage_model.named_parameters():
         rows = min(509, len(weight)) if weight.ndim else 1  # of a vocabulary, many tokens have the same

@@ -251,13 +251,15 @@ SMALL_HIDREAM = {
     "num_single_layers": 1,
     "llama_layers": [0, 1],
 }
+SMALL_ANIMA = {"model_channels": 128, "num_heads": 1, "num_blocks": 6, "crossattn_emb_channels": 128}
+SMALL_ADAPTER = {"source_dim": 128, "target_dim": 128, "model_dim": 128, "num_layers": 1, "num_heads": 2}
 
 FAMILIES = {
     "SD 3": Family("SD3", sd3, text=4096, pooled=2048),
     "SD 3.5 Medium": Family("SD3", lambda: sd3(x_block_self_attn_layers=[0]), text=4096, pooled=2048),
     "Flux dev": Family("Flux", lambda: flux(True), text=4096, pooled=768, guided=True),
     "Flux schnell": Family("FluxSchnell", lambda: flux(False), text=4096, pooled=768),
-    "Flux 2": Family("Flux2", flux2, text=15360, guided=True),
+    "Flux 2": Family("Flux2", flux2, text=256, small={"context_in_dim": 256}, guided=True),
     "Chroma": Family("Chroma", chroma, text=4096, small={"out_dim": 128, "hidden_dim": 64, "n_layers": 2}),
     "AuraFlow": Family(
         "AuraFlow",
@@ -284,9 +286,7 @@ FAMILIES = {
     "Hunyuan-Image": Family("HunyuanImage21", hunyuan_image, text=3584, extra=byt5),
     "Kandinsky 5": Family("Kandinsky5Image", kandinsky, text=3584, pooled=768, small={"model_dim": 128}),
     "Wan 2.1": Family("WAN21_T2V", wan, text=4096),
-    "Anima": Family(
-        "Anima", anima, text=1024, small={"model_channels": 128, "num_heads": 1, "num_blocks": 6}, extra=t5_tokens
-    ),
+    "Anima": Family("Anima", anima, text=128, small=SMALL_ANIMA, extra=t5_tokens),
 }
 
 
@@ -300,7 +300,8 @@ def small_family(name: str):
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device="cpu")
     if hasattr(base.diffusion_model, "llm_adapter"):
-        del base.diffusion_model.llm_adapter.blocks[1:]  # built in one size only, it reads 400 MB in every call
+        adapter = base.diffusion_model.llm_adapter  # built in one size only, it reads 400 MB in every call
+        base.diffusion_model.llm_adapter = type(adapter)(**SMALL_ADAPTER, **{**META, "device": CPU})
     draw_weights(base.diffusion_model, family.gain)
     model = comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
     comfy.model_management.load_models_gpu([model])

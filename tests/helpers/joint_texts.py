@@ -1,6 +1,7 @@
 """The text encoder of a flow family as wide as its small network reads: a small encoder whose rows are widened."""
 
 import copy
+import functools
 
 import torch
 from flow_encoders import ENCODERS, small_encoder
@@ -14,10 +15,14 @@ ENCODER = {name: name for name in ENCODERS} | {
 }
 
 
+@functools.cache  # to draw it takes longer than to encode a text
+def _widening(before: int, after: int) -> torch.Tensor:
+    return torch.randn(before, after, generator=torch.Generator().manual_seed(9)) * before**-0.5
+
+
 def wide(rows: torch.Tensor, width: int) -> torch.Tensor:
     """Rows [.., n] at another width, each by itself."""
-    generator = torch.Generator().manual_seed(9)
-    return rows @ torch.randn(rows.shape[-1], width, generator=generator) * rows.shape[-1] ** -0.5
+    return rows @ _widening(rows.shape[-1], width)
 
 
 def family_clip(name: str):

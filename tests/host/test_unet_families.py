@@ -24,14 +24,14 @@ TIMESTEP = 500
 REGULARIZATION = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
 
 
-@functools.lru_cache(1)
+@functools.cache
 def loaded(name):
     with torch.inference_mode():
         return small_family(name)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def last_model_is_released():
+def models_are_released():
     yield
     loaded.cache_clear()
 
