@@ -192,9 +192,11 @@ def model_identity(model: ModelPatcher) -> ModelIdentity:
     for key in sorted(shapes):
         digest.update(f"{key}{shapes[key]}".encode())
     weights = {}
-    sampled = sorted(key for key, shape in shapes.items() if shape)
-    for key in sampled[:: max(1, len(sampled) // 16)]:
-        weight = model.get_key_patches(key)[key][0][0]
+    keys = sorted(key for key, shape in shapes.items() if shape)
+    sampled = tuple(keys[:: max(1, len(keys) // 16)])
+    below = model.get_key_patches(sampled)  # once: each call lists all weights of the model
+    for key in sampled:
+        weight = below[key][0][0]
         plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # a quantized one has no elements to take
         if plain and weight.is_floating_point():
             flat = weight.detach().flatten()

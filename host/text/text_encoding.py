@@ -165,8 +165,10 @@ def encoder_fingerprint(clip: CLIP) -> str:
         digest.update(f"{key}{shapes[key]}".encode())
     # SD 1.x checkpoints have no text_projection, and ComfyUI then leaves it uninitialized.
     weights = sorted(k for k, shape in shapes.items() if shape and "text_projection" not in k)
-    for key in weights[:: max(1, len(weights) // 16)]:
-        weight = clip.patcher.get_key_patches(key)[key][0][0]
+    sampled = tuple(weights[:: max(1, len(weights) // 16)])
+    below = clip.patcher.get_key_patches(sampled)  # once: each call lists all weights of the encoder
+    for key in sampled:
+        weight = below[key][0][0]
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 512)].to("cpu", torch.float16)
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())

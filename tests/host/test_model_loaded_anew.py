@@ -5,8 +5,10 @@ import gc
 
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from patch_catalogue import merged_lora
 from pix2pix_zero.host.sampling.checks import model_identity
+from pix2pix_zero.host.text.text_encoding import encoder_fingerprint
 from pix2pix_zero.nodes.feature_pca import Pix2PixZeroFeaturePCA
 from pix2pix_zero.nodes.noise_report import Pix2PixZeroNoiseReport
 from small_edit import edit, invert
@@ -34,6 +36,17 @@ def test_the_same_weights_are_the_same_model(inversion, run_node):
     expected = edit(again, invert(again, map_memory=0))
     assert (edit(again, inversion) - expected).abs().max() <= 1e-5 * expected.std()
     run_node(Pix2PixZeroFeaturePCA, model=again, inversion=inversion, features="queries", percent=0.5)
+
+
+def test_the_weights_are_listed_twice_at_most(inversion, clip, monkeypatch):
+    """It takes a large model 20 milliseconds each time, and every node asks."""
+    model, lists = loaded(), []
+    listed = ModelPatcher.model_state_dict
+    monkeypatch.setattr(ModelPatcher, "model_state_dict", lambda *given: lists.append(given) or listed(*given))
+    assert inversion.identity.is_of(model_identity(model))
+    assert len(lists) == 2
+    encoder_fingerprint(clip)
+    assert len(lists) == 4
 
 
 @pytest.fixture(scope="module")
