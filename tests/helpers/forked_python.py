@@ -47,11 +47,11 @@ ASK = Path(__file__).with_name("ask_for_fork.py")
 
 @contextlib.contextmanager
 def forking(environment, variables: dict[str, str]) -> Iterator:
-    """While active, an `Environment` like this one whose `python` is forked; the same one where no system can fork.
+    """While active, an `Environment` like this one whose `python` is forked; the same one where forks are not safe.
 
     `variables`: those that libraries read when they are imported.
     """
-    if not hasattr(os, "fork"):
+    if sys.platform != "linux":
         yield environment
         return
     from pix2pix_zero.devtools.environment import Environment
@@ -96,8 +96,11 @@ def _serve(path: str) -> None:
             call, _ = door.accept()
             with call:
                 if not os.fork():
-                    door.close()
-                    _become(call)
+                    try:
+                        door.close()
+                        _become(call)
+                    finally:
+                        os._exit(1)
 
 
 def _become(call: socket.socket) -> None:
@@ -117,7 +120,7 @@ def _become(call: socket.socket) -> None:
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     threading.Thread(target=_end_with, args=(call,), daemon=True).start()
-    status = _run(request["arguments"])
+    status = _run(request["arguments"]) & 255
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     with contextlib.suppress(OSError):
@@ -126,7 +129,8 @@ def _become(call: socket.socket) -> None:
 
 
 def _end_with(call: socket.socket) -> None:
-    call.recv(1)  # the caller sends no more: it has ended
+    with contextlib.suppress(OSError):
+        call.recv(1)  # the caller sends no more: it has ended
     os._exit(1)
 
 
