@@ -136,16 +136,19 @@ def quick_environment(pytestconfig: pytest.Config) -> Iterator:
 
 @pytest.fixture(scope="session")
 def start_server(pytestconfig: pytest.Config, quick_environment) -> Callable:
-    """`with start_server(*options) as server`: the real ComfyUI with the pack, with further options of its own."""
+    """`with start_server(*options, keep) as server`: the real ComfyUI with the pack, with further options of its own.
+
+    `keep`: a base directory that stays, see `devtools.server.Server`.
+    """
     from pix2pix_zero.devtools.process import one_thread
     from pix2pix_zero.devtools.server import Server
 
     @contextlib.contextmanager
-    def start(*options: str) -> Iterator[Server]:
+    def start(*options: str, keep: Path | None = None) -> Iterator[Server]:
         offline = pytest.MonkeyPatch()
         offline.setenv("HF_HUB_OFFLINE", "1")  # nothing may be downloaded by a test
         gpu = None if pytestconfig.getoption("--gpu") else False
-        settings = dict(options=["--disable-api-nodes", *options], gpu=gpu, variables=one_thread())
+        settings = dict(keep=keep, options=["--disable-api-nodes", *options], gpu=gpu, variables=one_thread())
         try:
             with Server(quick_environment, **settings) as server:
                 yield server

@@ -12,7 +12,6 @@ import pytest
 from cluster_runs import Program, cluster_python, edit_workflow, pixels, presses_ctrl_c, write_scenes
 from PIL import Image
 from pix2pix_zero.devtools import server as servers
-from pix2pix_zero.devtools.process import one_thread
 from pix2pix_zero.editing.writing import TEMPORARY
 
 SCENES = 8
@@ -53,10 +52,9 @@ def asked(work: Path, out: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def one_server(work, quick_environment):
+def one_server(work, start_server):
     """A server that somebody else has started."""
-    settings = dict(keep=work / "base", options=["--disable-api-nodes"], gpu=False, variables=one_thread())
-    with servers.Server(quick_environment, **settings) as up:
+    with start_server(keep=work / "base") as up:
         yield up
 
 

@@ -16,22 +16,14 @@ PAIRS = 50
 FILE = "pix2pix_zero/inverted_00001.safetensors"
 
 
-@pytest.fixture(scope="module")
-def started(quick_environment):
-    """`with started(base, with_pack) as server`: a server with this base directory."""
-    from pix2pix_zero.devtools import server as servers
-    from pix2pix_zero.devtools.process import one_thread
+@contextlib.contextmanager
+def without_the_pack():
+    """While active, servers start without this pack."""
+    from pix2pix_zero.devtools import server
 
-    @contextlib.contextmanager
-    def start(base: Path, with_pack: bool):
-        settings = dict(keep=base, options=["--disable-api-nodes"], gpu=False, variables=one_thread())
-        with pytest.MonkeyPatch.context() as patch:
-            if not with_pack:
-                patch.setattr(servers, "link_folder", lambda link, target: None)
-            with servers.Server(quick_environment, **settings) as server:
-                yield server
-
-    return start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "link_folder", lambda link, target: None)
+        yield
 
 
 def pixels(png: bytes) -> torch.Tensor:
@@ -69,8 +61,8 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(base, started):
-    with started(base, with_pack=True) as server:
+def running(base, start_server):
+    with start_server(keep=base) as server:
         yield server
 
 
@@ -111,7 +103,7 @@ def test_a_picture_past_the_end_ends_the_run_in_words(running):
         running.run(graph.api(running.object_info()))
 
 
-def test_the_student_runs_in_stock_nodes_on_a_server_without_the_pack(running, started, base, tmp_path):
+def test_the_student_runs_in_stock_nodes_on_a_server_without_the_pack(running, start_server, base, tmp_path):
     """Its pictures are those of the student's own call."""
     from pix2pix_zero.host.networks.students import load_student
 
@@ -122,7 +114,7 @@ def test_the_student_runs_in_stock_nodes_on_a_server_without_the_pack(running, s
     (bare / "input").mkdir()
     source = Image.open(base / "input" / "scenes" / "7.png").resize((44, 60))
     source.save(bare / "input" / "7.png")
-    with started(bare, with_pack=False) as server:
+    with without_the_pack(), start_server(keep=bare) as server:
         info = server.object_info()
         assert not [name for name in info if name.startswith("Pix2PixZero")]
         graph = Graph()
