@@ -11,7 +11,7 @@ import comfy.utils
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from other_device import OtherTensor, other_device
+from other_device import OTHER, OtherTensor, other_device
 from pix2pix_zero.editing.directions import EditDirection
 from pix2pix_zero.editing.trajectory import Inversion
 from pix2pix_zero.nodes.inversion import Pix2PixZeroInversion
@@ -77,6 +77,21 @@ class Workplace:
 
     def encode(self, text):
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+
+@contextlib.contextmanager
+def both_workplaces():
+    """While active, those on the CPU and on the other device, whose models the host forgets then."""
+    made = []
+    for device in (CPU, OTHER):
+        with host_on(device), torch.inference_mode():
+            made.append(Workplace(device))
+    yield made
+    loaded = comfy.model_management.current_loaded_models
+    with host_on(OTHER):
+        for there in [model for model in loaded if model.device == OTHER]:
+            there.model_unload()
+            loaded.remove(there)
 
 
 def parts(value):
