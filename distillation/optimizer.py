@@ -44,14 +44,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices [..., rows, columns], up to singular values in about 0.7..1.2."""
+    """The nearest semi-orthogonal matrices [..., rows, columns], up to singular values in about 0.7..1.2.
+
+    Each Newton-Schulz step multiplies by a polynomial of x x^T. The steps are gathered in that smaller square, and applied to x
+    once: 2.5 times less work for kernels of 3 x 3.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     flipped = x.shape[-2] > x.shape[-1]
     x = x.mT if flipped else x
+    gram = x @ x.mT
+    gathered = identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        step = a * identity + b * gram + c * gram @ gram
+        gathered = step @ gathered
+        gram = step @ gram @ step
+    x = gathered @ x
     return x.mT if flipped else x
 
 

@@ -1,6 +1,7 @@
 """Losses and the training loop of students."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -198,3 +199,15 @@ def test_orthogonalized_matrices_have_the_singular_vectors_of_their_own(shape):
     values = rotated.diagonal(dim1=1, dim2=2)
     assert (rotated - torch.diag_embed(values)).abs().max() < 1e-6
     assert values.min() > 0.6 and values.max() < 1.25
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-5])
+def test_singular_values_are_those_of_five_steps_also_where_they_are_far_apart(smallest):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, 6, generator=generator, dtype=torch.float64))[0] for size in (6, 40))
+    values = torch.logspace(0, math.log10(smallest), 6, dtype=torch.float64)
+    rotated = u.T @ orthogonalize((u * values @ v.T).float()).double() @ v
+    expected = values / values.norm()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    assert (rotated - torch.diag(expected)).abs().max() < 1e-3
