@@ -3,6 +3,7 @@
 Every entry keeps its own tensors in fp32 and works in the dtype it is called in, so that it runs on a float64 model too.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,9 +88,15 @@ def merged_lora(model):
     return patched
 
 
+@functools.cache
+def _lora_for(config: str) -> dict:
+    """Of a small UNet with the settings of now."""
+    return lora_tensors(small_model())
+
+
 def lora_hooks(*keyframes: tuple[float, float]) -> comfy.hooks.HookGroup:
     """A LoRA as a hook. `keyframes`: (strength, start percent)."""
-    hooks = comfy.hooks.create_hook_lora(lora=lora_tensors(small_model()), strength_model=1.0, strength_clip=0.0)
+    hooks = comfy.hooks.create_hook_lora(lora=_lora_for(repr(CONFIG)), strength_model=1.0, strength_clip=0.0)
     group = comfy.hooks.HookKeyframeGroup()
     for strength, start in keyframes:
         group.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
@@ -107,13 +114,11 @@ def hooked(*keyframes: tuple[float, float]) -> Callable:
 class PictureAttention:
     """As image-prompt packs replace cross-attention: other keys and values for each half, told by `cond_or_uncond`."""
 
-    def __init__(self):
-        self.tokens = {branch: random(1, 4, 128, seed=5 + branch) for branch in (0, 1)}
-
     def __call__(self, q, k, v, options):
         heads, branches = options["n_heads"], options["cond_or_uncond"]
         rows = len(q) // len(branches)
-        picture = torch.cat([self.tokens[branch].expand(rows, -1, -1) for branch in branches]).to(q)
+        tokens = {branch: random(1, 4, q.shape[-1], seed=5 + branch) for branch in branches}
+        picture = torch.cat([tokens[branch].expand(rows, -1, -1) for branch in branches]).to(q)
         out = attention_pytorch(q, k, v, heads)
         return out + 0.5 * attention_pytorch(q, picture, picture.flip(1), heads)
 
@@ -212,7 +217,9 @@ class _Adapter(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = torch.nn.Conv2d(192, 64, 3, padding=1), torch.nn.Conv2d(64, 128, 3, 2, 1)
+        channels = CONFIG["model_channels"]
+        self.first = torch.nn.Conv2d(192, channels, 3, padding=1)
+        self.second = torch.nn.Conv2d(channels, 2 * channels, 3, 2, 1)
 
     def forward(self, x):
         fine = self.first(F.pixel_unshuffle(x, 8))
@@ -234,8 +241,10 @@ def gligen(texts: list, branch: str) -> list:
     """A text for a box, by its module at each spatial transformer of the UNet."""
     if branch == "negative":
         return texts
-    channels = CONFIG["model_channels"]
-    widths = [channels, *[2 * channels] * 4, channels, channels]  # of its spatial transformers
+    channels, depths = CONFIG["model_channels"], [*CONFIG["transformer_depth"], CONFIG["transformer_depth_middle"]]
+    depths += reversed(CONFIG["transformer_depth_output"])
+    places = [channels, *[2 * channels] * 4, channels, channels]  # where it may have spatial transformers
+    widths = [width for width, depth in zip(places, depths, strict=True) if depth]
     modules = [comfy.gligen.GatedSelfAttentionDense(width, CONTEXT_DIM, 4, width // 4) for width in widths]
     for module in modules:
         module.register_forward_pre_hook(lambda module, args: module.to(args[0].dtype) and None)

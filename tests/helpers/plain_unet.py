@@ -5,9 +5,8 @@ import torch
 from pix2pix_zero.attention_patches.attention import cross_attention_sites
 from pix2pix_zero.host.sampling.passes import UNetPasses
 from pix2pix_zero.host.unet.jobs import for_own_sampler
-from small_unet import conditioning, small_model
+from small_unet import CONFIG, conditioning, small_model
 
-SITES = 11
 TIMESTEP = 500
 
 
@@ -55,6 +54,8 @@ class PlainUNet:
         self.patches = patches or {}
         self.foreign = foreign or {}
         self.control = control
+        depths = [*CONFIG["transformer_depth"], *CONFIG["transformer_depth_output"]]
+        self.sites = sum(depths) + CONFIG["transformer_depth_middle"]
 
     def maps(self, x, text):
         maps = []
@@ -74,7 +75,7 @@ class PlainUNet:
         control = self.control and {key: [t.double() for t in values] for key, values in self.control.items()}
         timestep = torch.full((len(x),), float(TIMESTEP), dtype=torch.float64)
         self.unet(x / self.scale, timestep, context=text.double(), control=control, transformer_options=options)
-        assert len(maps) == SITES
+        assert len(maps) == self.sites
         return maps
 
     def gradient(self, text, x_source, x, source_text=None, tokens=None):

@@ -9,6 +9,8 @@ from guided_pass import latents
 from patch_catalogue import CATALOGUE, random, texts_of
 from small_unet import SHALLOW, changed
 
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
 UNEVEN = {"area", "masks", "mask bounds"}  # where each text counts by its share at a place
 
 
@@ -26,8 +28,8 @@ def made():
 
 @pytest.fixture
 def models(made, name):
-    """Few transformers, but for the patches that act on those of the outer level too."""
-    deep = name in ("GLIGEN", "HyperTile")
+    """Few transformers, but for a patch that acts on those of the outer level."""
+    deep = name == "HyperTile"
     with changed({} if deep else SHALLOW):
         yield made(deep)
 

@@ -170,17 +170,18 @@ def with_own_boxes(module):
 
 
 @pytest.mark.parametrize("own_boxes", [True, False], ids=["boxes of their own", "boxes for all"])
-def test_a_batch_with_boxes_stays_whole(model, no_memory, monkeypatch, own_boxes):
+def test_a_batch_with_boxes_stays_whole(shallow, no_memory, monkeypatch, own_boxes):
     rows, shrink = no_memory
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # GLIGEN's own
-    source, positive = (gligen(own(conditioning(seed=seed), 2), "positive") for seed in (0, 1))
+    with changed(SHALLOW):
+        source, positive = (gligen(own(conditioning(seed=seed), 2), "positive") for seed in (0, 1))
     if own_boxes:
         for texts in (source, positive):
             with_own_boxes(texts[0][1]["gligen"][1].model)
-    inversion = invert(model, source, latent(2, 8, 12))
-    whole = edit(model, inversion, positive, strength=STRENGTH)
+    inversion = invert(shallow, source, latent(2, 8, 12))
+    whole = edit(shallow, inversion, positive, strength=STRENGTH)
     shrink()
-    assert same(edit(model, inversion, positive, strength=STRENGTH), whole)
+    assert same(edit(shallow, inversion, positive, strength=STRENGTH), whole)
     assert set(rows) == {(2, 1)}
 
 

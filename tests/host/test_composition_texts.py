@@ -19,19 +19,18 @@ from patch_catalogue import (
     unequal,
     with_extras,
 )
-from small_unet import SHALLOW, changed, conditioning
+from small_unet import conditioning
 
 import nodes as core
 
-pytestmark = pytest.mark.usefixtures("narrow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 STRENGTH = 0.005
 
 
 @pytest.fixture(scope="module")
 def model():
-    with changed(SHALLOW):
-        return soft_model()
+    return soft_model()
 
 
 def kept_and_anew(model, source, *texts, **options):
@@ -129,9 +128,8 @@ def test_a_scheduled_lora_acts_in_the_inversion_as_in_the_edit(model):
     assert not same(plain.trajectory[-1], inversion.trajectory[-1], 1e-2), "the LoRA must matter"
 
 
-def test_gligen_whose_attention_has_no_derivative_is_refused_in_words(monkeypatch):
+def test_gligen_whose_attention_has_no_derivative_is_refused_in_words(model, monkeypatch):
     """It takes the attention that ComfyUI was started with, such as SageAttention."""
-    model = soft_model()  # with all the layers that `gligen` is for
     source, positive = (gligen(conditioning(seed=seed), "positive") for seed in (0, 1))
     inversion = invert(model, source)
 

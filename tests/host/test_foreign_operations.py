@@ -1,7 +1,6 @@
 """The guidance gradient through layers and operations of other packs, against float64, and what is refused."""
 
 import comfy.ops
-import plain_unet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,7 @@ from small_unet import SHALLOW, SmallSD, changed, conditioning
 @pytest.fixture(scope="module", autouse=True)
 def few_transformers():
     """One at the outer level, which is patched, and four that follow."""
-    with changed({**SHALLOW, "transformer_depth": [1, 1]}), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain_unet, "SITES", 5)
+    with changed({**SHALLOW, "transformer_depth": [1, 1]}):
         yield
 
 

@@ -20,9 +20,9 @@ from pix2pix_zero.host.unet.map_jobs import Checkpointing
 from pix2pix_zero.host.views.attention_heat import mean_attention
 from pix2pix_zero.host.views.feature_pictures import feature_pictures
 from small_edit import edit, invert
-from small_unet import conditioning, latent, loaded_small_model
+from small_unet import changed, conditioning, latent, loaded_small_model
 
-pytestmark = pytest.mark.usefixtures("narrow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,11 @@ def test_all_that_reads_the_unet_says_so_where_it_is_not_called(model, clip, inv
         READERS[reader](answering_alone(model, kind), inversion_of_text, clip)
 
 
-def test_a_node_that_leaves_the_unet_half_way_is_named(model, inversion_of_text):
-    """Some of the features are read then, and the others are missing."""
-    lazy = model.clone()
+def test_a_node_that_leaves_the_unet_half_way_is_named():
+    """Some of the features are read then, and the others, of the outer level, are missing."""
+    with changed({"transformer_depth_output": [1, 1, 1, 1]}):
+        model = loaded_small_model()
+    lazy, inversion = model.clone(), plugged.invert(model, steps=2)
     unet = model.model.diffusion_model
     (further, *_) = unet.output_blocks[feature_site(unet).number + 1]
 
@@ -155,7 +157,7 @@ def test_a_node_that_leaves_the_unet_half_way_is_named(model, inversion_of_text)
 
     lazy.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "lazy", leave)
     with pytest.raises(ValueError, match="model: another node .* leaves out UNet calls"):
-        plugged.sample(plugged.patch(lazy, inversion_of_text), inversion_of_text)
+        plugged.sample(plugged.patch(lazy, inversion), inversion)
 
 
 def _stop_iteration(*args):

@@ -14,7 +14,7 @@ from pix2pix_zero.host.unet.memory import MODES
 from plain_unet import PlainUNet, guider_gradient
 from small_unet import conditioning
 
-pytestmark = pytest.mark.usefixtures("narrow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 
 def live_tensors() -> int:

@@ -17,7 +17,7 @@ from pix2pix_zero.host.text.conditionings import stack_conditionings
 from plain_unet import PlainUNet, assert_same_gradient, guider_gradient
 from small_unet import conditioning, latent
 
-pytestmark = pytest.mark.usefixtures("narrow_unet")
+pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
 LENGTHS = [(7, 14), (14, 7), (14, 21)]
 STRENGTH = 0.005
