@@ -17,7 +17,7 @@ from host_nodes import Inputs, model_nodes, patched
 from pix2pix_zero.host.sampling.checks import ddim_grid, noise_path
 from pix2pix_zero.host.sampling.reference import ReferenceSettings, generate_reference
 from pix2pix_zero.host.views.attention_heat import mean_attention
-from small_unet import SHALLOW, changed, latent, loaded_small_model
+from small_unet import NARROW, SHALLOW, changed, latent, loaded_small_model
 from tiny_clip import tiny_clip
 
 # Their own function fails on the model of these tests, which is none of theirs.
@@ -30,7 +30,7 @@ class Bench:
     """A model, its inversion and every model that the host's nodes make of it."""
 
     def __init__(self, folder):
-        with torch.inference_mode(), changed(SHALLOW):
+        with torch.inference_mode(), changed(SHALLOW | NARROW):
             self.model, self.clip = loaded_small_model(), tiny_clip()
             self.inputs = Inputs(self.model, folder)
             self.source, self.positive = (prompted.encode(self.clip, text) for text in (prompted.SOURCE, TARGET))
