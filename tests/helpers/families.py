@@ -37,6 +37,14 @@ def small_family(name: str, context=CONTEXT, pooled=None, **changes):
     return model
 
 
+def few_transformers(name: str) -> dict:
+    """Changes for `small_family`: two transformers where the family has more in a row, if their number does not matter."""
+    settings = FAMILIES[name].settings
+    few = {key: [min(depth, 2) for depth in settings[key]] for key in ("transformer_depth", "transformer_depth_output")}
+    few["transformer_depth_middle"] = min(settings["transformer_depth_middle"], 2)
+    return {key: value for key, value in few.items() if value != settings[key]}
+
+
 def draw_weights(unet, seed=0) -> None:
     """Random weights with soft attention maps, under which an estimate changes slowly with the latent."""
     generator = torch.Generator().manual_seed(seed)
@@ -98,12 +106,18 @@ class Float64UNet:
     def gradient(self, timestep: int, x_source, x, source: list, text: list):
         """Of the attention distance with respect to `x`, a latent of ComfyUI's scale, and the distance [B]."""
         x = x.double().requires_grad_(True)
-        with torch.no_grad():
-            reference = self.maps(timestep, x_source.double(), source)
+        distance = self.distance(timestep, self.reference(timestep, x_source, source), x, text)
+        return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
+
+    @torch.no_grad()
+    def reference(self, timestep: int, x_source, source: list) -> list[torch.Tensor]:
+        """The maps that a distance is to."""
+        return self.maps(timestep, x_source.double(), source)
+
+    def distance(self, timestep: int, reference: list[torch.Tensor], x, text: list) -> torch.Tensor:
         maps = self.maps(timestep, x, text)
         assert len(maps) == FAMILIES[self.name].sites
-        distance = sum(((a - b) ** 2).sum((2, 3)).mean(1) for a, b in zip(maps, reference))
-        return torch.autograd.grad(distance.sum(), x)[0], distance.detach()
+        return sum(((a - b) ** 2).sum((2, 3)).mean(1) for a, b in zip(maps, reference))
 
     def maps(self, timestep: int, x, text: list) -> list[torch.Tensor]:
         """Cross-attention maps [B, heads, pixels, tokens] in the order of the forward pass."""

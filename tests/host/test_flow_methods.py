@@ -21,7 +21,7 @@ from small_unet import conditioning, latent, loaded_small_model
 
 pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
-STEPS = 6
+STEPS = 4
 SMALL = InversionSettings(4, method="direct", scheduler="normal", map_memory=0)
 
 

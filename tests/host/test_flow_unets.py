@@ -19,7 +19,7 @@ from small_unet import conditioning, latent, loaded_small_model
 
 pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
 
-STEPS = 6
+STEPS = 4
 UNREGULARIZED = NoiseRegularization(0.0, 0.0, 0, 0)
 EVERYTHING = EditSettings(1.5, 0.1, (0.0, 0.5), local_blend=0.2, feature_until=0.5)
 
