@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from pix2pix_zero.devtools.environment import CLUSTER_LOG, prepare_cluster, runn
 from pix2pix_zero.devtools.graphs import EXAMPLE
 from pix2pix_zero.devtools.hosts import ROOT
 from pix2pix_zero.devtools.process import DevError, clean_environment, one_thread, stop
+from pix2pix_zero.devtools.server import free_port
 
 presses_ctrl_c = pytest.mark.skipif(os.name == "nt", reason="process groups and their signals are of POSIX")
 PATIENCE = 300.0
@@ -51,16 +54,71 @@ def write_scenes(folder: Path, count: int) -> Path:
     return folder
 
 
-def edit_workflow(steps: int = 4) -> dict:
-    """Cat to dog with the demo model, from *Load Image* to *Save Edit Pair*, in API form."""
+def edit_workflow(steps: int = 2) -> dict:
+    """Cat to dog with the demo model, from *Load Image* to *Save Edit Pair*, in API form.
+
+    Every server encodes the direction's sentences anew, so there are few of them.
+    """
     example = json.loads(EXAMPLE.read_text(encoding="utf-8"))
     graph = {key: example[key] for key in BELOW}
     graph["3"] = {"class_type": "LoadImage", "inputs": {"image": "mine.png"}, "_meta": {"title": "source"}}
     graph["7"]["inputs"]["text"] = "a photo of a cat"
     graph["10"]["inputs"]["steps"] = steps
+    sentences = {"source_sentences": "a photo of a cat", "target_sentences": "a photo of a dog"}
+    graph["12"] = {
+        "class_type": "Pix2PixZeroEditDirectionFromSentences",
+        "inputs": {"clip": ["2", 1], "alignment": "positions", **sentences},
+    }
     inputs = {"source": ["3", 0], "edited": ["16", 0], "edited_area": ["15", 1], "caption": "a dog", "dataset": "mine"}
     graph["20"] = {"class_type": "Pix2PixZeroSavePair", "inputs": inputs}
     return graph
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray that runs beside the tests.
+
+    `address`, `remote`: where programs on its machine and on others find it. `home`: its, and theirs. `logs`: a folder above.
+    """
+
+    address: str
+    remote: str
+    home: Path
+    logs: Path
+
+
+@contextlib.contextmanager
+def ray_head(python: Path, home: Path, clients: bool = True) -> Iterator[Head]:
+    """A `Head` in a home like this. `clients`: whether it answers at `remote`, which takes a process for each of them."""
+    # its sockets' paths must be short
+    temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+    own = {"HOME": str(home), "RAY_TMPDIR": temporary.name, "RAY_USAGE_STATS_ENABLED": "0"}
+    # Beside other tests, a client's server takes its time; and gRPC waits longer and longer between two looks for it.
+    own |= {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300", "TIMEOUT_FOR_SPECIFIC_SERVER_S": "120"}
+    own["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # else one of ten to a hundred such servers dies while it is forked
+    port, client = free_port(), free_port()
+    command = [python.with_name("ray"), "start", "--head", "--block", "--port", port]
+    command += ["--ray-client-server-port", client] if clients else []
+    command += ["--node-ip-address", "127.0.0.1", "--num-cpus", 1, "--object-store-memory", 100_000_000]
+    # what no test looks at: each is a process that takes seconds
+    command += ["--include-dashboard", "false", "--include-log-monitor", "false", "--no-monitor"]
+    head = subprocess.Popen(
+        [str(part) for part in command],
+        env=clean_environment(**own),
+        cwd=home,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        for each in (port, client) if clients else (port,):
+            deadline = time.monotonic() + 120
+            while socket.socket().connect_ex(("127.0.0.1", each)):
+                assert time.monotonic() < deadline and head.poll() is None
+                time.sleep(0.2)
+        yield Head(f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", home, Path(temporary.name))
+    finally:
+        stop(head, 30)
+        temporary.cleanup()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster_runs import Program, cluster_python, edit_workflow, pixels, presses_ctrl_c, write_scenes
+from cluster_runs import Program, cluster_python, edit_workflow, pixels, presses_ctrl_c, ray_head, write_scenes
 from PIL import Image
 from pix2pix_zero.devtools import server as servers
 from pix2pix_zero.editing.writing import TEMPORARY
@@ -56,6 +56,12 @@ def one_server(work, start_server):
     """A server that somebody else has started."""
     with start_server(keep=work / "base") as up:
         yield up
+
+
+@pytest.fixture(scope="module")
+def head(python, tmp_path_factory):
+    with ray_head(python, tmp_path_factory.mktemp("home"), clients=False) as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,7 @@ def test_ctrl_c_ends_in_order(python, work, command, expected):
         assert program.nothing_is_left()
 
 
-def test_a_folder_with_broken_pictures_is_edited_but_for_those(python, work, one_server, tmp_path):
+def test_a_folder_with_broken_pictures_is_edited_but_for_those(python, work, one_server, head, tmp_path):
     """Stock nodes only; the server's words are told, and nothing of the pictures stays in its output."""
     graph = {
         "1": {"class_type": "LoadImage", "inputs": {"image": "mine.png"}, "_meta": {"title": "source"}},
@@ -141,7 +147,8 @@ def test_a_folder_with_broken_pictures_is_edited_but_for_those(python, work, one
     whole = (work / "pictures" / "0.png").read_bytes()
     for name, content in (("whole.png", whole), ("cut.png", whole[:300]), ("words.jpg", b"no picture")):
         (folder / name).write_bytes(content)
-    with Program(python, [*asked(tmp_path, out), "--servers", one_server.url], work) as program:
+    server = ["--servers", one_server.url, "--address", head.address]
+    with Program(python, [*asked(tmp_path, out), *server], head.home) as program:
         told = program.end()
         assert program.process.returncode == 1 and "3 of 3, 2 failed (failed.jsonl)" in told, told
     noted = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
@@ -154,7 +161,7 @@ def test_a_folder_with_broken_pictures_is_edited_but_for_those(python, work, one
     assert not list((work / "base" / "output").glob("*.png"))
 
 
-def test_a_node_that_a_real_server_does_not_know_is_told(python, work, one_server, tmp_path):
+def test_a_node_that_a_real_server_does_not_know_is_told(python, work, one_server, head, tmp_path):
     graph = edit_workflow()
     graph["9"]["class_type"] = "NodeOfAnotherPack"
     (tmp_path / "edit.json").write_text(json.dumps(graph))
@@ -167,7 +174,7 @@ def test_a_node_that_a_real_server_does_not_know_is_told(python, work, one_serve
         "--out",
         tmp_path / "out",
     ]
-    with Program(python, [*command, "--servers", one_server.url], work) as program:
+    with Program(python, [*command, "--servers", one_server.url, "--address", head.address], head.home) as program:
         assert "it does not know NodeOfAnotherPack. Install the packs" in program.end()
         assert program.process.returncode == 1
     assert not pixels(tmp_path / "out")

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import Program, cluster_python, presses_ctrl_c, silent_head
-from pix2pix_zero.devtools.process import clean_environment, stop
+from cluster_runs import Head, Program, cluster_python, presses_ctrl_c, ray_head, silent_head
 from pix2pix_zero.devtools.server import free_port
 from relay import Relay
 from stand_in import KNOWN, StandIn, pair_of
@@ -34,46 +30,9 @@ def python() -> Path:
 
 
 @pytest.fixture(scope="module")
-def head(python, tmp_path_factory):
-    """A Ray that runs beside the tests: its addresses for programs on its machine and for others, its home and its logs."""
-    home = tmp_path_factory.mktemp("home")
-    port, client = free_port(), free_port()
-    temporary = tempfile.TemporaryDirectory(
-        prefix="ray-", ignore_cleanup_errors=True
-    )  # its sockets' paths must be short
-    own = {"HOME": str(home), "RAY_TMPDIR": temporary.name, "RAY_USAGE_STATS_ENABLED": "0"}
-    # Beside other tests, a client's server takes its time; and gRPC waits longer and longer between two looks for it.
-    own |= {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300", "TIMEOUT_FOR_SPECIFIC_SERVER_S": "120"}
-    own["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # else one of ten to a hundred such servers dies while it is forked
-    command = [
-        python.with_name("ray"),
-        "start",
-        "--head",
-        "--block",
-        "--port",
-        port,
-        "--ray-client-server-port",
-        client,
-    ]
-    command += ["--node-ip-address", "127.0.0.1", "--num-cpus", 1, "--include-dashboard", "false"]
-    command += ["--object-store-memory", 100_000_000]
-    head = subprocess.Popen(
-        [str(part) for part in command],
-        env=clean_environment(**own),
-        cwd=home,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        for each in (port, client):
-            deadline = time.monotonic() + 120
-            while socket.socket().connect_ex(("127.0.0.1", each)):
-                assert time.monotonic() < deadline and head.poll() is None
-                time.sleep(0.2)
-        yield f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", home, Path(temporary.name)
-    finally:
-        stop(head, 30)
-        temporary.cleanup()
+def head(python, tmp_path_factory) -> Iterator[Head]:
+    with ray_head(python, tmp_path_factory.mktemp("home")) as head:
+        yield head
 
 
 @pytest.fixture
@@ -92,7 +51,7 @@ def started(python, head, pictures, tmp_path):
     def start(
         workflow: dict,
         *servers: StandIn | str,
-        address: str = head[0],
+        address: str = head.address,
         options: tuple = (),
         limits: dict | None = None,
     ) -> Program:
@@ -100,11 +59,11 @@ def started(python, head, pictures, tmp_path):
         files = ["--workflow", tmp_path / "w.json", "--pictures", pictures, "--out", tmp_path / "out"]
         urls = ",".join(server if isinstance(server, str) else server.url for server in servers)
         which = ["--servers", urls, "--away", 1] if urls else []
-        return Program(python, ["pairs", *files, *which, "--address", address, *options], head[2], limits)
+        return Program(python, ["pairs", *files, *which, "--address", address, *options], head.home, limits)
 
     yield start
     for log in sorted(
-        head[3].glob("ray/session_2*/logs/ray_client_server*.err")
+        head.logs.glob("ray/session_2*/logs/ray_client_server*.err")
     ):  # pytest shows them if the test failed
         sys.stdout.write(f"{log.name}:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}\n")
 
@@ -194,7 +153,7 @@ def test_what_the_workflow_leaves_out_is_not_made_again(ran, head, tmp_path):
         return {"pairs": [] if content == b"picture 1" else [pair_of(content)]}
 
     with StandIn(kept) as server:
-        status, told = ran(PAIRS, server, address=head[1])  # as from another machine
+        status, told = ran(PAIRS, server, address=head.remote)  # as from another machine
         assert status == 0 and "1 left out (left_out.jsonl)" in told, told
         status, told = ran(PAIRS, server)
         assert status == 0, told
@@ -205,7 +164,7 @@ def test_what_the_workflow_leaves_out_is_not_made_again(ran, head, tmp_path):
 def test_a_head_that_does_not_answer_is_asked_again(ran, head, python, tmp_path):
     limits = {"connection.ATTEMPTS": [2, 280]}
     with StandIn() as server, silent_head(python, "init", tmp_path / "mark") as (_, silent):
-        real = int(head[1].rpartition(":")[2])
+        real = int(head.remote.rpartition(":")[2])
         with Relay(silent, silent, real) as relay:  # the first connection only looks whether anything listens
             status, told = ran(EDIT, server, address=f"ray://127.0.0.1:{relay.port}", limits=limits)
     assert "Not connected (no answer within 2 s). Trying again (1 of 1) ..." in told and status == 0, told
