@@ -20,7 +20,7 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import _bootstrap_external, import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,9 +32,13 @@ HEAVY = (
     "torchsde",
     "transformers.models.clip.tokenization_clip",
     "kornia",
+    "torchaudio",
     "sqlalchemy.orm",
+    "sqlalchemy.dialects.sqlite.aiosqlite",
     "alembic.command",
     "aiohttp.web",
+    "requests",
+    "psutil",
     "comfy_kitchen",
     "scipy.signal",
     "scipy.stats",
@@ -87,6 +91,7 @@ def _serve(path: str) -> None:
         door.bind(path + ".new")
         door.listen(64)
         os.rename(path + ".new", path)
+        _share_bytecode()
         for name in HEAVY:
             if find_spec(name.partition(".")[0]) is not None:
                 import_module(name)
@@ -101,6 +106,12 @@ def _serve(path: str) -> None:
                         _become(call)
                     finally:
                         os._exit(1)
+
+
+def _share_bytecode() -> None:
+    """Keep it by files' real paths: the base directory of a server is a new one each time, with a link to the pack."""
+    named = _bootstrap_external.cache_from_source
+    _bootstrap_external.cache_from_source = lambda path, *rest, **more: named(os.path.realpath(path), *rest, **more)
 
 
 def _become(call: socket.socket) -> None:
@@ -135,12 +146,17 @@ def _end_with(call: socket.socket) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """The exit status of `python ARGUMENTS`: `-c PROGRAM ...` or `FILE ...`."""
+    """The exit status of `python ARGUMENTS`: `-c PROGRAM ...`, `-m MODULE ...` or `FILE ...`, perhaps after `-u`."""
+    if arguments[0] == "-u":  # unbuffered
+        arguments = arguments[1:]
     try:
         if arguments[0] == "-c":
             sys.argv[:], sys.path[0] = ["-c", *arguments[2:]], ""
             main = sys.modules["__main__"] = types.ModuleType("__main__")
             exec(compile(arguments[1], "<string>", "exec"), vars(main))  # noqa: S102
+        elif arguments[0] == "-m":
+            sys.argv[:], sys.path[0] = arguments[1:], os.getcwd()
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv[:], sys.path[0] = arguments, os.path.dirname(arguments[0])
             runpy.run_path(arguments[0], run_name="__main__")
