@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,20 @@ def pairs(tmp_path_factory) -> Path:
     return folder.folder
 
 
-def train(pairs: Path, out: Path, *options: str, processes: bool = False) -> None:
-    """Run the program, in two processes of torchrun's or in one."""
-    command = [sys.executable, *(TORCHRUN if processes else []), str(PROGRAM), "--pairs", str(pairs), "--out", str(out)]
-    command += ["--device", "cpu", "--batch", "4", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+@pytest.fixture(scope="module")
+def train(pairs, quick_environment) -> Callable:
+    """`train(out, *options, processes)`: run the program, in two processes of torchrun's or in one."""
+    python = str(quick_environment.python)
+
+    def run(out: Path, *options: str, processes: bool = False) -> None:
+        command = [python, *(TORCHRUN if processes else []), str(PROGRAM), "--pairs", str(pairs), "--out", str(out)]
+        command += ["--device", "cpu", "--batch", "4", *options]
+        variables = quick_environment.variables(PYTHON_EXEC=python)  # what torchrun starts them with
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+
+    return run
 
 
 def train_here(pairs: Path, out: Path, *options: str) -> None:
@@ -46,10 +53,10 @@ def train_here(pairs: Path, out: Path, *options: str) -> None:
     main(["--pairs", str(pairs), "--out", str(out), "--device", "cpu", "--batch", "4", *options])
 
 
-def test_two_processes_learn_what_one_does(pairs, tmp_path):
+def test_two_processes_learn_what_one_does(train, tmp_path):
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
-    train(pairs, alone, "--steps", "12", "--description", "inverts")
-    train(pairs, together, "--steps", "12", processes=True)
+    train(alone, "--steps", "12", "--description", "inverts")
+    train(together, "--steps", "12", processes=True)
     found, expected = load_file(together), load_file(alone)
     moved = max(float((value - other).abs().max()) for value, other in zip(expected.values(), found.values()))
     assert moved < 2e-3  # of half precision and the order of sums

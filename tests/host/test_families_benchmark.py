@@ -1,6 +1,7 @@
 """What `python dev.py bench families` counts on the meta device, held to what the pack expects. Times are never tested."""
 
 import json
+import sys
 
 import pytest
 from pix2pix_zero.benchmarks.families import main
@@ -9,9 +10,11 @@ LOW_MEMORY_CARD = 12 * 10**9
 
 
 @pytest.fixture(scope="module")
-def vega(tmp_path_factory):
+def vega(tmp_path_factory, quick_environment):
     output = tmp_path_factory.mktemp("families") / "bench_families.json"
-    main(["--only-memory", "--families", "vega", "--threads", "1", "--output", str(output)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(quick_environment.python))
+        main(["--only-memory", "--families", "vega", "--threads", "1", "--output", str(output)])
     return json.loads(output.read_text(encoding="utf-8"))["vega"]["memory"]
 
 
