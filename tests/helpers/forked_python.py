@@ -5,6 +5,7 @@ its own flags. `ask_for_fork.py` is what a call runs.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -46,6 +47,7 @@ HEAVY = (
     "av",
     "pydantic_settings",
 )
+M_ARENA_MAX = -8  # of glibc's mallopt
 ASK = Path(__file__).with_name("ask_for_fork.py")
 
 
@@ -82,6 +84,16 @@ def forking(environment, variables: dict[str, str]) -> Iterator:
         finally:
             process.stdin.close()
             process.wait()
+
+
+def process_at(port: int) -> int:
+    """The number of the process that listens at a port: a server's, also where what was started only asked for the fork."""
+    import psutil
+
+    at_it = (
+        each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and each.laddr.port == port
+    )
+    return next(each.pid for each in at_it)
 
 
 def _serve(path: str) -> None:
@@ -130,6 +142,8 @@ def _become(call: socket.socket) -> None:
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    if "MALLOC_ARENA_MAX" in os.environ:  # which the C library has looked for when it began
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))
     threading.Thread(target=_end_with, args=(call,), daemon=True).start()
     status = _run(request["arguments"]) & 255
     for stream in (sys.stdout, sys.stderr):

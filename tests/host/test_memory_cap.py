@@ -5,8 +5,8 @@ import io
 
 import psutil
 import pytest
+from forked_python import process_at
 from PIL import Image
-from pix2pix_zero.devtools.environment import running
 from pix2pix_zero.devtools.process import one_thread
 from pix2pix_zero.devtools.server import GraphError, Server
 from pix2pix_zero.devtools.soak import in_words
@@ -17,10 +17,10 @@ ROOM = 100_000_000  # bytes beside what the server holds when it has made the sm
 
 
 @pytest.mark.skipif(LIMIT is None, reason="only Linux limits the memory of a process that runs")
-def test_after_a_limit_of_memory_was_hit_the_next_edit_works_in_the_same_server():
+def test_after_a_limit_of_memory_was_hit_the_next_edit_works_in_the_same_server(quick_environment):
     # as many arenas as a thread would take addresses that it does not use
     variables = {**one_thread(), "MALLOC_ARENA_MAX": "1"}
-    with Server(running(), options=["--disable-api-nodes"], gpu=False, variables=variables) as server:
+    with Server(quick_environment, options=["--disable-api-nodes"], gpu=False, variables=variables) as server:
         schemas = server.object_info()
 
         def small_edit(nonce):
@@ -29,7 +29,7 @@ def test_after_a_limit_of_memory_was_hit_the_next_edit_works_in_the_same_server(
             return hashlib.sha256(Image.open(io.BytesIO(png)).tobytes()).hexdigest()
 
         before = small_edit("first")
-        process = psutil.Process(server.process_id)
+        process = psutil.Process(process_at(server.port))
         limit = process.memory_info().vms + ROOM
         process.rlimit(LIMIT, (limit, limit))
         refused = []
