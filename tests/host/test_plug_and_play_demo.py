@@ -13,7 +13,7 @@ from plug_and_play_runs import patch, sample
 def bench():
     edit = EDITS["cat2dog"]
     with torch.inference_mode():
-        bench = Workbench(DemoModels.load(), edit, draw_scenes(edit, 5, 400_000), 20)
+        bench = Workbench(DemoModels.load(), edit, draw_scenes(edit, 4, 400_000), 12)
         bench.inversion()
         return bench
 
