@@ -24,6 +24,8 @@ CONFIG = dict(
 )
 # One transformer wherever there are any, and none at the outer level: half the work, where their number does not matter.
 SHALLOW = {"transformer_depth": [0, 1], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1]}
+# The decoder's alone, for what only has to be there: what the sister methods take of the source is there.
+SHALLOWEST = {**SHALLOW, "transformer_depth": [0, 0], "transformer_depth_middle": -1}
 # A quarter of the weights, where no size of theirs matters.
 NARROW = {"model_channels": 32}
 

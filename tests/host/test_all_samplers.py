@@ -7,6 +7,7 @@ import plug_and_play_runs as plugged
 import prompt_to_prompt_runs as prompted
 import pytest
 import torch
+from small_unet import SHALLOWEST, changed, loaded_small_model
 
 SAMPLERS = sorted({*comfy.samplers.KSAMPLER_NAMES, "ddim", "uni_pc", "uni_pc_bh2"})
 # They go along the estimate alone, from level to level, as the inversion has come: its residuals are for them.
@@ -14,7 +15,13 @@ DDIM_STEPS = {"euler", "ddim"}
 # What an adaptive sampler takes for near enough: else it evaluates the model about eight times as often as the others.
 OPTIONS = {"dpm_adaptive": {"rtol": 0.5, "h_init": 0.5}}
 TARGET = "a dog on a sofa"
-pytestmark = pytest.mark.usefixtures("shallow_unet", "narrow_unet")
+pytestmark = pytest.mark.usefixtures("narrow_unet")
+
+
+@pytest.fixture(scope="module")
+def model(narrow_unet):
+    with changed(SHALLOWEST):
+        return loaded_small_model()
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +47,14 @@ class Watched(comfy.samplers.CFGGuider):
 
 @pytest.fixture(scope="module")
 def drawn(clip, inversions):
-    """`drawn(model, sampler, positive)`: what a stock sampler ends on, from the inverted noise, and what it was told."""
+    """`drawn(model, sampler)`: what a stock sampler ends on, from the inverted noise, and what it was told."""
+    texts = [prompted.encode(clip, text) for text in (TARGET, "")]
 
     @torch.inference_mode()
-    def run(model, sampler, positive=None):
+    def run(model, sampler):
         torch.manual_seed(0)
         guider = Watched(model)
-        guider.set_conds(positive or prompted.encode(clip, TARGET), prompted.encode(clip, ""))
+        guider.set_conds(*texts)
         guider.set_cfg(2.0)
         noise = prompted.inverted_noise(inversions["direct"], model)
         stock, sigmas = comfy.samplers.sampler_object(sampler), inversions["direct"].sigmas.flip(0)
