@@ -58,6 +58,7 @@ LONGEST = (
     "test_interrupts.py",
     "test_demo_edit.py",
 )
+FORKED = "PIX2PIX_ZERO_FORKED_PYTHON"  # the variable that names it to the processes of xdist
 COMFYUI = _find_comfyui()
 _put_on_path(COMFYUI)
 _load_pack()
@@ -79,6 +80,23 @@ def pytest_configure(config: pytest.Config) -> None:
         from comfy.cli_args import args
 
         args.cpu = not gpu
+        if config.getoption("numprocesses", None) and not hasattr(config, "workerinput") and not gpu:
+            _fork_for_all(config)
+
+
+def _fork_for_all(config: pytest.Config) -> None:
+    """Begin the Python that is forked here, once for all processes of xdist."""
+    with contextlib.ExitStack() as stack:
+        os.environ[FORKED] = str(stack.enter_context(_forking()).python)
+        config.add_cleanup(stack.pop_all().close)
+
+
+def _forking():
+    from forked_python import forking
+    from pix2pix_zero.devtools.environment import running
+    from pix2pix_zero.devtools.process import one_thread
+
+    return forking(running(), {**one_thread(), "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
@@ -122,16 +140,17 @@ def run_node():
 
 @pytest.fixture(scope="session")
 def quick_environment(pytestconfig: pytest.Config) -> Iterator:
-    """The environment of the tests, whose Python has imported what takes ComfyUI long before it is called."""
-    from forked_python import forking
+    """The environment of the tests, whose Python imports what takes ComfyUI long only once."""
+    from forked_python import with_python
     from pix2pix_zero.devtools.environment import running
-    from pix2pix_zero.devtools.process import one_thread
 
     if pytestconfig.getoption("--gpu"):
         yield running()
-        return
-    with forking(running(), {**one_thread(), "HF_HUB_OFFLINE": "1"}) as environment:
-        yield environment
+    elif FORKED in os.environ:
+        yield with_python(running(), Path(os.environ[FORKED]))
+    else:
+        with _forking() as environment:
+            yield environment
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A Python that has imported what takes ComfyUI long before it is called: each call of it is a fork.
+"""A Python that imports what takes ComfyUI long only once, at its first call: each call of it is a fork.
 
 Run as a program, this is the process that is forked. Nothing of ComfyUI is imported before the fork, so that a server reads
 its own flags. `ask_for_fork.py` is what a call runs.
@@ -6,6 +6,7 @@ its own flags. `ask_for_fork.py` is what a call runs.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -60,16 +61,8 @@ def forking(environment, variables: dict[str, str]) -> Iterator:
     if sys.platform != "linux":
         yield environment
         return
-    from pix2pix_zero.devtools.environment import Environment
-
     with tempfile.TemporaryDirectory(prefix="fork-") as folder:  # a socket's path may have 107 letters
         door, python = Path(folder, "door"), Path(folder, "python")
-
-        class Forking(Environment):
-            @property
-            def python(self) -> Path:
-                return python
-
         python.write_text(f'#!/bin/sh\nexec {shlex.join([str(environment.python), "-IS", str(ASK), str(door)])} "$@"\n')
         python.chmod(0o700)
         command = [environment.python, __file__, door]
@@ -80,10 +73,22 @@ def forking(environment, variables: dict[str, str]) -> Iterator:
                 if process.poll() is not None:
                     raise RuntimeError("the process that servers are forked from has ended")
                 threading.Event().wait(0.02)
-            yield Forking(environment.comfyui, environment.folder)
+            yield with_python(environment, python)
         finally:
             process.stdin.close()
             process.wait()
+
+
+def with_python(environment, python: Path):
+    """An `Environment` like this one with another `python`."""
+    from pix2pix_zero.devtools.environment import Environment
+
+    class Forking(Environment):
+        @property
+        def python(self) -> Path:
+            return python
+
+    return Forking(environment.comfyui, environment.folder)
 
 
 def process_at(port: int) -> int:
@@ -103,13 +108,8 @@ def _serve(path: str) -> None:
         door.bind(path + ".new")
         door.listen(64)
         os.rename(path + ".new", path)
-        _share_bytecode()
-        for name in HEAVY:
-            if find_spec(name.partition(".")[0]) is not None:
-                import_module(name)
-        gc.collect()
-        gc.freeze()
         while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
+            _import_all()
             call, _ = door.accept()
             with call:
                 if not os.fork():
@@ -118,6 +118,17 @@ def _serve(path: str) -> None:
                         _become(call)
                     finally:
                         os._exit(1)
+
+
+@functools.cache
+def _import_all() -> None:
+    """At the first call, as there may be none."""
+    _share_bytecode()
+    for name in HEAVY:
+        if find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _share_bytecode() -> None:
