@@ -122,12 +122,12 @@ def ray_head(python: Path, home: Path, clients: bool = True) -> Iterator[Head]:
 
 
 @contextlib.contextmanager
-def silent_head(python: Path, until: str, mark: Path) -> Iterator[tuple[subprocess.Popen, int]]:
-    """What answers at ray:// until that, see `silent_head.py`, and its port. It makes the file `mark` when it falls silent."""
-    command = [str(python), str(SILENT_HEAD), until, str(mark)]
+def silent_head(python: Path, folder: Path, *ends: str) -> Iterator[tuple[subprocess.Popen, dict[str, int]]]:
+    """What answers at ray:// until these, see `silent_head.py`, and the port of each. Its marks are made in this folder."""
+    command = [str(python), str(SILENT_HEAD), str(folder), *ends]
     head = subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True)
     try:
-        yield head, int(head.stdout.readline())
+        yield head, {until: int(head.stdout.readline()) for until in ends}
     finally:
         stop(head)
         head.stdout.close()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,19 @@ def python() -> Path:
     return cluster_python()
 
 
+@pytest.fixture(scope="module")
+def heads(python, tmp_path_factory) -> Iterator[dict[str, tuple[int, Path]]]:
+    """The ports of heads that are silent after something, and their marks."""
+    folder = tmp_path_factory.mktemp("silent")
+    with silent_head(python, folder, "ping", "init", "log", "resources", "work") as (_, ports):
+        yield {until: (port, folder / until) for until, port in ports.items()}
+
+
 @dataclass
 class Silence:
-    """The program, its head, and whether that is silent yet."""
+    """The program, and whether its head is silent yet."""
 
     program: Program
-    head: subprocess.Popen
     mark: Path
 
     def wait(self) -> None:
@@ -36,19 +42,20 @@ class Silence:
 
 
 @pytest.fixture
-def started(python, tmp_path):
-    """`started(until, limits)`: the program with a head that is silent after `until`."""
+def started(python, heads, tmp_path):
+    """`started(until, limits)`: the program with a head that is silent after `until`. `head`: another one, as in `heads`."""
 
     @contextlib.contextmanager
-    def start(until: str, limits: dict, **variables: str) -> Iterator[Silence]:
+    def start(until: str, limits: dict, head: tuple[int, Path] | None = None, **variables: str) -> Iterator[Silence]:
+        port, mark = head or heads[until]
+        mark.unlink(missing_ok=True)
         (tmp_path / "pictures").mkdir()
         (tmp_path / "pictures" / "0.png").write_bytes(b"picture 0")
         (tmp_path / "w.json").write_text(json.dumps(EDIT))
         files = ["--workflow", tmp_path / "w.json", "--pictures", tmp_path / "pictures", "--out", tmp_path / "out"]
-        with silent_head(python, until, tmp_path / "mark") as (head, port):
-            arguments = ["pairs", *files, "--servers", "http://127.0.0.1:9", "--address", f"ray://127.0.0.1:{port}"]
-            with Program(python, arguments, tmp_path, limits, **variables) as program:
-                yield Silence(program, head, tmp_path / "mark")
+        arguments = ["pairs", *files, "--servers", "http://127.0.0.1:9", "--address", f"ray://127.0.0.1:{port}"]
+        with Program(python, arguments, tmp_path, limits, **variables) as program:
+            yield Silence(program, mark)
 
     return start
 
@@ -74,11 +81,13 @@ def test_a_cluster_that_stops_answering_is_told_in_words(started, until, limits,
     assert ("Not connected (no answer within 1 s). Trying again (1 of 1) ..." in told) == (until == "init")
 
 
-def test_a_cluster_that_is_lost_is_told_in_words(started):
-    with started("work", TAKEN_IN, RAY_CLIENT_RECONNECT_GRACE_PERIOD="1") as silence:
-        silence.wait()
-        silence.head.kill()
-        told = silence.program.end()
+def test_a_cluster_that_is_lost_is_told_in_words(started, python, tmp_path):
+    with silent_head(python, tmp_path, "work") as (head, ports):
+        own = (ports["work"], tmp_path / "work")
+        with started("work", TAKEN_IN, own, RAY_CLIENT_RECONNECT_GRACE_PERIOD="1") as silence:
+            silence.wait()
+            head.kill()
+            told = silence.program.end()
     assert silence.program.process.returncode == 1
     assert "answers no more: " in told and "Traceback" not in told
 
