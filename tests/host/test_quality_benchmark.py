@@ -1,29 +1,44 @@
 """`python dev.py bench quality --quick`, its figures against restatements, and what the defaults may not fall behind."""
 
+import functools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from pix2pix_zero.benchmarks.judge import load_judge
 from pix2pix_zero.benchmarks.quality import main
-from pix2pix_zero.benchmarks.quality_parts import figures, methods, report, tuning
+from pix2pix_zero.benchmarks.quality_parts import figures, methods, report, tuning, workbench
 from pix2pix_zero.benchmarks.quality_parts.diffusers_pipeline import demo_unet
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
 from pix2pix_zero.demo_model.scene import FURS
 from pix2pix_zero.demo_model.scene_captions import caption
+from pix2pix_zero.host.sampling.checks import AUTO
+from pix2pix_zero.nodes.demo import DIFFUSION
 
 UNEDITED = set(tuning.UNEDITED)
 METHODS = {method.name for method in methods.METHODS}
+QUICKLY = ["--quick", "--edits", "cat2dog"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """The demo model is loaded once and each direction found once: what is measured changes neither."""
+    find = functools.cache(workbench.Pix2PixZeroEditDirection.execute)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DemoModels, "load", functools.cache(DemoModels.load))
+        patch.setattr(workbench, "Pix2PixZeroEditDirection", SimpleNamespace(execute=find))
+        yield
 
 
 @pytest.fixture(scope="module")
 def models():
     with torch.inference_mode():
-        return DemoModels.load()
+        return DemoModels.load(DIFFUSION, AUTO)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +49,7 @@ def judge():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("quality")
-    main(["--quick", "--edits", "cat2dog", "--output", str(output)])
+    main([*QUICKLY, "--output", str(output)])
     return output
 
 
@@ -78,14 +93,14 @@ def test_methods_differ_from_each_other(results):
 
 
 def test_another_setting_of_the_sampler_can_be_tried(results, tmp_path):
-    main(["--quick", "--edits", "cat2dog", "--methods", "default", "--set", "local_blend=0", "--output", str(tmp_path)])
+    main([*QUICKLY, "--methods", "default", "--set", "local_blend=0", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "bench_quality.json").read_text(encoding="utf-8"))["results"]["cat2dog"]
     assert found[-1]["test"] == results["without blend"]["test"] != results["default"]["test"]
 
 
 def test_the_transformer_is_measured_where_the_method_does_something(tmp_path):
     methods = ["shapes kept", "FlowEdit", "diffusers"]
-    main(["--quick", "--dit", "--edits", "cat2dog", "--methods", *methods, "--output", str(tmp_path)])
+    main([*QUICKLY, "--dit", "--scenes", "1", "--steps", "2", "--methods", *methods, "--output", str(tmp_path)])
     found = json.loads((tmp_path / "bench_quality.json").read_text(encoding="utf-8"))
     assert found["settings"]["dit"]
     assert [result["method"] for result in found["results"]["cat2dog"]] == [*tuning.UNEDITED, "FlowEdit"]
