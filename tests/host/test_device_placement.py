@@ -327,7 +327,7 @@ def test_distilling_an_edit(room, same_on_both, tmp_path, monkeypatch):
     pictures = torch.rand(50, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     save_pairs("swap", pair_up([pictures], [pictures.flip(-1)]), True)
     node = Pix2PixZeroDistill
-    settings = {"dataset": "swap", "name": "swap", "size": "small", "steps": 20, "batch": 2, "crop": 32}
+    settings = {"dataset": "swap", "name": "swap", "size": "small", "steps": 11, "batch": 2, "crop": 32}
 
     def run(here):
         made = node.execute(**settings, learning_rate=0.002, seed=0, resume=False).result

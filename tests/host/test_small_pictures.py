@@ -32,7 +32,7 @@ def invert(demo, size: tuple[int, int], weights: tuple[float, float]):
         model=[model],
         positive=[text(clip, "a photo of a cat")],
         latent_image=[{"samples": vae.encode(picture(*size))}],
-        steps=[4],
+        steps=[3],
         seed=[0],
         autocorrelation_weight=[weights[0]],
         kl_weight=[weights[1]],
