@@ -8,7 +8,7 @@ import functools
 import comfy.samplers
 import pytest
 import torch
-from families import HEIGHT, TOKENS, WIDTH, Float64UNet, picture, small_family, texts
+from families import HEIGHT, TOKENS, WIDTH, Float64UNet, few_transformers, picture, small_family, texts
 from pix2pix_zero.attention_patches.attention import attends_to_itself, cross_attention_sites
 from pix2pix_zero.benchmarks.families_parts.architectures import COMMON, FAMILIES, detected, file_of
 from pix2pix_zero.benchmarks.families_parts.live_memory import LiveMemory
@@ -25,9 +25,13 @@ REGULARIZATION = NoiseRegularization(kl_weight=1.0, steps=1, rolls=2)
 
 
 @functools.cache
-def loaded(name):
+def loaded(name, few=False):
+    """`few`: with no more than `few_transformers`."""
+    changes = few_transformers(name) if few else {}
+    if few and not changes:
+        return loaded(name)
     with torch.inference_mode():
-        return small_family(name)
+        return small_family(name, **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,7 +123,7 @@ def test_sites_are_those_that_the_forward_pass_comes_by(family):
     ],
 )
 def test_a_guided_edit_changes_the_picture_and_none_gives_it_back(family):
-    model = loaded(family)
+    model = loaded(family, few=True)
     before = {name: weight.clone() for name, weight in model.model.named_parameters()}
     source, positive = texts(family), texts(family, seed=1)
     inversion = invert(model, source)

@@ -3,7 +3,7 @@
 import comfy_extras.nodes_custom_sampler as stock
 import pytest
 import torch
-from families import WIDTH, further_channels, picture, small_family, texts
+from families import WIDTH, few_transformers, further_channels, picture, small_family, texts
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.methods import prompt_to_prompt
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
@@ -212,7 +212,7 @@ def test_a_negative_of_another_number_of_parts_takes_what_all_parts_of_the_sourc
 @pytest.mark.parametrize("family", ["sd21-v", "sdxl", "koala-700m", "sdxs-09", "sd15-inpaint", "unclip-h"])
 def test_plug_and_play_draws_with_the_layout_of_the_picture(family):
     with torch.inference_mode():
-        model = small_family(family)
+        model = small_family(family, **few_transformers(family))
         source, positive = texts(family), texts(family, seed=1)
         inversion = invert(model, source, method="ddim")
         patched = with_source_features(model, inversion, 0.5, 0.5)
@@ -229,7 +229,7 @@ def test_prompt_to_prompt_edits_by_words(family, kind):
     clip = tiny_clip(kind)
     width, pooled = (WIDTH_L + WIDTH_G, WIDTH_G) if kind == "sdxl" else (WIDTH_L, None)
     with torch.inference_mode():
-        model = small_family(family, width, pooled)
+        model = small_family(family, width, pooled, **few_transformers(family))
         caption = [[cond, {**options, **further_channels(family)}] for cond, options in encode(clip, "a cat on a sofa")]
         inversion = invert(model, caption)
         patched, positive = edit_by_prompt(
