@@ -37,11 +37,13 @@ def small_family(name: str, context=CONTEXT, pooled=None, **changes):
     return model
 
 
-def few_transformers(name: str) -> dict:
-    """Changes for `small_family`: two transformers where the family has more in a row, if their number does not matter."""
+def few_transformers(name: str, most: int = 2) -> dict:
+    """Changes for `small_family`: so many transformers where the family has more in a row, if their number does not matter."""
     settings = FAMILIES[name].settings
-    few = {key: [min(depth, 2) for depth in settings[key]] for key in ("transformer_depth", "transformer_depth_output")}
-    few["transformer_depth_middle"] = min(settings["transformer_depth_middle"], 2)
+    few = {
+        key: [min(depth, most) for depth in settings[key]] for key in ("transformer_depth", "transformer_depth_output")
+    }
+    few["transformer_depth_middle"] = min(settings["transformer_depth_middle"], most)
     return {key: value for key, value in few.items() if value != settings[key]}
 
 

@@ -9,11 +9,13 @@ from pix2pix_zero.attention_patches.plug_and_play import feature_site
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.sampling.invert import InversionSettings, invert_latent, inverted_noise
 from pix2pix_zero.nodes.plug_and_play import Pix2PixZeroPlugAndPlay
-from small_unet import conditioning, latent, small_model
+from small_unet import NARROW, SHALLOW, conditioning, latent, small_model
 
 STEPS = 5
 OFF = NoiseRegularization(steps=0)
 SITES = [(number, 0) for number in (1, 2, 3)]  # of the small UNet's decoder attention, from its feature block on
+# One transformer at each of them, and little besides.
+CONFIG = {**SHALLOW, **NARROW, "transformer_depth_output": [1, 1, 1, 1]}
 
 
 @torch.inference_mode()

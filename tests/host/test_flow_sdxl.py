@@ -4,7 +4,7 @@ import comfy.sample
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-from families import picture, small_family
+from families import few_transformers, picture, small_family
 from pix2pix_zero.editing.regularization import NoiseRegularization
 from pix2pix_zero.host.methods.plug_and_play import with_source_features
 from pix2pix_zero.host.methods.prompt_to_prompt import PromptEditSettings, edit_by_prompt
@@ -27,7 +27,8 @@ class Checkpoint:
     """MODEL, CLIP and the encoded texts of a small SDXL checkpoint that flows."""
 
     def __init__(self):
-        self.plain, self.clip = small_family("vega", WIDTH_L + WIDTH_G, WIDTH_G), tiny_clip("sdxl")
+        self.plain = small_family("vega", WIDTH_L + WIDTH_G, WIDTH_G, **few_transformers("vega", 1))
+        self.clip = tiny_clip("sdxl")
         self.model = ModelSamplingSD3().patch(self.plain, 3.0)[0]
         self.source, self.target = (CLIPTextEncode().encode(self.clip, text)[0] for text in (SOURCE, TARGET))
         self.picture = picture(self.model)

@@ -5,10 +5,16 @@ import pytest
 import torch
 from pix2pix_zero.editing.trajectory import ddim_step
 from pix2pix_zero.host.sampling.invert import inverted_noise
-from plug_and_play_runs import SITES, STEPS, distance, edited_calls, invert, patch, sample, source_features
-from small_unet import conditioning, latent, small_model
+from plug_and_play_runs import CONFIG, SITES, STEPS, distance, edited_calls, invert, patch, sample, source_features
+from small_unet import changed, conditioning, latent, small_model
 
 import nodes as host_nodes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_transformers():
+    with changed(CONFIG):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ class Inputs:
 def sdxl():
     """A MODEL of the SDXL kind with few blocks, and a CLIP of two small encoders that fits it."""
     with torch.inference_mode():
-        return small_family("vega", WIDTH_L + WIDTH_G, WIDTH_G), tiny_clip("sdxl")
+        return small_family("vega", WIDTH_L + WIDTH_G, WIDTH_G, **few_transformers("vega", 1)), tiny_clip("sdxl")
 
 
 def encode(clip, text):
