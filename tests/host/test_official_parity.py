@@ -22,7 +22,7 @@ from small_unet import CONFIG, CONTEXT_DIM, TOKENS, SmallSD, conditioning, laten
 LATENT_SCALE = 0.18215
 SIZE = dict(height=16, width=24)
 SEED = 3
-STEPS = 5
+STEPS = 4
 UNREGULARIZED = NoiseRegularization(steps=0)
 
 
