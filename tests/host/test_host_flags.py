@@ -96,7 +96,8 @@ def results(start_server, flags: list[str]) -> dict:
         api = workflow.api(server.object_info())
         sampler = workflow.only("Pix2PixZeroKSampler").key
         other = {**api, sampler: {**api[sampler], "inputs": {**api[sampler]["inputs"], "cfg": 3.0}}}
-        server.run({key: node for key, node in other.items() if key not in (shown["heat"], shown["caption"])})
+        left_out = set(shown.values()) - {shown["KSampler"]}
+        server.run({key: node for key, node in other.items() if key not in left_out})
         outputs = server.run(api)
 
         def picture(name: str) -> np.ndarray:
