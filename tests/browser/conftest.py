@@ -14,11 +14,36 @@ from pix2pix_zero.devtools.hosts import DEFAULT_VERSION, ROOT
 HERE = Path(__file__).resolve().parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 
-# Ten frames a second: without a GPU sixty take a fourth of a processor, also while nothing happens.
+# Four frames a second: without a GPU sixty take a fourth of a processor, also while nothing happens.
 FEW_FRAMES = """
-window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 100);
+window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 250);
 window.cancelAnimationFrame = clearTimeout;
 """
+# Each animation and transition ends as it begins: those without an end, as of what loads, are drawn sixty times a second.
+NOTHING_MOVES = """
+const still = new CSSStyleSheet();
+still.replaceSync(`*, ::before, ::after {
+  animation-delay: 0s !important; animation-duration: 1ms !important; animation-iteration-count: 1 !important;
+  transition-delay: 0s !important; transition-duration: 1ms !important;
+}`);
+document.adoptedStyleSheets = [still];
+"""
+# ComfyUI has 89 blueprints of its own, each of which the frontend fetches and sets up whenever it is opened.
+OTHERS_BLUEPRINTS_LEFT_OUT = """
+const fetched = window.fetch;
+window.fetch = async (address, ...options) => {
+  const answer = await fetched(address, ...options);
+  if (!String(address).endsWith("/global_subgraphs")) return answer;
+  const listed = Object.entries(await answer.json());
+  return Response.json(Object.fromEntries(listed.filter(([, blueprint]) => blueprint.source !== "templates")));
+};
+"""
+SWITCHES = [
+    "--no-sandbox",  # a container's user may not make sandboxes
+    "--disable-gpu",
+    "--blink-settings=imageAnimationPolicy=2",  # the thumbnails of ComfyUI's own templates do not move either
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
 PINNED_ONLY = (
     "test_the_example_runs_and_shows_previews_of_every_phase",
     "test_a_run_that_is_cancelled_leaves_the_server_ready",
@@ -88,13 +113,10 @@ def opened_frontend(frontend_server) -> Iterator[Frontend]:
     folder.mkdir(parents=True, exist_ok=True)
     server.post("/api/settings/Comfy.TutorialCompleted", True)  # else the templates open at every start
     with playwright.sync_playwright() as driver:
-        # a container's user may not make sandboxes
-        browser = driver.chromium.launch(
-            executable_path=path,
-            args=["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"],
-        )
+        browser = driver.chromium.launch(executable_path=path, args=SWITCHES)
         page = browser.new_page(viewport={"width": 1280, "height": 720}, reduced_motion="reduce")
-        page.add_init_script(FEW_FRAMES)
+        for script in (FEW_FRAMES, NOTHING_MOVES, OTHERS_BLUEPRINTS_LEFT_OUT):
+            page.add_init_script(script)
         page.set_default_timeout(120_000)  # on a busy machine
         frontend = Frontend(page, server.url, folder)
         frontend.start()
