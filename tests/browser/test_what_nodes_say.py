@@ -34,13 +34,13 @@ def test_the_text_stays_on_a_finished_node_in_the_language_of_the_frontend(langu
     speak(frontend, language)
     frontend.failures.clear()
     frontend.open(json.loads(EXAMPLE.read_text(encoding="utf-8")))
-    frontend.set_widgets("steps", 3)
+    frontend.set_widgets("steps", 2)
     frontend.set_widgets("seed", 50 + len(language) + ord(language[0]))
     assert frontend.run()["ending"][0] == "execution_success"
     frontend.screenshot(f"said_{language}")
     texts = messages(language)
     assert said(frontend, "Pix2PixZeroInversion") == [texts["exact"]]
-    sampling = texts["sampling"].format(step=3, steps=3)
+    sampling = texts["sampling"].format(step=2, steps=2)
     several = texts["of_several"].format(number=3, count=3, text=sampling)
     assert [text.casefold() for text in said(frontend, "Pix2PixZeroKSampler")] == [
         sampling.casefold(),
