@@ -42,11 +42,20 @@ class Environment:
         """
         given = {
             "PYTHONPATH": os.pathsep.join([str(self.comfyui.path), str(self.packages)]),
-            "PYTHONPYCACHEPREFIX": str(self.folder / "bytecode"),
+            "PYTHONPYCACHEPREFIX": str(self._bytecode),
             "PYTHONDONTWRITEBYTECODE": "",
             "COMFYUI_PATH": str(self.comfyui.path),
         }
         return clean_environment(**{**given, **changes})
+
+    def bytecode_of(self, folder: Path) -> Path:
+        """Where that of the files in a folder is kept."""
+        folder = folder.absolute()
+        return self._bytecode / folder.relative_to(folder.anchor)
+
+    @property
+    def _bytecode(self) -> Path:
+        return self.folder / "bytecode"
 
 
 def running() -> Environment:

@@ -146,7 +146,8 @@ def test_bytecode_is_kept_in_the_environments_folder_and_nowhere_else(tmp_path):
     (own.comfyui.path / "module.py").write_text("")
     subprocess.run([sys.executable, "-c", "import module"], env=own.variables(), check=True)
     assert [path.name for path in own.comfyui.path.iterdir()] == ["module.py"]
-    assert [path for path in own.folder.rglob("module.*.pyc")]
+    (kept,) = own.folder.rglob("module.*.pyc")
+    assert kept.parent == own.bytecode_of(own.comfyui.path)
 
 
 def test_an_unknown_comfyui_version_is_told_with_the_known_ones(capsys):
