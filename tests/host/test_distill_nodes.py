@@ -116,7 +116,9 @@ class TestDistillEdit:
             patch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
             with pytest.raises(comfy.model_management.InterruptProcessingException):
                 run_node(Pix2PixZeroDistill, **WISH)
-        assert len(list((folders / "output" / "pix2pix_zero" / "training").iterdir())) == 1
+        (kept,) = (folders / "output" / "pix2pix_zero" / "training").iterdir()
+        with safe_open(kept, "pt") as file:
+            assert 0 < json.loads(file.metadata()["state"])["step"] < WISH["steps"]
         with pytest.raises(ValueError, match="^resume: .* had batch 4. Set that back"):
             run_node(Pix2PixZeroDistill, **{**WISH, "batch": 2})
         run_node(Pix2PixZeroDistill, **WISH)
