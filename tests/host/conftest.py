@@ -17,6 +17,15 @@ def shallow_unet():
 
 
 @pytest.fixture(scope="module")
+def shallowest_unet():
+    """`model` has transformers in its decoder alone, where they only have to be there. Used like `shallow_unet`."""
+    from small_unet import SHALLOWEST, changed
+
+    with changed(SHALLOWEST):
+        yield
+
+
+@pytest.fixture(scope="module")
 def narrow_unet():
     """`model` has few channels, where their number does not matter. For `pytest.mark.usefixtures`, of a whole file."""
     from small_unet import NARROW, changed

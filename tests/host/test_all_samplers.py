@@ -7,7 +7,6 @@ import plug_and_play_runs as plugged
 import prompt_to_prompt_runs as prompted
 import pytest
 import torch
-from small_unet import SHALLOWEST, changed, loaded_small_model
 
 SAMPLERS = sorted({*comfy.samplers.KSAMPLER_NAMES, "ddim", "uni_pc", "uni_pc_bh2"})
 # They go along the estimate alone, from level to level, as the inversion has come: its residuals are for them.
@@ -15,13 +14,7 @@ DDIM_STEPS = {"euler", "ddim"}
 # What an adaptive sampler takes for near enough: else it evaluates the model about eight times as often as the others.
 OPTIONS = {"dpm_adaptive": {"rtol": 0.5, "h_init": 0.5}}
 TARGET = "a dog on a sofa"
-pytestmark = pytest.mark.usefixtures("narrow_unet")
-
-
-@pytest.fixture(scope="module")
-def model(narrow_unet):
-    with changed(SHALLOWEST):
-        return loaded_small_model()
+pytestmark = pytest.mark.usefixtures("shallowest_unet", "narrow_unet")
 
 
 @pytest.fixture(scope="module")

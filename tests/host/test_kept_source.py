@@ -11,21 +11,15 @@ import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from pix2pix_zero.host.methods.prompt_edit import KeptEstimate
 from pix2pix_zero.host.sampling.source import NoiseMask
-from small_unet import SHALLOWEST, changed, latent, loaded_small_model
+from small_unet import latent
 
-pytestmark = pytest.mark.usefixtures("narrow_unet")
+pytestmark = pytest.mark.usefixtures("shallowest_unet", "narrow_unet")
 
 SAMPLERS = comfy.samplers.KSAMPLER_NAMES + ["ddim", "uni_pc", "uni_pc_bh2"]
 # Those that end at the last level but zero, and how near to the source there, as part of its spread: dpm_fast goes on
 # from what was estimated at noisier levels.
 ENDS_ABOVE_ZERO = {"dpm_fast": 0.05, "dpm_adaptive": 1e-3}
 OTHER_STEPS = ["dpmpp_2m", "dpmpp_3m_sde", "res_multistep_ancestral", "euler_ancestral", "uni_pc"]
-
-
-@pytest.fixture(scope="module")
-def model(narrow_unet):
-    with changed(SHALLOWEST):
-        return loaded_small_model()
 
 
 def half(height=8, width=8):
