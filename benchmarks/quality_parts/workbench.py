@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 import nodes as host_nodes
 
 from ...demo_model.loader import WEIGHTS
+from ...editing.directions import EditDirection
 from ...editing.regularization import NoiseRegularization
 from ...editing.trajectory import Inversion
 from ...host.networks.captioner import load_demo_captioner
@@ -36,12 +37,21 @@ class DemoModels:
     vae: object
     captioner: object
     scheduler: str = AUTO
+    _directions: dict[tuple[str, str], EditDirection] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def load(cls, objective: str = DIFFUSION, scheduler: str = AUTO) -> "DemoModels":
         """`objective`: of *Load Demo Model*."""
         model, clip, vae = Pix2PixZeroDemoModel.execute(objective).result
         return cls(model, clip, vae, load_demo_captioner(WEIGHTS), scheduler)
+
+    def direction(self, source: str, target: str) -> EditDirection:
+        """From one word to the other, found once."""
+        if (source, target) not in self._directions:
+            (self._directions[source, target],) = Pix2PixZeroEditDirection.execute(self.clip, source, target).result
+        return self._directions[source, target]
 
 
 class Workbench:
@@ -64,7 +74,7 @@ class Workbench:
         self.wanted_captions = [text.replace(*edit.swap) for text in self.captions]
         self.described, self.wanted = self.encode(self.captions), self.encode(self.wanted_captions)
         concept = edit.concept
-        (self.direction,) = Pix2PixZeroEditDirection.execute(self.clip, concept.source, concept.target).result
+        self.direction = models.direction(concept.source, concept.target)
         (self.moved,) = Pix2PixZeroApplyDirection.execute(self.described, self.direction, concept.strength).result
         self.latent = self.vae.encode(scenes.sources)
         self.source = self.vae.decode(self.latent)

@@ -4,14 +4,13 @@ import functools
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from pix2pix_zero.benchmarks.judge import load_judge
 from pix2pix_zero.benchmarks.quality import main
-from pix2pix_zero.benchmarks.quality_parts import figures, methods, report, tuning, workbench
+from pix2pix_zero.benchmarks.quality_parts import figures, methods, report, tuning
 from pix2pix_zero.benchmarks.quality_parts.diffusers_pipeline import demo_unet
 from pix2pix_zero.benchmarks.quality_parts.scenes import EDITS, TEST_SEED, TUNING_SEED, draw_scenes
 from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbench
@@ -27,11 +26,9 @@ QUICKLY = ["--quick", "--edits", "cat2dog"]
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    """The demo model is loaded once and each direction found once: what is measured changes neither."""
-    find = functools.cache(workbench.Pix2PixZeroEditDirection.execute)
+    """The demo model: what is measured does not change it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DemoModels, "load", functools.cache(DemoModels.load))
-        patch.setattr(workbench, "Pix2PixZeroEditDirection", SimpleNamespace(execute=find))
         yield
 
 
