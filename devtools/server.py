@@ -111,7 +111,7 @@ class Server:
         check_port_is_free(self.port)
         with contextlib.ExitStack() as cleanup:
             base = cleanup.enter_context(base_directory(self._keep))
-            # else that of every temporary directory would stay
+            # the bytecode of its nodes: else that of every temporary directory would stay
             cleanup.callback(shutil.rmtree, self.environment.bytecode_of(base), ignore_errors=True)
             stream = None
             if not self.foreground:

@@ -165,9 +165,8 @@ def test_a_head_that_does_not_answer_is_asked_again(ran, head, python, tmp_path)
     limits = {"connection.ATTEMPTS": [2, 280]}
     with StandIn() as server, silent_head(python, tmp_path, "init") as (_, silent):
         real = int(head.remote.rpartition(":")[2])
-        with Relay(
-            silent["init"], silent["init"], real
-        ) as relay:  # the first connection only looks whether anything listens
+        # the first connection only looks whether anything listens
+        with Relay(silent["init"], silent["init"], real) as relay:
             status, told = ran(EDIT, server, address=f"ray://127.0.0.1:{relay.port}", limits=limits)
     assert "Not connected (no answer within 2 s). Trying again (1 of 1) ..." in told and status == 0, told
     assert edits(tmp_path) == all_but()
