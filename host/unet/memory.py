@@ -215,11 +215,12 @@ def graph_memory(
         cost = _cost(layer.module, pixels, mode, item, here, tokens)
         kept += cost.kept
         working = max(working, cost.working)
-        held, at_work = (count * item for count in _copied_weights(layer.module, mode))
-        copies += held
-        one_copy = max(one_copy, at_work)
+        if not constant_weights:
+            held, at_work = (count * item for count in _copied_weights(layer.module, mode))
+            copies += held
+            one_copy = max(one_copy, at_work)
         ended = cost.ends
-    return int(SLACK * (kept + working)) + (0 if constant_weights else copies + one_copy)
+    return int(SLACK * (kept + working)) + copies + one_copy
 
 
 @dataclass
