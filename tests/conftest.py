@@ -48,6 +48,7 @@ LONGEST = (
     "test_cluster.py",
     "server",
     "test_soak.py",
+    "texts of flows",
     "test_which_knob.py",
     "test_distill_nodes.py",
     "test_host_nodes.py",
@@ -58,6 +59,7 @@ LONGEST = (
     "test_interrupts.py",
     "test_demo_edit.py",
 )
+TEXTS_OF_FLOWS = ("test_flow_directions", "test_joint_")  # they share small encoders that take long to make
 FORKED = "PIX2PIX_ZERO_FORKED_PYTHON"  # the variable that names it to the processes of xdist
 COMFYUI = _find_comfyui()
 _put_on_path(COMFYUI)
@@ -123,7 +125,9 @@ def _group(item: pytest.Item) -> str:
     """What is tested in one process: a file's tests share its models, those with a server or a browser share that."""
     if item.path.parent.name == "browser":
         return "browser"
-    return "server" if "server" in item.fixturenames else item.path.name
+    if "server" in item.fixturenames:
+        return "server"
+    return "texts of flows" if item.path.name.startswith(TEXTS_OF_FLOWS) else item.path.name
 
 
 @pytest.fixture

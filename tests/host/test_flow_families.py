@@ -107,9 +107,7 @@ def test_flow_edit_moves_the_picture_along_another_text_only(family):
 def test_a_generated_reference_is_drawn_again_from_its_trajectory(family):
     name, model = family
     positive, negative = texts(name, 1), texts(name, 2)
-    reference, drawn = generate_reference(
-        model, positive, negative, picture(model), ReferenceSettings(3, 2.0, seed=5)
-    )
+    reference, drawn = generate_reference(model, positive, negative, picture(model), ReferenceSettings(3, 2.0, seed=5))
     again, _ = sample_edit(model, reference, positive, negative, replace(PLAIN, cfg=2.0))
     assert drawn.shape == picture(model)["samples"].shape
     assert distance(again, drawn) <= 1e-4

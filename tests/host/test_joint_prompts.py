@@ -170,7 +170,7 @@ def test_blocks_are_chosen_by_where_the_predictions_differ(sd3, monkeypatch):
 def test_pictures_of_a_batch_take_the_sources_rows_in_the_blocks_that_they_have_alone(sd3, monkeypatch):
     monkeypatch.setattr(joint_blocks, "CHOSEN", 1)
     chosen = noted(monkeypatch, joint_prompts, "scored_sites")
-    samples = torch.cat([picture(sd3.model, seed=seed)["samples"] for seed in (3, 4)])
+    samples = torch.cat([picture(sd3.model, seed=seed)["samples"] for seed in (4, 7)])
 
     def draw(samples):
         inversion = invert_latent(sd3.model, sd3.text, {"samples": samples}, InversionSettings(2))
