@@ -58,6 +58,11 @@ LONGEST = (
     "test_flow_methods.py",
     "test_interrupts.py",
     "test_demo_edit.py",
+    "test_unet_families_edits.py",
+    "test_small_pictures.py",
+    "test_unet_families_sampling.py",
+    "test_sampling.py",
+    "test_weight_holding.py",
 )
 TEXTS_OF_FLOWS = ("test_flow_directions", "test_joint_")  # they share small encoders that take long to make
 FORKED = "PIX2PIX_ZERO_FORKED_PYTHON"  # the variable that names it to the processes of xdist
