@@ -127,7 +127,7 @@ def pytest_collection_finish() -> None:
 
 
 def _group(item: pytest.Item) -> str:
-    """What is tested in one process: a file's tests share its models, those with a server or a browser share that."""
+    """What is tested in one process: a file's tests share its models, others a server, a browser or text encoders."""
     if item.path.parent.name == "browser":
         return "browser"
     if "server" in item.fixturenames:
