@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     soak = add("soak", _soak, "random edits, bad inputs and interrupts on a real server, and a table of what grew")
     soak.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     soak.add_argument("--seed", type=int, default=0, help="another number, other runs (default: %(default)s)")
+    soak.add_argument("--runs", type=int, help="stop after so many, if that is sooner")
     add("lock", _lock, "compile requirements-dev.in to requirements-dev.txt", host=False)
     return parser
 
@@ -202,6 +203,7 @@ def _docs(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _soak(options: argparse.Namespace, _: list[str]) -> int:
     arguments = ["--minutes", str(options.minutes), "--seed", str(options.seed)]
+    arguments += [] if options.runs is None else ["--runs", str(options.runs)]
     return _run_module(prepare(options.comfyui), "pix2pix_zero.devtools.soak", arguments)
 
 

@@ -125,19 +125,23 @@ class Soak:
         self.outcome = Outcome()
         self._logged = 0
 
-    def until(self, end: float) -> Iterator[Outcome]:
-        """Run until `time.monotonic()` is `end`; what was seen so far, after each reference picture and at the end."""
+    def until(self, end: float, runs: int | None = None) -> Iterator[Outcome]:
+        """Run until `time.monotonic()` is `end`, or so many times; what was seen so far, after each reference picture.
+
+        The reference picture is drawn before the first run, now and then, and after the last.
+        """
         self.compare()
         yield self.outcome
         number = 0
-        while time.monotonic() < end:
+        while time.monotonic() < end and number != runs:
             number += 1
             self.one(number)
             if number % REFERENCE_EVERY == 0:
                 self.compare()
                 yield self.outcome
-        self.compare()
-        yield self.outcome
+        if number % REFERENCE_EVERY:
+            self.compare()
+            yield self.outcome
 
     def one(self, number: int) -> None:
         """Carry out the run of this number."""
@@ -270,9 +274,12 @@ def in_words(error: GraphError, schemas: dict | None = None) -> bool:
     return kind in ("ValueError", "OutOfMemoryError", "MemoryError") and inputs.issuperset(named)
 
 
-def soak(minutes: float, seed: int, variables: dict[str, str] | None = None) -> Outcome:
-    """Let random runs go on for so many minutes on a server of its own; what was seen. Prints the table now and then."""
-    variables = {**one_thread(), "HF_HUB_OFFLINE": "1", **(variables or {})}
+def soak(minutes: float, seed: int, runs: int | None = None) -> Outcome:
+    """Let random runs go on for so many minutes on a server of its own, or until there were so many; what was seen.
+
+    Prints the table now and then, and at the end.
+    """
+    variables = {**one_thread(), "HF_HUB_OFFLINE": "1"}
     with (
         tempfile.TemporaryDirectory(prefix="pix2pix-zero-soak-", ignore_cleanup_errors=True) as folder,
         Server(running(), keep=Path(folder), options=["--disable-api-nodes"], variables=variables) as server,
@@ -280,11 +287,12 @@ def soak(minutes: float, seed: int, variables: dict[str, str] | None = None) -> 
         print(f"A server on {server.url}, {minutes:g} minutes, seed {seed} (log: {server.log})", flush=True)
         end = time.monotonic() + 60 * minutes
         told_at = 0
-        for outcome in Soak(server, Path(folder), seed).until(end):
+        for outcome in Soak(server, Path(folder), seed).until(end, runs):
             left = end - time.monotonic()
-            if left < 60 * minutes * (1 - told_at / 10) or left <= 0:
+            if 0 < left < 60 * minutes * (1 - told_at / 10):
                 told_at += 1
                 print(f"\n{outcome.table()}", flush=True)
+    print(f"\n{outcome.table()}", flush=True)
     return outcome
 
 
@@ -293,10 +301,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number, other runs (default: %(default)s)")
+    parser.add_argument("--runs", type=int, help="stop after so many, if that is sooner")
     options = parser.parse_args()
     if not options.minutes > 0:
         raise DevError("--minutes: enter a number above 0.")
-    return 1 if soak(options.minutes, options.seed).faults() else 0
+    if options.runs is not None and options.runs < 1:
+        raise DevError("--runs: enter a number above 0.")
+    return 1 if soak(options.minutes, options.seed, options.runs).faults() else 0
 
 
 if __name__ == "__main__":

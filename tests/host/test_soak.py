@@ -1,4 +1,4 @@
-"""The random run on a real server: one minute of it, and that it tells when something is wrong."""
+"""The random run on a real server: thirty runs of it, and that it tells when something is wrong."""
 
 import random
 import sys
@@ -7,18 +7,21 @@ import pytest
 from forked_python import process_at
 from pix2pix_zero.devtools import soak as soaking
 from pix2pix_zero.devtools.server import GraphError, Server
-from pix2pix_zero.devtools.soak import WARM_UP, Level, Outcome, in_words, soak
+from pix2pix_zero.devtools.soak import KINDS, WARM_UP, Level, Outcome, in_words, soak
 from pix2pix_zero.devtools.soak_runs import bad_input, random_edit
 
+RUNS, SEED = 30, 1  # some of every kind, and enough to see growth after the warm-up
 
-def test_a_minute_of_random_runs_leaves_no_fault(quick_environment, monkeypatch):
+
+def test_random_runs_of_every_kind_leave_no_fault(quick_environment, monkeypatch):
     monkeypatch.setattr(soaking, "running", lambda: quick_environment)
     if sys.platform == "linux":  # there it is a fork
         monkeypatch.setattr(Server, "process_id", property(lambda server: process_at(server.port)))
-    outcome = soak(minutes=1.0, seed=17)
+    outcome = soak(minutes=8, seed=SEED, runs=RUNS)
     assert not outcome.faults(), outcome.table()
-    assert outcome.runs > 0
-    assert len(outcome.pictures) >= 2, "the reference picture is drawn before and after"
+    assert (outcome.done + outcome.refused).total() == RUNS
+    assert {*outcome.done, *outcome.refused} == {*KINDS}
+    assert len(outcome.pictures) == len(outcome.levels) > WARM_UP + 1, "the reference picture is drawn in between"
 
 
 def test_runs_are_drawn_again_from_the_seed(server):
