@@ -134,7 +134,7 @@ def test_every_node_draws_and_leaves_the_model_bit_for_bit_as_it_was(checkpoint,
 @torch.inference_mode()
 def test_the_unedited_picture_comes_back(checkpoint, method, scheduler):
     inversion = checkpoint.inverted(method, scheduler)
-    settings = EditSettings(1.5, 1e-3, local_blend=0.2, feature_until=0.5)
+    settings = EditSettings(1.5, 1e-3, feature_until=0.5)
     again = sample_edit(checkpoint.model, inversion, checkpoint.source, checkpoint.source, settings)[0]
     source = checkpoint.picture["samples"]
     assert (again - source).abs().max() <= 1e-4 * source.abs().max()
