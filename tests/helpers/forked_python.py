@@ -61,8 +61,11 @@ def forking(environment, variables: dict[str, str]) -> Iterator:
     if sys.platform != "linux":
         yield environment
         return
-    with tempfile.TemporaryDirectory(prefix="fork-") as folder:  # a socket's path may have 107 letters
-        door, python = Path(folder, "door"), Path(folder, "python")
+    with (
+        tempfile.TemporaryDirectory(prefix="fork-") as folder,  # a socket's path may have 107 letters
+        tempfile.TemporaryDirectory(prefix="fork-", dir=environment.folder) as programs,  # elsewhere it may not be run
+    ):
+        door, python = Path(folder, "door"), Path(programs, "python")
         python.write_text(f'#!/bin/sh\nexec {shlex.join([str(environment.python), "-IS", str(ASK), str(door)])} "$@"\n')
         python.chmod(0o700)
         command = [environment.python, __file__, door]
