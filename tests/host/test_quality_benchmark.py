@@ -17,7 +17,7 @@ from pix2pix_zero.benchmarks.quality_parts.workbench import DemoModels, Workbenc
 from pix2pix_zero.demo_model.scene import FURS
 from pix2pix_zero.demo_model.scene_captions import caption
 from pix2pix_zero.host.sampling.checks import AUTO
-from pix2pix_zero.nodes.demo import DIFFUSION
+from pix2pix_zero.nodes.demo import DIFFUSION, FLOW, TRANSFORMER
 
 UNEDITED = set(tuning.UNEDITED)
 METHODS = {method.name for method in methods.METHODS}
@@ -95,12 +95,21 @@ def test_another_setting_of_the_sampler_can_be_tried(results, tmp_path):
     assert found[-1]["test"] == results["without blend"]["test"] != results["default"]["test"]
 
 
-def test_the_transformer_is_measured_where_the_method_does_something(tmp_path):
+@pytest.mark.parametrize(
+    ("network", "objective", "measured"),
+    [("--dit", TRANSFORMER, ["FlowEdit"]), ("--flow", FLOW, ["shapes kept", "FlowEdit"])],
+)
+def test_the_other_networks_are_measured_where_the_method_does_something(
+    network, objective, measured, tmp_path, monkeypatch
+):
+    load, loaded = DemoModels.load, []
+    monkeypatch.setattr(DemoModels, "load", lambda *settings: loaded.append(settings) or load(*settings))
     methods = ["shapes kept", "FlowEdit", "diffusers"]
-    main([*QUICKLY, "--dit", "--scenes", "1", "--steps", "2", "--methods", *methods, "--output", str(tmp_path)])
+    main([*QUICKLY, network, "--scenes", "1", "--steps", "2", "--methods", *methods, "--output", str(tmp_path)])
+    assert loaded == [(objective, AUTO)]
     found = json.loads((tmp_path / "bench_quality.json").read_text(encoding="utf-8"))
-    assert found["settings"]["dit"]
-    assert [result["method"] for result in found["results"]["cat2dog"]] == [*tuning.UNEDITED, "FlowEdit"]
+    assert found["settings"][network.removeprefix("--")]
+    assert [result["method"] for result in found["results"]["cat2dog"]] == [*tuning.UNEDITED, *measured]
 
 
 def test_a_setting_the_sampler_does_not_have_is_refused():
