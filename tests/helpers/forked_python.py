@@ -127,11 +127,13 @@ def _serve(path: str) -> None:
 def _import_all() -> None:
     """At the first call, as there may be none."""
     _share_bytecode()
+    gc.disable()  # all of it stays
     for name in HEAVY:
         if find_spec(name.partition(".")[0]) is not None:
             import_module(name)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _share_bytecode() -> None:
