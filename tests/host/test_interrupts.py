@@ -149,15 +149,18 @@ def inversion(usual, batch, side, steps):
     return run(NODE["Inversion"], given).result[0][0]
 
 
-@pytest.mark.parametrize("name", MUCH)
-def test_an_interrupt_ends_the_work_of_a_node(name, usual, watch):
-    with torch.inference_mode():
-        given = {**usual_inputs(NODE[name], usual), **MUCH[name](usual)}
-        ended = None
-        with watch, contextlib.suppress(comfy.model_management.InterruptProcessingException):
-            ended = run(NODE[name], given)
+def check_interrupt(watch, node, given):
+    ended = None
+    with watch, contextlib.suppress(comfy.model_management.InterruptProcessingException):
+        ended = run(node, given)
     assert watch.longest < MOST_SECONDS
     assert ended is None or not watch.interrupted, "it went on after the interrupt"
+
+
+@pytest.mark.parametrize("name", MUCH)
+@torch.inference_mode()
+def test_an_interrupt_ends_the_work_of_a_node(name, usual, watch):
+    check_interrupt(watch, NODE[name], {**usual_inputs(NODE[name], usual), **MUCH[name](usual)})
 
 
 @pytest.mark.parametrize("preset", ["default", "low memory"])
@@ -222,13 +225,9 @@ MUCH_OF_FILES = {
 
 
 @pytest.mark.parametrize("name", MUCH_OF_FILES)
+@torch.inference_mode()
 def test_an_interrupt_ends_the_work_with_files(name, files, watch):
-    with torch.inference_mode():
-        given, ended = MUCH_OF_FILES[name](), None
-        with watch, contextlib.suppress(comfy.model_management.InterruptProcessingException):
-            ended = run(NODE[name], given)
-    assert watch.longest < MOST_SECONDS
-    assert ended is None or not watch.interrupted, "it went on after the interrupt"
+    check_interrupt(watch, NODE[name], MUCH_OF_FILES[name]())
 
 
 def test_every_node_is_interrupted():
